@@ -1,0 +1,1 @@
+"""edgezo: fine-tune language models with nothing but an inference engine."""

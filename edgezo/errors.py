@@ -1,0 +1,45 @@
+"""The exceptions edgezo raises for what a user can cause or mend.
+
+    EdgezoError                one clear line; the command line prints it and exits with 1
+    ├── ConfigError            an option or configuration file that cannot be used
+    ├── DataError              a data file, row, template or label that cannot be used
+    ├── EdgeModelError         an edge model directory that cannot be trusted or read
+    ├── ExportError            a model that cannot be exported, or whose export differs from its source
+    ├── RunError               a run directory that cannot be read, resumed or written
+    ├── DeadTensorError        a tunable tensor whose change the engine does not see
+    └── NonFiniteLossError     a loss that is NaN or infinite; the weights are as before the step
+
+Every message says what was asked, what was found, and what to do.
+"""
+
+
+class EdgezoError(Exception):
+    """Base of all expected failures."""
+
+
+class ConfigError(EdgezoError):
+    """An option or configuration file cannot be used."""
+
+
+class DataError(EdgezoError):
+    """A data file, row, template or label cannot be used."""
+
+
+class EdgeModelError(EdgezoError):
+    """An edge model directory cannot be trusted or read."""
+
+
+class ExportError(EdgezoError):
+    """A model cannot be exported, or its export differs from its source."""
+
+
+class RunError(EdgezoError):
+    """A run directory cannot be read, resumed or written."""
+
+
+class DeadTensorError(EdgezoError):
+    """The engine does not see a change of a tunable tensor."""
+
+
+class NonFiniteLossError(EdgezoError):
+    """The loss was NaN or infinite; the weights were put back before raising."""

@@ -1,0 +1,225 @@
+"""The contract between the halves: what an edge model directory holds, and how a reader refuses a bad one."""
+
+import json
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edgezo.errors import EdgeModelError
+from edgezo.storage import is_plain_name, sha256_file, write_atomically
+
+FORMAT = "edgezo-edge-model"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MANIFEST_BYTES_LIMIT = 64 << 20
+ALIGNMENT = 4096  # bytes; every tensor starts on a page, so that any system can map it
+ITEM_BYTES = {"float32": 4, "int64": 8, "bool": 1}
+
+
+class Record(BaseModel):
+    """Strict and immutable: unknown fields and wrong types are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Origin(Record):
+    """Where the model came from and what it is."""
+
+    id: str
+    revision: str | None = None
+    license: str | None = None
+    model_type: str
+    family: Literal["causal"] = "causal"
+    context_length: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+
+
+class TokenizerFacts(Record):
+    """Special tokens and the chat template."""
+
+    file: str
+    bos_token_id: int | None = None
+    eos_token_ids: list[int] = []
+    pad_token_id: int = 0
+    special_tokens: dict[str, str] = {}
+    chat_template: str | None = None
+
+
+class Tensor(Record):
+    """One stored weight. `name` is the Hugging Face name and the name in both graphs."""
+
+    name: str = Field(min_length=1)
+    shape: list[int]
+    dtype: Literal["float32", "int64", "bool"]
+    file: str
+    offset: int = Field(ge=0)
+    tunable: bool
+    transposed: bool = False
+    layer: int | None = None
+    kind: str
+    tied_to: list[str] = []
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.size * ITEM_BYTES[self.dtype]
+
+
+class PastState(Record):
+    """One KV-cache tensor of the generation graph: [batch, heads, past, head_dim]."""
+
+    input: str
+    output: str
+    heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+
+
+class Graph(Record):
+    """One ONNX graph and the inputs to feed, weights left out."""
+
+    file: str
+    inputs: list[str]
+    outputs: list[str]
+    past: list[PastState] = []
+
+
+class Verification(Record):
+    """What the check at the end of the export measured against the source model."""
+
+    largest_log_prob_difference: float
+    greedy_tokens_equal: int
+    onnxruntime: str
+
+
+class StoredFile(Record):
+    """Size and SHA-256 of one file."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Manifest(Record):
+    """manifest.json of an edge model. See docs/edge-model.md."""
+
+    format: Literal["edgezo-edge-model"] = FORMAT
+    version: Literal[1] = VERSION
+    edgezo: str
+    origin: Origin
+    tokenizer: TokenizerFacts
+    scoring: Graph
+    generation: Graph
+    tensors: list[Tensor]
+    verification: Verification | None = None
+    files: dict[str, StoredFile]
+
+    @property
+    def tunable(self) -> list[Tensor]:
+        """The tensors tuning may change, in their order in the file."""
+        return [tensor for tensor in self.tensors if tensor.tunable]
+
+    @property
+    def tunable_size(self) -> int:
+        """Number of tunable parameters."""
+        return sum(tensor.size for tensor in self.tunable)
+
+    def write(self, directory: Path) -> None:
+        """Write manifest.json whole or not at all."""
+        write_atomically(directory / MANIFEST_NAME, (self.model_dump_json(indent=1) + "\n").encode())
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check manifest.json; file contents are checked by `verify_files` or while they are loaded.
+
+    Raises:
+        EdgeModelError: missing, not JSON, of an unknown version, or contradicting itself.
+    """
+    path = directory / MANIFEST_NAME
+    if not directory.is_dir():
+        raise EdgeModelError(f"{directory}: no such directory; make an edge model with: edgezo export MODEL -o {directory}")
+    if not path.is_file():
+        raise EdgeModelError(f"{directory}: no {MANIFEST_NAME} in it; an edge model is made by: edgezo export MODEL -o DIR")
+    if path.stat().st_size > MANIFEST_BYTES_LIMIT:
+        raise EdgeModelError(f"{path}: larger than {MANIFEST_BYTES_LIMIT} bytes; this is no edge model manifest")
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise EdgeModelError(f"{path}: not readable as JSON ({error}); export the model again") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise EdgeModelError(f"{path}: not an edge model manifest (format is not {FORMAT!r})")
+    if raw.get("version") != VERSION:
+        raise EdgeModelError(f"{path}: manifest version {raw.get('version')!r}, this edgezo reads {VERSION}; export again or update edgezo")
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise EdgeModelError(f"{path}: {where}: {first['msg']}; export the model again") from None
+    _check(manifest, path)
+    return manifest
+
+
+def verify_file(directory: Path, name: str, stored: StoredFile, sha256: str | None = None) -> None:
+    """Compare one file's size and, when `sha256` was computed while loading, that; else hash the file now."""
+    path = directory / name
+    verify_size(directory, name, stored)
+    found = sha256_file(path) if sha256 is None else sha256
+    if found != stored.sha256:
+        raise EdgeModelError(f"{path}: SHA-256 {found[:12]}…, manifest says {stored.sha256[:12]}…; the file was changed, copy or export it again")
+
+
+def verify_size(directory: Path, name: str, stored: StoredFile) -> None:
+    """Refuse a missing, linked or truncated file before anything is read from it."""
+    path = directory / name
+    if path.is_symlink() or not path.is_file():
+        raise EdgeModelError(f"{path}: missing or not a plain file; copy or export the edge model again")
+    found = path.stat().st_size
+    if found != stored.bytes:
+        raise EdgeModelError(f"{path}: {found} bytes, manifest says {stored.bytes}; copy or export the edge model again")
+
+
+def _check(manifest: Manifest, path: Path) -> None:
+    """The rules between fields that types cannot state."""
+
+    def refuse(problem: str) -> None:
+        raise EdgeModelError(f"{path}: {problem}; export the model again")
+
+    for name in manifest.files:
+        if not is_plain_name(name):
+            refuse(f"file name {name!r} leaves the directory")
+    referred = [manifest.scoring.file, manifest.generation.file, manifest.tokenizer.file, *(t.file for t in manifest.tensors)]
+    if manifest.tokenizer.chat_template is not None:
+        referred.append(manifest.tokenizer.chat_template)
+    for name in referred:
+        if not is_plain_name(name):
+            refuse(f"file name {name!r} leaves the directory")
+        if name not in manifest.files:
+            refuse(f"file {name!r} is used but not listed under files")
+    seen: set[str] = set()
+    spans: dict[str, list[tuple[int, int, str]]] = {}
+    for tensor in manifest.tensors:
+        if tensor.name in seen:
+            refuse(f"tensor {tensor.name!r} is listed twice")
+        seen.add(tensor.name)
+        if any(extent <= 0 for extent in tensor.shape) or tensor.offset % ALIGNMENT:
+            refuse(f"tensor {tensor.name!r} has shape {tensor.shape} at offset {tensor.offset}")
+        if tensor.tunable and tensor.dtype != "float32":
+            refuse(f"tensor {tensor.name!r} is tunable but {tensor.dtype}")
+        if tensor.offset + tensor.nbytes > manifest.files[tensor.file].bytes:
+            refuse(f"tensor {tensor.name!r} ends after the end of {tensor.file}")
+        spans.setdefault(tensor.file, []).append((tensor.offset, tensor.offset + tensor.nbytes, tensor.name))
+    for name, parts in spans.items():
+        parts.sort()
+        for (_, end, first), (start, _, second) in zip(parts, parts[1:], strict=False):
+            if start < end:
+                refuse(f"tensors {first!r} and {second!r} overlap in {name}")
+    if not manifest.tunable:
+        refuse("no tensor is tunable")

@@ -1,0 +1,72 @@
+"""Files that matter: hashed, written whole or not at all, never outside their directory."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from edgezo.errors import EdgezoError
+
+CHUNK_BYTES = 1 << 23
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` is one file name: no folder, no drive, no way out of its directory."""
+    return bool(name) and name not in {".", ".."} and not set(name) & set('/\\:\0') and PurePosixPath(name).name == name
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` through a temporary file, fsync and rename; a failed write leaves the old file."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def refuse_existing(path: Path, error: type[EdgezoError], advice: str) -> None:
+    """Raise `error` when `path` exists and is not an empty directory."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() or path.is_symlink():
+        raise error(f"{path}: exists already; {advice}")
+
+
+@contextmanager
+def directory_in_the_making(path: Path) -> Iterator[Path]:
+    """A hidden sibling directory to fill; renamed to `path` when the block ends well, removed when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    making = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.making."))
+    try:
+        yield making
+        os.chmod(making, 0o755)
+        if path.is_dir():
+            path.rmdir()
+        os.replace(making, path)
+    except BaseException:
+        remove_tree(making)
+        raise
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory made by this process, as far as the system lets us."""
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)

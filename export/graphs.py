@@ -1,0 +1,227 @@
+"""A decoder graph to the two graphs of an edge model: scoring and generation (see docs/edge-model.md)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from edgezo.errors import ExportError
+from edgezo.manifest import Graph, PastState, Tensor
+
+HIDDEN_ROWS, PAIR_ROWS, PAIR_TARGETS = "hidden_rows", "pair_rows", "pair_targets"
+HIDDEN, LOG_PROBS, LOGITS = "hidden", "log_probs", "logits"
+IR_VERSION = 8  # >= 4 makes initializers that are inputs overridable; 8 is read by onnxruntime 1.18
+ELEMENTWISE = {"Cast", "Mul", "Div", "Add", "Sub", "Tanh", "Identity"}  # logit scaling and soft caps after the head
+TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}
+
+
+@dataclass
+class Weight:
+    """One weight of the source: `name` is its Hugging Face name and its name in the graph."""
+
+    name: str
+    array: npt.NDArray[Any]
+    trainable: bool
+    transposed: bool = False
+    tied_to: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Decoder:
+    """A traced decoder: every weight is a graph input, its values lie in `weights`."""
+
+    model: onnx.ModelProto
+    weights: dict[str, Weight]
+
+    @property
+    def past_inputs(self) -> list[onnx.ValueInfoProto]:
+        """The KV-cache inputs, each [batch, heads, past, head_dim]."""
+        return [value for value in self.model.graph.input if value.name.startswith("past_key_values.")]
+
+
+def scoring_graph(decoder: Decoder) -> tuple[onnx.ModelProto, Graph]:
+    """The graph that tuning and evaluation run.
+
+    log_probs[p] = log_softmax(head(hidden[pair_rows[p]]))[pair_targets[p]], hidden[h] = the final hidden state at flat position
+    hidden_rows[h] of [batch * sequence]. The vocabulary projection sees the gathered rows alone.
+    """
+    model = _copy(decoder)
+    graph = model.graph
+    _remove_past(graph, decoder)
+    logits, hidden = _gather_before_head(graph)
+    nodes = [
+        helper.make_node("Cast", [logits], ["edgezo/logits32"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceLogSumExp", ["edgezo/logits32"], ["edgezo/lse"], axes=[-1], keepdims=0),
+        helper.make_node("Unsqueeze", [PAIR_ROWS, "edgezo/axis1"], ["edgezo/pair_rows"]),
+        helper.make_node("Unsqueeze", [PAIR_TARGETS, "edgezo/axis1"], ["edgezo/pair_targets"]),
+        helper.make_node("Concat", ["edgezo/pair_rows", "edgezo/pair_targets"], ["edgezo/pairs"], axis=1),
+        helper.make_node("GatherND", ["edgezo/logits32", "edgezo/pairs"], ["edgezo/picked"]),
+        helper.make_node("Gather", ["edgezo/lse", PAIR_ROWS], ["edgezo/picked_lse"], axis=0),
+        helper.make_node("Sub", ["edgezo/picked", "edgezo/picked_lse"], [LOG_PROBS]),
+        helper.make_node("Identity", [hidden], [HIDDEN]),
+    ]
+    graph.node.extend(nodes)
+    graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "edgezo/axis1"))
+    for name in (HIDDEN_ROWS, PAIR_ROWS, PAIR_TARGETS):
+        graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, [name.replace("rows", "count").replace("targets", "count")]))
+    _set_outputs(graph, [(LOG_PROBS, ["pair_count"]), (HIDDEN, ["hidden_count", None])])
+    _prune(graph)
+    inputs = [value.name for value in graph.input if value.name not in decoder.weights]
+    return model, Graph(file="scoring.onnx", inputs=inputs, outputs=[LOG_PROBS, HIDDEN])
+
+
+def generation_graph(decoder: Decoder) -> tuple[onnx.ModelProto, Graph]:
+    """The graph with a KV cache: logits [hidden_count, vocabulary] at the gathered rows, and the new keys and values."""
+    model = _copy(decoder)
+    graph = model.graph
+    presents = [output for output in graph.output if output.name.startswith("present.")]
+    logits, _ = _gather_before_head(graph)
+    graph.node.append(helper.make_node("Identity", [logits], [LOGITS]))
+    graph.input.append(helper.make_tensor_value_info(HIDDEN_ROWS, TensorProto.INT64, ["hidden_count"]))
+    kept = [onnx.ValueInfoProto.FromString(output.SerializeToString()) for output in presents]
+    _set_outputs(graph, [(LOGITS, ["hidden_count", "vocabulary"])])
+    graph.output.extend(kept)
+    _prune(graph)
+    past = []
+    for value in decoder.past_inputs:
+        dims = value.type.tensor_type.shape.dim
+        past.append(PastState(input=value.name, output=value.name.replace("past_key_values.", "present."), heads=dims[1].dim_value, head_dim=dims[3].dim_value))
+    inputs = [value.name for value in graph.input if value.name not in decoder.weights and not value.name.startswith("past_key_values.")]
+    return model, Graph(file="generation.onnx", inputs=inputs, outputs=[output.name for output in graph.output], past=past)
+
+
+def attach_weights(model: onnx.ModelProto, tensors: Iterable[Tensor]) -> None:
+    """Turn the weight inputs into initializers in external files.
+
+    A tunable one stays listed as an input too: an *overridable initializer*, which the engine neither folds nor pre-packs.
+    """
+    graph = model.graph
+    used = {name for node in graph.node for name in node.input}
+    tensors = [tensor for tensor in tensors if tensor.name in used]
+    names = {tensor.name for tensor in tensors}
+    others = [value for value in graph.input if value.name not in names]
+    del graph.input[:]
+    graph.input.extend(others)
+    for tensor in tensors:
+        proto = TensorProto(name=tensor.name, data_type=TYPES[tensor.dtype], dims=tensor.shape, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", tensor.file), ("offset", tensor.offset), ("length", tensor.nbytes)):
+            proto.external_data.add(key=key, value=str(value))
+        graph.initializer.append(proto)
+        if tensor.tunable:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, TYPES[tensor.dtype], tensor.shape))
+
+
+def unconnected(model: onnx.ModelProto, names: Iterable[str]) -> list[str]:
+    """Those of `names` from which no path leads to the first output."""
+    reached = _reach(model.graph, [model.graph.output[0].name])
+    return [name for name in names if name not in reached]
+
+
+def _copy(decoder: Decoder) -> onnx.ModelProto:
+    model = onnx.ModelProto.FromString(decoder.model.SerializeToString())
+    model.ir_version = IR_VERSION
+    del model.graph.value_info[:]
+    model.producer_name = "edgezo"
+    return model
+
+
+def _remove_past(graph: onnx.GraphProto, decoder: Decoder) -> None:
+    """Score without a cache: a join of past and new keys is the new keys; what asks for the past's shape sees an empty one."""
+    names = {value.name for value in decoder.past_inputs}
+    dims = decoder.past_inputs[0].type.tensor_type.shape.dim
+    replace: dict[str, str] = {}
+    kept = []
+    for node in graph.node:
+        past = [name for name in node.input if name in names]
+        if node.op_type == "Concat" and past and len(node.input) == 2:
+            replace[node.output[0]] = next(name for name in node.input if name not in names)
+        else:
+            kept.append(node)
+    shape = np.array([dims[1].dim_value, 0, dims[3].dim_value], np.int64)
+    graph.initializer.extend([numpy_helper.from_array(shape, "edgezo/empty_shape"), numpy_helper.from_array(np.array([0], np.int64), "edgezo/zero")])
+    empty = [
+        helper.make_node("Shape", ["input_ids"], ["edgezo/batch"], start=0, end=1),
+        helper.make_node("Concat", ["edgezo/batch", "edgezo/empty_shape"], ["edgezo/past_shape"], axis=0),
+        helper.make_node("ConstantOfShape", ["edgezo/past_shape"], ["edgezo/past"], value=helper.make_tensor("value", TensorProto.FLOAT, [1], [0.0])),
+    ]
+    for node in kept:
+        for index, name in enumerate(node.input):
+            while name in replace:
+                name = replace[name]
+            node.input[index] = "edgezo/past" if name in names else name
+    del graph.node[:]
+    graph.node.extend(empty + kept)
+    inputs = [value for value in graph.input if value.name not in names]
+    del graph.input[:]
+    graph.input.extend(inputs)
+
+
+def _gather_before_head(graph: onnx.GraphProto) -> tuple[str, str]:
+    """Insert the gather of hidden rows before the vocabulary projection; returns the names of logits [H, V] and hidden [H, D]."""
+    producers = {output: node for node in graph.node for output in node.output}
+    name = LOGITS
+    while (node := producers.get(name)) is not None and node.op_type in ELEMENTWISE:
+        name = next((given for given in node.input if given in producers and producers[given].op_type != "Constant"), "")
+    if node is None or node.op_type not in {"MatMul", "Gemm"}:
+        found = "nothing" if node is None else node.op_type
+        raise ExportError(f"the graph's logits come from {found}, not from a vocabulary projection (MatMul or Gemm); this architecture is not supported")
+    source = node.input[0]
+    # 3-D [batch, sequence, width] or already 2-D: the same flat rows
+    insert = [
+        helper.make_node("Shape", [source], ["edgezo/width"], start=-1),
+        helper.make_node("Concat", ["edgezo/minus_one", "edgezo/width"], ["edgezo/flat_shape"], axis=0),
+        helper.make_node("Reshape", [source, "edgezo/flat_shape"], ["edgezo/flat"]),
+        helper.make_node("Gather", ["edgezo/flat", HIDDEN_ROWS], ["edgezo/hidden"], axis=0),
+    ]
+    graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "edgezo/minus_one"))
+    node.input[0] = "edgezo/hidden"
+    position = next(index for index, other in enumerate(graph.node) if node.output[0] in other.output)
+    for offset, new in enumerate(insert):
+        graph.node.insert(position + offset, new)
+    last = producers[LOGITS]
+    last.output[list(last.output).index(LOGITS)] = "edgezo/head_logits"
+    return "edgezo/head_logits", "edgezo/hidden"
+
+
+def _set_outputs(graph: onnx.GraphProto, outputs: list[tuple[str, list[str | None]]]) -> None:
+    del graph.output[:]
+    graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs)
+
+
+def _prune(graph: onnx.GraphProto) -> None:
+    """Remove nodes, inputs and initializers that no output needs."""
+    reached = _reach(graph, [output.name for output in graph.output])
+    nodes = [node for node in graph.node if any(output in reached for output in node.output)]
+    inputs = [value for value in graph.input if value.name in reached]
+    initializers = [value for value in graph.initializer if value.name in reached]
+    for repeated, kept in ((graph.node, nodes), (graph.input, inputs), (graph.initializer, initializers)):
+        del repeated[:]  # type: ignore[attr-defined]
+        repeated.extend(kept)  # type: ignore[attr-defined]
+
+
+def _reach(graph: onnx.GraphProto, names: list[str]) -> set[str]:
+    """Every value name that the given ones depend on, themselves included (names used inside sub-graphs too)."""
+    producers = {output: node for node in graph.node for output in node.output}
+    reached: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name in reached:
+            continue
+        reached.add(name)
+        if name in producers:
+            waiting.extend(_node_inputs(producers[name]))
+    return reached
+
+
+def _node_inputs(node: onnx.NodeProto) -> list[str]:
+    names = [name for name in node.input if name]
+    for attribute in node.attribute:
+        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+            names.extend(name for inner in graph.node for name in _node_inputs(inner))
+            names.extend(output.name for output in graph.output)
+    return names

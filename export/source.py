@@ -1,0 +1,151 @@
+"""What `edgezo export MODEL` accepts, loaded: a hub id, a Hugging Face folder, a .gguf file, a folder with model.onnx."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgezo.errors import ExportError
+from edgezo.export.graphs import Decoder
+from edgezo.manifest import Origin
+
+Logits = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
+
+
+@dataclass
+class Source:
+    """A loaded source: the decoder to convert and the reference to check the result against.
+
+    `logits(tokens)` runs the source on int64 [batch, sequence] without padding and returns float32 [batch, sequence, vocabulary].
+    """
+
+    origin: Origin
+    decoder: Decoder
+    logits: Logits
+    tokenizer: Any
+    config: Any
+    generation_eos: list[int] = field(default_factory=list)
+
+
+def load_source(model: str, revision: str | None = None) -> Source:
+    """Load MODEL.
+
+    Raises:
+        ExportError: it does not exist, cannot be read, or is no decoder-only causal language model.
+    """
+    _quiet_libraries()
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ExportError(f"{model}: a file that is not .gguf; give a .gguf file, a Hugging Face folder, a folder with model.onnx, or a hub id")
+        return _from_torch(str(path.parent.resolve()), model, {"gguf_file": path.name}, None)
+    if path.is_dir():
+        if (path / "model.onnx").is_file():
+            from edgezo.export.onnx_folder import load_onnx_folder
+
+            return load_onnx_folder(path)
+        if not (path / "config.json").is_file():
+            raise ExportError(f"{model}: a folder with neither config.json nor model.onnx; it is no Hugging Face or optimum model")
+        return _from_torch(str(path), model, {}, None)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith((".gguf", ".onnx")):
+        raise ExportError(f"{model}: no such file or folder")
+    return _from_torch(model, model, {}, revision)
+
+
+def _from_torch(location: str, shown: str, keywords: dict[str, Any], revision: str | None) -> Source:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from edgezo.export.trace import trace_decoder
+
+    where = {**keywords, "revision": revision} if revision else keywords
+    try:
+        config = AutoConfig.from_pretrained(location, **where)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, struct.error, ... by file kind
+        raise ExportError(f"{shown}: transformers cannot read it: {_first_line(error)}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise ExportError(f"{shown}: {config.model_type} is an encoder-decoder; edgezo exports decoder-only causal models")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, use_fast=True, **where)
+        network = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32, low_cpu_mem_usage=True, **where).eval()
+    except Exception as error:
+        raise ExportError(f"{shown}: transformers cannot load it: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise ExportError(f"{shown}: its tokenizer has no fast version (tokenizer.json), which the device needs")
+    decoder = trace_decoder(network)
+    origin = Origin(
+        id=_name_of(location, shown, config),
+        revision=revision or getattr(config, "_commit_hash", None),
+        license=_license(Path(location)),
+        **sizes(network.config),
+    )
+
+    def logits(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        with torch.no_grad():
+            result: npt.NDArray[np.float32] = network(torch.from_numpy(tokens), use_cache=False).logits.float().numpy()
+        return result
+
+    eos = getattr(network.generation_config, "eos_token_id", None)
+    return Source(origin, decoder, logits, tokenizer, network.config, eos if isinstance(eos, list) else [eos] if eos is not None else [])
+
+
+def sizes(config: Any) -> dict[str, Any]:
+    """The facts of a transformers configuration that the manifest records."""
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2048
+    return {"model_type": text.model_type, "context_length": int(context), "vocab_size": int(text.vocab_size), "hidden_size": int(text.hidden_size)}
+
+
+def save_tokenizer(source: Source, directory: Path) -> tuple[str | None, dict[str, str]]:
+    """Write tokenizer.json and the chat template; returns the template's file name and the special tokens it may name."""
+    with tempfile.TemporaryDirectory() as folder:
+        source.tokenizer.save_pretrained(folder)
+        # neither truncation nor padding: the runtime decides both, row by row
+        saved = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+    saved["truncation"] = saved["padding"] = None
+    (directory / "tokenizer.json").write_text(json.dumps(saved, ensure_ascii=False), encoding="utf-8")
+    special = {name: str(value) for name, value in source.tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    template = source.tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        return None, special
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return "chat_template.jinja", special
+
+
+def _name_of(location: str, shown: str, config: Any) -> str:
+    """A hub id as given; for local files their own name, never a path of this machine."""
+    return Path(shown).name if Path(shown).exists() else location
+
+
+def _license(folder: Path) -> str | None:
+    """The licence a model card states, when there is one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[:60]:
+        if line.startswith("license:"):
+            return line.split(":", 1)[1].strip() or None
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def _quiet_libraries() -> None:
+    """Their own progress bars and advice do not belong into one-line output."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    import tqdm.auto
+
+    tqdm.auto.tqdm.monitor_interval = 0

@@ -1,0 +1,99 @@
+"""Weights to raw little-endian files: tunable and frozen apart, every tensor on a page, a tied weight once."""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+
+from edgezo.errors import ConfigError, ExportError
+from edgezo.export.graphs import Weight
+from edgezo.manifest import ALIGNMENT, ITEM_BYTES, StoredFile, Tensor
+
+TUNABLE_FILE, FROZEN_FILE = "tunable.bin", "frozen.bin"
+LAYER = re.compile(r"\.(?:layers|h|blocks|layer)\.(\d+)\.")
+
+
+def plan_tensors(weights: Iterable[Weight], tunable: str) -> list[Tensor]:
+    """Give every weight its file and offset.
+
+    Args:
+        weights: the weights of the graphs, in graph order.
+        tunable: "all", or a regular expression searched in the Hugging Face names (tied names count too).
+
+    Raises:
+        ConfigError: the expression is malformed or matches no weight (near names are listed).
+        ExportError: a weight holds NaN or infinity, or a type that cannot be stored.
+    """
+    weights = list(weights)
+    chosen = _matching(weights, tunable)
+    offsets = {TUNABLE_FILE: 0, FROZEN_FILE: 0}
+    tensors = []
+    for weight in weights:
+        dtype = "float32" if weight.array.dtype.kind == "f" else str(weight.array.dtype)
+        if dtype not in ITEM_BYTES:
+            raise ExportError(f"{weight.name}: type {dtype} cannot be stored; edgezo stores {', '.join(ITEM_BYTES)}")
+        if weight.array.dtype.kind == "f" and not np.isfinite(weight.array).all():
+            raise ExportError(f"{weight.name}: the source holds NaN or infinity; it cannot be tuned or checked")
+        file = TUNABLE_FILE if weight.name in chosen else FROZEN_FILE
+        layer = LAYER.search(f".{weight.name}")
+        tensor = Tensor(
+            name=weight.name,
+            shape=list(weight.array.shape),
+            dtype=dtype,  # type: ignore[arg-type]
+            file=file,
+            offset=offsets[file],
+            tunable=weight.name in chosen,
+            transposed=weight.transposed,
+            layer=int(layer.group(1)) if layer else None,
+            kind=_kind(weight.name),
+            tied_to=weight.tied_to,
+        )
+        offsets[file] = -(-(tensor.offset + tensor.nbytes) // ALIGNMENT) * ALIGNMENT
+        tensors.append(tensor)
+    return tensors
+
+
+def write_weights(directory: Path, tensors: list[Tensor], weights: dict[str, Weight]) -> dict[str, StoredFile]:
+    """Write the weight files one tensor at a time and return their sizes and SHA-256."""
+    stored = {}
+    for name in dict.fromkeys(tensor.file for tensor in tensors):
+        digest, position = hashlib.sha256(), 0
+        with open(directory / name, "wb") as file:
+            for tensor in (tensor for tensor in tensors if tensor.file == name):
+                data = np.ascontiguousarray(weights[tensor.name].array, dtype=np.dtype(tensor.dtype).newbyteorder("<"))
+                for part in (bytes(tensor.offset - position), memoryview(data.reshape(-1)).cast("B")):
+                    digest.update(part)
+                    file.write(part)
+                position = tensor.offset + tensor.nbytes
+        stored[name] = StoredFile(bytes=position, sha256=digest.hexdigest())
+    return stored
+
+
+def _matching(weights: list[Weight], tunable: str) -> set[str]:
+    trainable = [weight for weight in weights if weight.trainable]
+    if tunable == "all":
+        return {weight.name for weight in trainable}
+    try:
+        pattern = re.compile(tunable)
+    except re.error as error:
+        raise ConfigError(f"--tunable {tunable!r}: not a regular expression ({error})") from None
+    chosen = {weight.name for weight in trainable if any(pattern.search(name) for name in [weight.name, *weight.tied_to])}
+    if not chosen:
+        kinds = sorted({_kind(weight.name) for weight in trainable})
+        near = get_close_matches(tunable, kinds, cutoff=0.3) or kinds
+        raise ConfigError(f"--tunable {tunable!r}: matches none of the {len(trainable)} weights; they are named like {trainable[0].name}, their kinds are near {', '.join(near[:5])}")
+    return chosen
+
+
+def _kind(name: str) -> str:
+    """The name without prefix, layer and suffix: self_attn.q_proj, input_layernorm, embed_tokens."""
+    after = LAYER.split(f".{name}")[-1]
+    parts = after.strip(".").split(".")
+    if len(parts) > 1 and parts[-1] in {"weight", "bias"}:
+        kind = parts[:-1] if parts[-1] == "weight" else parts
+    else:
+        kind = parts
+    return ".".join(kind[-3:]) if LAYER.search(f".{name}") else kind[-1] if parts[-1] != "bias" else ".".join(kind[-2:])
