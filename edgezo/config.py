@@ -1,0 +1,119 @@
+"""The configuration of a run: the one source of its defaults, checked, and saved resolved."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from edgezo.errors import ConfigError
+
+CONFIG_BYTES_LIMIT = 1 << 20
+DEFAULT_STEPS = 500
+
+
+class TuneConfig(BaseModel):
+    """Everything that decides a run. Field names are the command line's, with `_` for `-`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str = Field(description="training rows: .jsonl, .csv or .tsv")
+    valid: str | None = Field(None, description="validation rows; the best state by these is kept")
+    template: str | None = Field(None, description="classification prompt with {field} names; the label word continues it")
+    labels: dict[str, str] | None = Field(None, description="label as written in the data: label word")
+    label_field: str = Field("label", description="field that holds the label")
+    max_length: int | None = Field(None, gt=1, description="tokens of a row at most; the model's context when unset")
+    steps: int | None = Field(None, gt=0, description=f"steps in all; {DEFAULT_STEPS} when neither steps nor minutes is given")
+    minutes: float | None = Field(None, gt=0, description="time budget in minutes, evaluation included")
+    lr: float = Field(2e-5, gt=0, description="learning rate")
+    eps: float = Field(1e-3, gt=0, description="perturbation scale")
+    batch: int = Field(16, gt=0, description="rows of a step")
+    seed: int = Field(0, ge=0, lt=1 << 64, description="of noise and data order; 0 is an ordinary seed")
+    noise: Literal["rademacher", "gaussian"] = Field("rademacher", description="distribution of z")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="of the learning rate")
+    warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the run with a rising learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, on matrices alone")
+    eval_every: int = Field(100, gt=0, description="steps between evaluations")
+    eval_rows: int = Field(256, gt=0, description="validation rows used for these; all when fewer")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> "TuneConfig":
+        if self.lr * self.weight_decay >= 1:
+            raise ValueError("lr * weight_decay must be below 1")
+        return self
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the whole run; None when time alone ends it."""
+        return self.steps if self.steps is not None or self.minutes is not None else DEFAULT_STEPS
+
+
+def default(field: str) -> Any:
+    """The default of one field of `TuneConfig`."""
+    return TuneConfig.model_fields[field].default
+
+
+def make_config(file: str | Path | None, options: dict[str, Any]) -> TuneConfig:
+    """A configuration from an optional YAML or JSON file and options that override it (None means not given).
+
+    Raises:
+        ConfigError: the file cannot be read, or a value is unknown or out of range.
+    """
+    values = _read(Path(file)) if file is not None else {}
+    values.update({name: value for name, value in options.items() if value is not None})
+    if isinstance(values.get("labels"), str):
+        values["labels"] = parse_labels(values["labels"])
+    elif isinstance(values.get("labels"), list):
+        values["labels"] = parse_labels(",".join(map(str, values["labels"])))
+    elif isinstance(values.get("labels"), dict):
+        values["labels"] = {str(key): str(word) for key, word in values["labels"].items()}
+    try:
+        return TuneConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(describe(error, str(file) if file else None)) from None
+
+
+def parse_labels(text: str) -> dict[str, str]:
+    """`terrible,great` (words in the order of the integer label) or `neg=terrible,pos=great` (a mapping).
+
+    Raises:
+        ConfigError: a word is missing or given twice, or the two forms are mixed.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    mapped = [part.split("=", 1) for part in parts if "=" in part]
+    if mapped and len(mapped) != len(parts):
+        raise ConfigError(f"--labels {text!r}: mixes words and label=word; use one form")
+    labels = {key.strip(): word.strip() for key, word in mapped} if mapped else {str(index): word for index, word in enumerate(parts)}
+    if len(labels) != len(parts) or not all(labels.values()) or len(set(labels.values())) != len(labels):
+        raise ConfigError(f"--labels {text!r}: every label needs one word of its own")
+    return labels
+
+
+def describe(error: ValidationError, file: str | None = None) -> str:
+    """The first problem of a validation in one line."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    shown = f"--{name.replace('_', '-')}" if file is None else f"{file}: {name}"
+    if first["type"] == "missing":
+        return f"{shown}: not given; it is needed"
+    if first["type"] == "extra_forbidden":
+        return f"{shown}: no such setting; the settings are {', '.join(TuneConfig.model_fields)}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{shown} {first['input']!r}: {message[0].lower()}{message[1:]}" if name else message
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    if path.stat().st_size > CONFIG_BYTES_LIMIT:
+        raise ConfigError(f"{path}: larger than {CONFIG_BYTES_LIMIT} bytes; this is no configuration")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"{path}: not readable as {'JSON' if path.suffix == '.json' else 'YAML'} ({first})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds a {type(values).__name__}, not settings by name")
+    return values

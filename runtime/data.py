@@ -1,0 +1,80 @@
+"""Rows from JSONL, CSV and TSV files, each with its place for error messages."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edgezo.errors import DataError
+
+LINE_BYTES_LIMIT = 1 << 24
+
+
+class Row(NamedTuple):
+    """One example as read: `fields` by name, and `place` as file:line."""
+
+    fields: dict[str, Any]
+    place: str
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Read a data file; the suffix tells the format (.jsonl, .json with one object a line, .csv, .tsv).
+
+    Raises:
+        DataError: missing, empty, of another suffix, or a malformed line (file and line number).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such data file")
+    readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".csv": _read_table, ".tsv": _read_table}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: unknown data format {path.suffix or '(no suffix)'!r}; use .jsonl, .csv or .tsv")
+    try:
+        rows = list(reader(path))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    if not rows:
+        raise DataError(f"{path}: no rows in it")
+    return rows
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with open(path, encoding="utf-8-sig") as file:
+        number = 0
+        while line := file.readline(LINE_BYTES_LIMIT + 1):
+            number += 1
+            place = f"{path}:{number}"
+            if len(line) > LINE_BYTES_LIMIT:
+                raise DataError(f"{place}: line longer than {LINE_BYTES_LIMIT} characters")
+            if not line.strip():
+                raise DataError(f"{place}: empty line; remove it")
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", type(error).__name__)
+                raise DataError(f"{place}: not a JSON object ({reason}); one object a line is expected") from None
+            if not isinstance(fields, dict):
+                raise DataError(f"{place}: a JSON {type(fields).__name__}; one object a line is expected")
+            yield Row(fields, place)
+
+
+def _read_table(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(min(LINE_BYTES_LIMIT, sys.maxsize))
+    tab = path.suffix.lower() == ".tsv"
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        # quotes are ordinary characters in the TSV files of the field (GLUE and others)
+        reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tab else csv.reader(file, strict=True)
+        try:
+            header = next(reader, [])
+            if len(set(header)) != len(header) or not all(name.strip() for name in header):
+                raise DataError(f"{path}:1: the header needs a distinct name for every column, found {header}")
+            for cells in reader:
+                place = f"{path}:{reader.line_num}"
+                if len(cells) != len(header):
+                    raise DataError(f"{place}: {len(cells)} cells, the header has {len(header)}" if cells else f"{place}: empty line; remove it")
+                yield Row(dict(zip(header, cells, strict=True)), place)
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: malformed ({error})") from None

@@ -1,0 +1,77 @@
+"""Text from the generation graph, token by token with a KV cache."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from edgezo.errors import ConfigError, DataError
+from edgezo.runtime.model import EdgeModel
+
+
+class Sampling(NamedTuple):
+    """How to draw a token: p_i ~ exp(logit_i / temperature) over the `top_k` most likely (0: all) that make up `top_p` of the mass."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def generate(model: EdgeModel, prompt: str, max_tokens: int = 64, sampling: Sampling | None = None) -> Iterator[str]:
+    """Yield the continuation of `prompt` piece by piece, until an end-of-text token, `max_tokens`, or the model's context is full.
+
+    Greedy (the most likely token, the first of equals) unless `sampling` is given.
+
+    Raises:
+        DataError: the prompt is empty or fills the context.
+        ConfigError: a sampling setting is out of range.
+    """
+    if sampling is not None and not (sampling.temperature > 0 and sampling.top_k >= 0 and 0 < sampling.top_p <= 1):
+        raise ConfigError(f"temperature must be above 0, top-k at least 0 and top-p in (0, 1]; got {sampling.temperature}, {sampling.top_k}, {sampling.top_p}")
+    facts, graph, context = model.manifest.tokenizer, model.manifest.generation, model.manifest.origin.context_length
+    tokens = model.text.encode(prompt) or ([facts.bos_token_id] if facts.bos_token_id is not None else [])
+    if not tokens:
+        raise DataError("the prompt is empty and this model has no beginning-of-text token; give some text")
+    if len(tokens) >= context:
+        raise DataError(f"the prompt has {len(tokens)} tokens, the model's context is {context}; shorten it")
+    random = np.random.default_rng(sampling.seed) if sampling else None
+    outputs = ["logits", *(state.output for state in graph.past)]
+    past = {state.input: np.zeros((1, state.heads, 0, state.head_dim), np.float32) for state in graph.past}
+    new, seen, written, shown = tokens, 0, list[int](), ""
+    while len(written) < max_tokens and seen + len(new) < context:
+        feeds = {
+            "input_ids": np.array([new]),
+            "attention_mask": np.ones((1, seen + len(new)), np.int64),
+            "position_ids": np.arange(seen, seen + len(new))[None],
+            "hidden_rows": np.array([len(new) - 1]),
+        }
+        logits, *present = model.generation.run(outputs, {**{name: feeds[name] for name in graph.inputs}, **past})
+        token = int(logits[0].argmax()) if random is None or sampling is None else _sample(logits[0], sampling, random)
+        if token in facts.eos_token_ids:
+            break
+        past = {state.input: value for state, value in zip(graph.past, present, strict=True)}
+        seen, new = seen + len(new), [token]
+        written.append(token)
+        text = model.text.decode(written)
+        # a character of several tokens shows as U+FFFD until it is whole
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    rest = model.text.decode(written)[len(shown) :]
+    if rest:
+        yield rest
+
+
+def _sample(logits: npt.NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
+    wide = logits.astype(np.float64) / sampling.temperature
+    order = np.argsort(-wide, kind="stable")
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    probability = np.exp(wide[order] - wide[order[0]])
+    probability /= probability.sum()
+    # keep the smallest head whose mass reaches top_p
+    kept = int(np.searchsorted(np.cumsum(probability), sampling.top_p)) + 1
+    head = probability[:kept] / probability[:kept].sum()
+    return int(order[:kept][random.choice(len(head), p=head)])

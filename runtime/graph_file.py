@@ -1,0 +1,101 @@
+"""What an .onnx file connects, read with the protobuf wire format alone: the device half does without the onnx package.
+
+Field numbers are those of onnx.proto (stable since IR version 3): ModelProto.graph = 7; GraphProto.node = 1, output = 12;
+NodeProto.input = 1, output = 2, attribute = 5; AttributeProto.g = 6, graphs = 11; ValueInfoProto.name = 1.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgezo.errors import EdgeModelError
+
+GRAPH_BYTES_LIMIT = 1 << 30
+
+
+def disconnected(path: Path, names: list[str]) -> list[str]:
+    """Those of `names` that no output of the graph depends on.
+
+    Raises:
+        EdgeModelError: the file is not an ONNX graph.
+    """
+    try:
+        if path.stat().st_size > GRAPH_BYTES_LIMIT:
+            raise ValueError("larger than 1 GB")
+        reached = _reached(memoryview(path.read_bytes()))
+    except (ValueError, IndexError, UnicodeDecodeError, RecursionError) as error:
+        raise EdgeModelError(f"{path}: not readable as an ONNX graph ({error}); export the model again") from None
+    return [name for name in names if name not in reached]
+
+
+def _reached(model: memoryview) -> set[str]:
+    graph = next((value for field, value in _fields(model) if field == 7), None)
+    if graph is None:
+        raise ValueError("no graph in it")
+    producers: dict[str, list[str]] = {}
+    waiting: list[str] = []
+    for field, value in _fields(graph):
+        if field == 1:
+            inputs, outputs = _node(value)
+            for output in outputs:
+                producers[output] = inputs
+        elif field == 12:
+            waiting += [str(part, "utf-8") for inner, part in _fields(value) if inner == 1]
+    reached: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            waiting += producers.get(name, [])
+    return reached
+
+
+def _node(node: memoryview) -> tuple[list[str], list[str]]:
+    """Inputs (with all that its sub-graphs name) and outputs of one node."""
+    inputs, outputs = [], []
+    for field, value in _fields(node):
+        if field == 1:
+            inputs.append(str(value, "utf-8"))
+        elif field == 2:
+            outputs.append(str(value, "utf-8"))
+        elif field == 5:
+            for inner, graph in _fields(value):
+                if inner in (6, 11):
+                    for number, part in _fields(graph):
+                        if number == 1:
+                            inputs += _node(part)[0]
+    return inputs, outputs
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """(field number, bytes) of every length-delimited field; numbers are skipped."""
+    position = 0
+    while position < len(message):
+        key, position = _varint(message, position)
+        kind = key & 7
+        if kind == 0:
+            _, position = _varint(message, position)
+        elif kind == 1:
+            position += 8
+        elif kind == 5:
+            position += 4
+        elif kind == 2:
+            length, position = _varint(message, position)
+            if length > len(message) - position:
+                raise ValueError("a field ends after the end of the file")
+            yield key >> 3, message[position : position + length]
+            position += length
+        else:
+            raise ValueError(f"wire type {kind}")
+
+
+def _varint(message: memoryview, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[position]
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, position
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number is too long")

@@ -1,0 +1,89 @@
+"""The proof, at the start of a run, that the engine sees a change of every tunable tensor.
+
+Many tensors are proven with few runs. All of them are perturbed at once; a session made *afterwards* has read the changed bytes whatever
+it folds, packs or copies, so its scores are what a live session must give. Then the session that will be used is made from the
+unchanged bytes, the same change is written under it, and its scores must be equal to the last bit: a tensor frozen in it would
+keep its old value and break the equality. The cost is one more session and three short forwards instead of one forward a tensor.
+"""
+
+import numpy as np
+
+from edgezo.errors import DeadTensorError
+from edgezo.runtime.graph_file import disconnected
+from edgezo.runtime.model import Array, EdgeModel
+from edgezo.runtime.noise import Direction
+from edgezo.runtime.session import Session
+from edgezo.runtime.weights import MutableWeights
+
+PROBE = Direction(seed=0, step=(1 << 64) - 1)  # no run has this step
+PROBE_TOKENS = 8  # more than one, or attention over a single key would hide queries and keys
+
+
+def prove_live(model: EdgeModel, weights: MutableWeights) -> None:
+    """Refuse the model unless every tunable tensor is live in its scoring session. The weights are afterwards as before.
+
+    Raises:
+        DeadTensorError: names the tensors that are not live.
+    """
+    names = list(model.tunable)
+    path = model.directory / model.manifest.scoring.file
+    dead = disconnected(path, names)
+    if dead:
+        raise _refusal(model, dead, "nothing in the scoring graph uses them")
+    feeds = _probe_feeds(model)
+    weights.add(PROBE, weights.eps)
+    weights.flush()
+    changed_at_load = _scores(model.fresh_scoring(), feeds)
+    weights.add(PROBE, weights.eps, -1)
+    weights.flush()
+    session = model.scoring
+    dead = [name for name in names if name not in session.mutable]
+    if dead:
+        raise _refusal(model, dead, "they are constants of the scoring graph, not overridable initializers")
+    base = _scores(session, feeds)
+    weights.add(PROBE, weights.eps)
+    weights.flush()
+    changed_in_place = _scores(session, feeds)
+    weights.add(PROBE, weights.eps, -1)
+    weights.flush()
+    if np.array_equal(changed_in_place, changed_at_load) and not np.array_equal(changed_in_place, base):
+        return
+    dead = [name for name in names if not _live_alone(session, model.weights[name], feeds, base)]
+    if dead:
+        raise _refusal(model, dead, "the engine does not see their changes")
+
+
+def _live_alone(session: Session, array: Array, feeds: dict[str, Array], base: Array) -> bool:
+    """Change one tensor, run, put the bytes back: the slow proof, one run a tensor."""
+    original = array.copy()
+    array *= np.float32(1.25)
+    array += np.float32(2**-7)
+    try:
+        return not np.array_equal(_scores(session, feeds), base)
+    finally:
+        array[...] = original
+
+
+def _scores(session: Session, feeds: dict[str, Array]) -> Array:
+    return session.run(["log_probs"], feeds)[0]
+
+
+def _probe_feeds(model: EdgeModel) -> dict[str, Array]:
+    """One short row of spread-out tokens; a few targets at every position."""
+    vocabulary = model.manifest.origin.vocab_size
+    tokens = (np.arange(1, PROBE_TOKENS + 1) * (vocabulary // (PROBE_TOKENS + 1) or 1)) % vocabulary
+    targets = np.tile((tokens * 7 + 3) % vocabulary, PROBE_TOKENS)
+    feeds = {
+        "input_ids": tokens[None],
+        "attention_mask": np.ones((1, PROBE_TOKENS), np.int64),
+        "position_ids": np.arange(PROBE_TOKENS)[None],
+        "hidden_rows": np.arange(PROBE_TOKENS),
+        "pair_rows": np.repeat(np.arange(PROBE_TOKENS), PROBE_TOKENS),
+        "pair_targets": targets,
+    }
+    return {name: feeds[name] for name in model.manifest.scoring.inputs}
+
+
+def _refusal(model: EdgeModel, dead: list[str], why: str) -> DeadTensorError:
+    shown = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
+    return DeadTensorError(f"{model.directory}: {len(dead)} of {len(model.tunable)} tunable tensors would not be tuned, {why}: {shown}; export again, or leave them out with --tunable")

@@ -1,0 +1,108 @@
+"""An edge model, opened: verified files, weights in memory, sessions on demand."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgezo.errors import EdgeModelError
+from edgezo.manifest import Graph, Manifest, StoredFile, Tensor, read_manifest, verify_file, verify_size
+from edgezo.runtime.session import Session
+from edgezo.runtime.text import TextCodec
+from edgezo.runtime.weights import default_threads
+from edgezo.storage import CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from edgezo.runtime.generate import Sampling
+
+Array = npt.NDArray[Any]
+
+
+class EdgeModel:
+    """An edge model directory, verified and loaded.
+
+    Args:
+        directory: made by `edgezo export`.
+        threads: threads of the engine and of the passes over the weights; the cores of this process when None.
+
+    Raises:
+        EdgeModelError: a file is missing, truncated or changed, or the manifest cannot be trusted.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, threads: int | None = None) -> None:
+        self.directory = Path(directory)
+        self.manifest: Manifest = read_manifest(self.directory)
+        self.threads = threads or default_threads()
+        files = self.manifest.files
+        for name in files:
+            verify_size(self.directory, name, files[name])
+        weight_files = {tensor.file for tensor in self.manifest.tensors}
+        for name in files.keys() - weight_files:
+            verify_file(self.directory, name, files[name])
+        self.text = TextCodec(self.directory, self.manifest.tokenizer)
+        buffers = {name: _load(self.directory, name, files[name]) for name in sorted(weight_files)}
+        self.weights: dict[str, Array] = {tensor.name: _view(buffers[tensor.file], tensor) for tensor in self.manifest.tensors}
+
+    @cached_property
+    def scoring(self) -> Session:
+        """The scoring graph; made at first use."""
+        return self._session(self.manifest.scoring)
+
+    @cached_property
+    def generation(self) -> Session:
+        """The generation graph over the same weights; made at first use."""
+        return self._session(self.manifest.generation)
+
+    @property
+    def tunable(self) -> dict[str, npt.NDArray[np.float32]]:
+        """The arrays tuning may change, by Hugging Face name, as stored (`Tensor.transposed` says how)."""
+        return {tensor.name: self.weights[tensor.name] for tensor in self.manifest.tunable}
+
+    def fresh_scoring(self) -> Session:
+        """A new session of the scoring graph, loaded from the weights as they are now."""
+        return self._session(self.manifest.scoring)
+
+    def generate(self, prompt: str, max_tokens: int = 64, sampling: "Sampling | None" = None) -> str:
+        """Continue `prompt`; greedy unless `sampling` is given. Returns the new text alone."""
+        from edgezo.runtime.generate import generate
+
+        return "".join(generate(self, prompt, max_tokens, sampling))
+
+    def log_probs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        """log p(completion | prompt) of each pair, summed over the completion's tokens, in nats."""
+        from edgezo.runtime.scoring import Sequences
+
+        pairs = [self.text.split(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        return [float(sum(scores)) for scores in Sequences(self).log_probs(pairs)]
+
+    def _session(self, graph: Graph) -> Session:
+        return Session(self.directory / graph.file, self.weights, self.threads)
+
+
+def _load(directory: Path, name: str, stored: StoredFile) -> npt.NDArray[np.uint8]:
+    """Read a weight file into memory, hashing the very bytes that are used."""
+    path = directory / name
+    try:
+        buffer = np.empty(stored.bytes, np.uint8)
+    except MemoryError:
+        raise EdgeModelError(f"{path}: {stored.bytes / 1e9:.1f} GB of weights do not fit into memory; export a smaller model") from None
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        position = 0
+        while position < stored.bytes:
+            count = file.readinto(memoryview(buffer)[position : position + CHUNK_BYTES])
+            if not count:
+                raise EdgeModelError(f"{path}: ends at {position} of {stored.bytes} bytes; copy or export the edge model again")
+            digest.update(memoryview(buffer)[position : position + count])
+            position += count
+    verify_file(directory, name, stored, digest.hexdigest())
+    return buffer
+
+
+def _view(buffer: npt.NDArray[np.uint8], tensor: Tensor) -> Array:
+    return buffer[tensor.offset : tensor.offset + tensor.nbytes].view(np.dtype(tensor.dtype).newbyteorder("<")).reshape(tensor.shape)

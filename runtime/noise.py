@@ -1,0 +1,119 @@
+"""Counter-based noise, version 1. The written specification is docs/noise.md; this module is its NumPy implementation.
+
+z for block b of a tensor is a window of one shared table, at an offset and with a sign drawn by Philox4x64-10:
+
+    word   = Philox(key=[seed, NOISE], counter=[1 + b // 4, tensor, step, direction])[b % 4]
+    offset = (word >> 32) * M >> 32          sign = -1 if word & 1 else +1
+    z[BLOCK * b + i] = sign * table[(offset + i) mod M]
+
+The Rademacher table is a maximal-length shift-register sequence, whose shifts are orthogonal up to 1/M: over the draws E[z z^T] = I to
+4e-6, as for fresh bits, at the speed of one slice and one add.
+"""
+
+import functools
+from statistics import NormalDist
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+SPECIFICATION_VERSION = 1
+Distribution = Literal["rademacher", "gaussian"]
+
+TABLE_SIZE = (1 << 18) - 1  # M; 1 MB of float32 stays in the second-level cache of a laptop or Jetson core
+BLOCK = 1 << 16  # elements that share one draw
+NOISE, DITHER, DECAY, ORDER, INIT = range(5)  # second key word: what the draw is for
+
+Floats = npt.NDArray[np.float32]
+
+
+class Direction(NamedTuple):
+    """What names one z: the run's seed, the step, and the number of the direction within the step."""
+
+    seed: int
+    step: int
+    index: int = 0
+
+
+def words(seed: int, domain: int, count: int, *, first: int = 0, tensor: int = 0, step: int = 0, direction: int = 0) -> npt.NDArray[np.uint64]:
+    """`count` words of the raw stream, from word `first` (a multiple of 4) on.
+
+    Returns:
+        uint64 [count]. The raw stream of Philox4x64-10 is the same in every NumPy version (NEP 19) and every language.
+    """
+    # NumPy counts up before the first output: counter word 0 as given is one less than the one used
+    bits = np.random.Philox(key=np.array([seed, domain], np.uint64), counter=np.array([first // 4, tensor, step, direction], np.uint64))
+    return np.asarray(bits.random_raw(count), np.uint64)
+
+
+def block_draws(direction: Direction, tensor: int, first: int, count: int) -> tuple[list[int], list[bool]]:
+    """Table offsets and negations of blocks first .. first + count - 1 of the tensor with id `tensor`."""
+    start = first // 4 * 4
+    drawn = words(direction.seed, NOISE, first + count - start, first=start, tensor=tensor, step=direction.step, direction=direction.index)[first - start :]
+    offsets = ((drawn >> np.uint64(32)) * np.uint64(TABLE_SIZE)) >> np.uint64(32)
+    return offsets.tolist(), (drawn & np.uint64(1)).astype(bool).tolist()
+
+
+def uniform(seed: int, domain: int, step: int, direction: int = 0) -> float:
+    """One number in [0, 1): the upper 53 bits of the first word of a stream."""
+    return float(words(seed, domain, 1, step=step, direction=direction)[0] >> np.uint64(11)) * 2.0**-53
+
+
+def tensor_id(name: str) -> int:
+    """The 64-bit id of a tensor: the first eight bytes of SHA-256 of its Hugging Face name, little-endian."""
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+
+
+@functools.cache
+def table(distribution: Distribution) -> Floats:
+    """The shared table, float32 [M + BLOCK]: one period and its continuation, so that every window is one slice. Read-only."""
+    period = _shift_register_signs() if distribution == "rademacher" else _normal_quantiles()
+    extended = np.concatenate([period, period[:BLOCK]])
+    extended.flags.writeable = False
+    return extended
+
+
+def largest(distribution: Distribution) -> float:
+    """The largest absolute value in the table."""
+    return float(np.abs(table(distribution)).max())
+
+
+def draw(direction: Direction, name: str, size: int, distribution: Distribution = "rademacher") -> Floats:
+    """All of z for one tensor, flat, float32 [size]: the slow way, for tests and for other programs."""
+    offsets, negated = block_draws(direction, tensor_id(name), 0, -(-size // BLOCK))
+    values = table(distribution)
+    parts = [-values[o : o + BLOCK] if n else values[o : o + BLOCK] for o, n in zip(offsets, negated, strict=True)]
+    return np.concatenate(parts)[:size]
+
+
+def permutation(seed: int, size: int, epoch: int) -> npt.NDArray[np.int64]:
+    """A permutation of range(size): the stable order of the words of the ORDER stream of this epoch."""
+    return np.argsort(words(seed, ORDER, size, step=epoch), kind="stable")
+
+
+def _shift_register_signs() -> Floats:
+    """s[n + 18] = s[n + 7] xor s[n] from s[0..17] = 1; bit 0 gives +1, bit 1 gives -1. x^18 + x^7 + 1 is primitive: period 2^18 - 1."""
+    bits = np.ones(TABLE_SIZE + 18, np.uint8)
+    position, stride = 18, 1
+    while position < TABLE_SIZE:
+        # s[n + 18 q] = s[n + 7 q] xor s[n] for every q = 2^k, since squaring is linear over GF(2)
+        while 36 * stride <= position:
+            stride *= 2
+        end = min(position + 11 * stride, TABLE_SIZE)
+        base = np.arange(position, end) - 18 * stride
+        bits[position:end] = bits[base + 7 * stride] ^ bits[base]
+        position = end
+    return np.where(bits[:TABLE_SIZE], np.float32(-1), np.float32(1))
+
+
+def _normal_quantiles() -> Floats:
+    """The M mid-point quantiles of the standard normal, rounded to 2^-12 and shuffled by the INIT stream of seed 0.
+
+    Rounding to 2^-12 keeps the last bit of a system's logarithm out of the table.
+    """
+    normal = NormalDist()
+    quantiles = np.array([normal.inv_cdf((k + 0.5) / TABLE_SIZE) for k in range(TABLE_SIZE)])
+    rounded = np.rint(quantiles * 4096) / 4096
+    return rounded[np.argsort(words(0, INIT, TABLE_SIZE), kind="stable")].astype(np.float32)

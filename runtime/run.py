@@ -1,0 +1,140 @@
+"""A run directory: config.json, journal.bin, metrics.jsonl, summary.json; and the weights it stands for."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import ValidationError
+
+from edgezo.config import TuneConfig, describe
+from edgezo.errors import RunError
+from edgezo.manifest import Manifest
+from edgezo.runtime import noise
+from edgezo.runtime.journal import StepRecord, read_journal
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.noise import Direction
+from edgezo.runtime.optimizer import sgd_step
+from edgezo.runtime.weights import MutableWeights
+from edgezo.storage import write_atomically
+
+CONFIG, JOURNAL, METRICS, SUMMARY = "config.json", "journal.bin", "metrics.jsonl", "summary.json"
+REPLAY_GROUP = 8  # steps added to a block while it lies in cache; each holds a 1.3 MB table
+StepChoice = int | Literal["best", "last"]
+
+
+class Run(NamedTuple):
+    """A run directory as read."""
+
+    directory: Path
+    config: TuneConfig
+    base_id: str
+    data_sha256: str
+    records: list[StepRecord]
+    whole_bytes: int
+    evaluations: dict[int, dict[str, Any]]
+    seconds: float
+
+    @property
+    def best_step(self) -> int:
+        """The step with the best validation; the last step when there was none."""
+        scored = {step: (e.get("accuracy", 0.0), -e["loss"]) for step, e in self.evaluations.items() if step <= len(self.records)}
+        return max(scored, key=lambda step: (scored[step], -step)) if scored else len(self.records)
+
+    def resolve(self, step: StepChoice) -> int:
+        """The number of a step given as number, 'best' or 'last'."""
+        if step == "best":
+            return self.best_step
+        if step == "last":
+            return len(self.records)
+        if not 0 <= step <= len(self.records):
+            raise RunError(f"{self.directory}: step {step} was asked for, the run has steps 0 to {len(self.records)}")
+        return step
+
+
+def base_id(manifest: Manifest) -> str:
+    """Identity of the weights a run starts from: SHA-256 over every tensor's name, shape and place and the weight files' hashes."""
+    parts = [[t.name, t.shape, t.file, t.offset, t.tunable, manifest.files[t.file].sha256] for t in manifest.tensors]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def journal_header(config: TuneConfig, base: str, data_sha256: str, valid_sha256: str | None, tokenizer_sha256: str) -> dict[str, Any]:
+    """The header of a run's journal: all that the weights, besides the records, depend on."""
+    return {
+        "base": base,
+        "config": config.model_dump(),
+        "data": data_sha256,
+        "valid": valid_sha256,
+        "tokenizer": tokenizer_sha256,
+        "noise": noise.SPECIFICATION_VERSION,
+    }
+
+
+def read_run(directory: str | Path) -> Run:
+    """Read a run directory.
+
+    Raises:
+        RunError: it is none, or its files cannot be used.
+    """
+    directory = Path(directory)
+    if not (directory / JOURNAL).is_file():
+        raise RunError(f"{directory}: no run in it ({JOURNAL} is missing); make one with: edgezo tune DIR --data FILE -o {directory}")
+    contents = read_journal(directory / JOURNAL)
+    header = contents.header
+    if header.get("noise") != noise.SPECIFICATION_VERSION:
+        raise RunError(f"{directory}: its noise is of specification {header.get('noise')!r}, this edgezo has {noise.SPECIFICATION_VERSION}")
+    try:
+        config = TuneConfig.model_validate(header.get("config"))
+    except ValidationError as error:
+        raise RunError(f"{directory}: {describe(error, JOURNAL)}") from None
+    evaluations, seconds = _read_metrics(directory / METRICS)
+    return Run(directory, config, str(header.get("base")), str(header.get("data")), contents.records, contents.whole_bytes, evaluations, seconds)
+
+
+def check_base(run: Run, model: EdgeModel) -> None:
+    """Refuse a run that was tuned from other weights."""
+    if run.base_id != base_id(model.manifest):
+        raise RunError(f"{run.directory}: was tuned from another edge model (base {run.base_id[:12]}…) than {model.directory} ({base_id(model.manifest)[:12]}…); give the one it was tuned from")
+
+
+def mutable_weights(model: EdgeModel, config: TuneConfig) -> MutableWeights:
+    """The model's tunable weights as this configuration changes them."""
+    return MutableWeights(model.tunable, eps=config.eps, distribution=config.noise, threads=model.threads)
+
+
+def replay(run: Run, weights: MutableWeights, steps: int) -> None:
+    """Bring base weights to the state after `steps` steps, without a forward pass."""
+    for step, record in enumerate(run.records[:steps]):
+        sgd_step(weights, Direction(run.config.seed, step), record.projected_grad, record.learning_rate, run.config.weight_decay)
+        if (step + 1) % REPLAY_GROUP == 0:
+            weights.flush()
+    weights.flush()
+
+
+def load_tuned(model: EdgeModel, directory: str | Path, step: StepChoice = "best") -> Run:
+    """Turn a freshly opened model into the one of a run: base + journal. Returns the run."""
+    run = read_run(directory)
+    check_base(run, model)
+    replay(run, mutable_weights(model, run.config), run.resolve(step))
+    return run
+
+
+def write_summary(directory: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json whole or not at all."""
+    write_atomically(directory / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+
+
+def _read_metrics(path: Path) -> tuple[dict[int, dict[str, Any]], float]:
+    """Evaluations by step and seconds spent; a torn last line is passed over."""
+    evaluations: dict[int, dict[str, Any]] = {}
+    seconds = 0.0
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+                if "valid" in entry:
+                    evaluations[int(entry["step"])] = dict(entry["valid"], loss=float(entry["valid"]["loss"]))
+                seconds = max(seconds, float(entry.get("seconds", 0.0)))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                continue
+    return evaluations, seconds

@@ -1,0 +1,86 @@
+"""Text to tokens and back, and the model's own chat template."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from tokenizers import Tokenizer
+
+from edgezo.errors import DataError, EdgeModelError
+from edgezo.manifest import TokenizerFacts
+
+Message = dict[str, str]
+
+
+class TextCodec:
+    """The tokenizer of an edge model.
+
+    Args:
+        directory: the edge model.
+        facts: its manifest's tokenizer entry.
+    """
+
+    def __init__(self, directory: Path, facts: TokenizerFacts) -> None:
+        self.facts = facts
+        path = directory / facts.file
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise EdgeModelError(f"{path}: not readable as a tokenizer ({error}); export the model again") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._template = (directory / facts.chat_template).read_text(encoding="utf-8") if facts.chat_template else None
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of `text`; with the special tokens the model's tokenizer puts around a text, unless `special` is False."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text
+
+    def split(self, prompt: str, completion: str, special: bool = True) -> tuple[list[int], list[int]]:
+        """Token ids of prompt and completion, encoded together so that a word at the seam has the tokens it has in running text."""
+        whole = self.encode(prompt + completion, special)
+        alone = self.encode(prompt, special)
+        shared = 0
+        while shared < min(len(alone), len(whole) - 1) and alone[shared] == whole[shared]:
+            shared += 1
+        return whole[:shared], whole[shared:]
+
+    def chat(self, messages: Sequence[Message], reply: bool = False) -> str:
+        """Render messages with the model's chat template; `reply` opens the assistant's turn.
+
+        Raises:
+            DataError: the model has no chat template, or its template refuses the messages.
+        """
+        if self._template is None:
+            raise DataError("this model has no chat template, so rows of messages cannot be used; use prompt and completion")
+        try:
+            text: str = _environment().from_string(self._template).render(messages=list(messages), add_generation_prompt=reply, **self.facts.special_tokens)
+        except jinja2.TemplateError as error:
+            raise DataError(f"the model's chat template refuses these messages: {error}") from error
+        return text
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """What chat templates are written for: the settings and names that transformers gives them."""
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    return environment

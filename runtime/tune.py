@@ -1,0 +1,255 @@
+"""`edgezo tune`: the loop, and the set-up around it."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from edgezo.config import TuneConfig
+from edgezo.errors import RunError
+from edgezo.runtime.data import read_rows
+from edgezo.runtime.estimator import Estimate, two_sided
+from edgezo.runtime.journal import Journal, StepRecord
+from edgezo.runtime.liveness import prove_live
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.noise import Direction
+from edgezo.runtime.objective import Evaluation, batch_loss, evaluate
+from edgezo.runtime.optimizer import schedule_factor, sgd_step
+from edgezo.runtime.order import DataOrder
+from edgezo.runtime.run import CONFIG, JOURNAL, METRICS, Run, base_id, check_base, journal_header, mutable_weights, read_run, replay, write_summary
+from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.tasks import Example, Examples, find_task, make_examples
+from edgezo.runtime.weights import MutableWeights
+from edgezo.storage import refuse_existing, sha256_file, write_atomically
+
+
+class StepReport(NamedTuple):
+    """One finished step. `step` counts from 1; `progress` is the finished fraction of the run."""
+
+    step: int
+    estimate: Estimate
+    learning_rate: float
+    step_seconds: float
+    seconds: float
+    progress: float
+
+
+class TuneResult(NamedTuple):
+    """How a run ended: finished, out of time, or interrupted."""
+
+    directory: Path
+    steps: int
+    ended: str
+    best_step: int
+    before: Evaluation | None
+    best: Evaluation | None
+    seconds: float
+
+
+@dataclass
+class Reporter:
+    """What the loop tells as it goes; every callback may be left out."""
+
+    stage: Callable[[str], None] = lambda text: None
+    step: Callable[[StepReport], None] = lambda report: None
+    evaluation: Callable[[int, Evaluation, bool], None] = lambda step, evaluation, best: None
+
+
+@dataclass
+class Tuner:
+    """Everything the loop works with, opened and checked."""
+
+    model: EdgeModel
+    config: TuneConfig
+    directory: Path
+    train: Examples
+    valid: Examples | None
+    weights: MutableWeights
+    journal: Journal
+    reporter: Reporter
+    first_step: int = 0
+    spent_seconds: float = 0.0
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+
+    def loop(self) -> TuneResult:
+        """Two forwards and one update a step, until the steps or the minutes are used up or a signal asks to stop."""
+        config, sequences = self.config, Sequences(self.model)
+        order = DataOrder([_length(example) for example in self.train.examples], config.batch, config.seed)
+        started = time.monotonic() - self.spent_seconds
+        step, ended = self.first_step, "finished"
+        with _stop_signals() as stopping, open(self.directory / METRICS, "a", encoding="utf-8", buffering=1) as metrics:
+            if step == 0:
+                self._evaluate(0, sequences, metrics, started)
+            while (progress := self._progress(step, time.monotonic() - started)) < 1:
+                if stopping.is_set():
+                    ended = "interrupted"
+                    break
+                begun = time.monotonic()
+                direction = Direction(config.seed, step)
+                batch = [self.train.examples[row] for row in order.batch(step)]
+                estimate = two_sided(self.weights, lambda batch=batch: batch_loss(sequences, batch), direction, self.weights.eps)  # type: ignore[misc]
+                lr = config.lr * schedule_factor(config.schedule, progress, config.warmup)
+                record = self.journal.append(StepRecord(estimate.projected_grad, lr, estimate.loss))
+                sgd_step(self.weights, direction, record.projected_grad, record.learning_rate, config.weight_decay)
+                step += 1
+                now = time.monotonic()
+                report = StepReport(step, estimate, record.learning_rate, now - begun, now - started, self._progress(step, now - started))
+                _write_step(metrics, report)
+                self.reporter.step(report)
+                if step % config.eval_every == 0 or report.progress >= 1:
+                    self._evaluate(step, sequences, metrics, started)
+            else:
+                ended = "finished" if step == config.total_steps else "out of time"
+        self.weights.flush()
+        return self._finish(step, ended, time.monotonic() - started)
+
+    def _progress(self, step: int, seconds: float) -> float:
+        """Finished fraction of the run: of its steps or of its minutes, whichever is further."""
+        total, minutes = self.config.total_steps, self.config.minutes
+        return max(step / total if total else 0.0, seconds / (60 * minutes) if minutes else 0.0)
+
+    def _evaluate(self, step: int, sequences: Sequences, metrics: Any, started: float) -> None:
+        if self.valid is None:
+            return
+        self.weights.flush()
+        self.journal.sync()
+        self.reporter.stage("evaluating")
+        found = evaluate(sequences, self.valid.examples)
+        best = not self.evaluations or found.score() > max(e.score() for e in self.evaluations.values())
+        self.evaluations[step] = found
+        metrics.write(json.dumps({"step": step, "valid": found.as_dict(), "seconds": round(time.monotonic() - started, 3)}) + "\n")
+        self.reporter.evaluation(step, found, best)
+
+    def _finish(self, step: int, ended: str, seconds: float) -> TuneResult:
+        best_step = max(self.evaluations, key=lambda s: (self.evaluations[s].score(), -s), default=step)
+        result = TuneResult(self.directory, step, ended, best_step, self.evaluations.get(0), self.evaluations.get(best_step), seconds)
+        shown = result._asdict()
+        shown.update(directory=None, before=result.before and result.before.as_dict(), best=result.best and result.best.as_dict(), seconds=round(seconds, 1))
+        write_summary(self.directory, {name: value for name, value in shown.items() if value is not None})
+        return result
+
+
+def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bool = False, reporter: Reporter | None = None) -> TuneResult:
+    """Tune a freshly opened model; afterwards its weights are those of the last step.
+
+    Args:
+        model: from `EdgeModel(directory)`; its weights are changed in place.
+        config: what to do.
+        output: run directory to make, or with `resume` to continue.
+        resume: go on after the last step in `output`; only steps, minutes and eval_every may differ from the run's own.
+
+    Raises:
+        EdgezoError: bad data, a run that cannot be continued, a dead tensor, a loss that is not finite. The run directory
+            then holds all whole steps.
+    """
+    reporter, output = reporter or Reporter(), Path(output)
+    previous = read_run(output) if resume else None
+    if previous is None:
+        refuse_existing(output, RunError, "continue it with --resume or choose another directory")
+    reporter.stage("reading data")
+    train, valid = _read_data(model, config)
+    header = journal_header(
+        config, base_id(model.manifest), sha256_file(Path(config.data)), sha256_file(Path(config.valid)) if config.valid else None, _tokenizer_hash(model)
+    )
+    if previous is not None:
+        check_base(previous, model)
+        _check_same(previous, config, header)
+    weights = mutable_weights(model, config)
+    reporter.stage(f"proving {len(model.tunable)} tensors live")
+    prove_live(model, weights)
+    try:
+        journal = _open_journal(output, config, header, previous)
+        with journal:
+            tuner = Tuner(model, config, output, train, valid, weights, journal, reporter)
+            if previous is not None:
+                reporter.stage(f"rebuilding step {len(previous.records)} from the journal")
+                replay(previous, weights, len(previous.records))
+                tuner.first_step, tuner.spent_seconds = len(previous.records), previous.seconds
+                tuner.evaluations = {s: _evaluation(e) for s, e in previous.evaluations.items() if s <= tuner.first_step}
+            return tuner.loop()
+    except OSError as error:
+        raise RunError(f"{output}: cannot be written ({error.strerror or error}); all whole steps are kept, continue with --resume when there is space") from error
+
+
+def _read_data(model: EdgeModel, config: TuneConfig) -> tuple[Examples, Examples | None]:
+    rows = read_rows(config.data)
+    task = find_task(rows, config.template, config.labels, config.label_field)
+    limit = row_limit(model, config)
+    train = make_examples(rows, task, model.text, limit)
+    if config.valid is None:
+        return train, None
+    chosen = read_rows(config.valid)
+    spread = max(1, len(chosen) / config.eval_rows)  # every k-th row, so that a sorted file is sampled evenly
+    chosen = [chosen[int(i * spread)] for i in range(min(len(chosen), config.eval_rows))]
+    return train, make_examples(chosen, task, model.text, limit)
+
+
+def row_limit(model: EdgeModel, config: TuneConfig) -> int:
+    """Tokens a row may have: --max-length, at most the model's context."""
+    context = model.manifest.origin.context_length
+    return min(config.max_length or context, context)
+
+
+def _open_journal(output: Path, config: TuneConfig, header: dict[str, Any], previous: Run | None) -> Journal:
+    if previous is not None:
+        return Journal.reopen(output / JOURNAL, previous.whole_bytes)
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / CONFIG, (config.model_dump_json(indent=1) + "\n").encode())
+    return Journal.create(output / JOURNAL, header)
+
+
+def _check_same(previous: Run, config: TuneConfig, header: dict[str, Any]) -> None:
+    """A resumed run may get more steps or minutes; what its weights depend on must stay."""
+    may_change = {"steps", "minutes", "eval_every", "eval_rows", "data", "valid"}
+    old, new = previous.config.model_dump(), config.model_dump()
+    for name in old:
+        if name not in may_change and old[name] != new[name]:
+            raise RunError(f"{previous.directory}: --{name.replace('_', '-')} {new[name]!r} differs from the run's {old[name]!r}; a resumed run keeps it, start a new run to change it")
+    recorded = previous.data_sha256
+    if recorded != header["data"]:
+        raise RunError(f"{config.data}: is not the data the run was started with (SHA-256 {header['data'][:12]}…, the run has {recorded[:12]}…); give the same file or start a new run")
+
+
+def _tokenizer_hash(model: EdgeModel) -> str:
+    return model.manifest.files[model.manifest.tokenizer.file].sha256
+
+
+def _evaluation(entry: dict[str, Any]) -> Evaluation:
+    return Evaluation(int(entry.get("rows", 0)), entry["loss"], entry.get("accuracy"), entry.get("macro_f1"), entry.get("perplexity"))
+
+
+def _length(example: Example) -> int:
+    return max(len(prompt) + len(completion) for prompt, completion in example.pairs)
+
+
+def _write_step(metrics: Any, report: StepReport) -> None:
+    estimate = report.estimate
+    line = {"step": report.step, "loss": estimate.loss, "projected_grad": estimate.projected_grad, "lr": report.learning_rate}
+    metrics.write(json.dumps({**line, "step_seconds": round(report.step_seconds, 4), "seconds": round(report.seconds, 3)}) + "\n")
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Set the event at the first SIGINT or SIGTERM; a second SIGINT interrupts at once. Only the main thread can listen."""
+    stopping = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stopping.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stopping.set()
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
