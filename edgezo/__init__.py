@@ -1,1 +1,42 @@
-"""edgezo: fine-tune language models with nothing but an inference engine."""
+"""edgezo: fine-tune language models on laptops and Jetsons with nothing but an inference engine.
+
+import edgezo
+
+edgezo.export_model("HuggingFaceTB/SmolLM2-135M-Instruct", "edge")  # on the workstation: pip install 'edgezo[export]'
+result = edgezo.tune("edge", "run", data="train.jsonl", valid="valid.jsonl", template="{sentence} It was", labels="terrible,great", steps=300)
+print(result.before.accuracy, "->", result.best.accuracy)
+
+model = edgezo.EdgeModel("edge", run="run")  # base + journal = the tuned model
+print(model.generate("The film is over. It was", max_tokens=20))
+print(model.log_probs(["A joy to watch. It was"] * 2, [" terrible", " great"]))
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgezo.api import evaluate as evaluate
+    from edgezo.api import tune as tune
+    from edgezo.config import TuneConfig as TuneConfig
+    from edgezo.errors import EdgezoError as EdgezoError
+    from edgezo.export import export_model as export_model
+    from edgezo.runtime.model import EdgeModel as EdgeModel
+
+__version__ = "0.1.0"
+
+# loaded at first use: the device never needs torch, and `edgezo --help` waits for nothing
+_HOMES = {
+    "EdgeModel": "edgezo.runtime.model",
+    "EdgezoError": "edgezo.errors",
+    "TuneConfig": "edgezo.config",
+    "evaluate": "edgezo.api",
+    "export_model": "edgezo.export",
+    "tune": "edgezo.api",
+}
+__all__ = ["EdgeModel", "EdgezoError", "TuneConfig", "__version__", "evaluate", "export_model", "tune"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edgezo' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

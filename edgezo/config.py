@@ -1,6 +1,7 @@
 """The configuration of a run: the one source of its defaults, checked, and saved resolved."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +55,7 @@ def default(field: str) -> Any:
     return TuneConfig.model_fields[field].default
 
 
-def make_config(file: str | Path | None, options: dict[str, Any]) -> TuneConfig:
+def make_config(file: str | os.PathLike[str] | None, options: dict[str, Any]) -> TuneConfig:
     """A configuration from an optional YAML or JSON file and options that override it (None means not given).
 
     Raises:

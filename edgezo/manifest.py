@@ -2,16 +2,17 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgezo.errors import EdgeModelError
 from edgezo.storage import is_plain_name, sha256_file, write_atomically
 
-FORMAT = "edgezo-edge-model"
-VERSION = 1
+FORMAT: Final = "edgezo-edge-model"
+VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES_LIMIT = 64 << 20
 ALIGNMENT = 4096  # bytes; every tensor starts on a page, so that any system can map it
@@ -173,7 +174,9 @@ def verify_file(directory: Path, name: str, stored: StoredFile, sha256: str | No
     verify_size(directory, name, stored)
     found = sha256_file(path) if sha256 is None else sha256
     if found != stored.sha256:
-        raise EdgeModelError(f"{path}: SHA-256 {found[:12]}…, manifest says {stored.sha256[:12]}…; the file was changed, copy or export it again")
+        raise EdgeModelError(
+            f"{path}: SHA-256 {found[:12]}…, manifest says {stored.sha256[:12]}…; the file was changed, copy or export it again"
+        )
 
 
 def verify_size(directory: Path, name: str, stored: StoredFile) -> None:
@@ -218,7 +221,7 @@ def _check(manifest: Manifest, path: Path) -> None:
         spans.setdefault(tensor.file, []).append((tensor.offset, tensor.offset + tensor.nbytes, tensor.name))
     for name, parts in spans.items():
         parts.sort()
-        for (_, end, first), (start, _, second) in zip(parts, parts[1:], strict=False):
+        for (_, end, first), (start, _, second) in pairwise(parts):
             if start < end:
                 refuse(f"tensors {first!r} and {second!r} overlap in {name}")
     if not manifest.tunable:

@@ -23,7 +23,7 @@ def sha256_file(path: Path) -> str:
 
 def is_plain_name(name: str) -> bool:
     """Whether `name` is one file name: no folder, no drive, no way out of its directory."""
-    return bool(name) and name not in {".", ".."} and not set(name) & set('/\\:\0') and PurePosixPath(name).name == name
+    return bool(name) and name not in {".", ".."} and not set(name) & set("/\\:\0") and PurePosixPath(name).name == name
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -67,7 +67,9 @@ def scoring_graph(decoder: Decoder) -> tuple[onnx.ModelProto, Graph]:
     graph.node.extend(nodes)
     graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "edgezo/axis1"))
     for name in (HIDDEN_ROWS, PAIR_ROWS, PAIR_TARGETS):
-        graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, [name.replace("rows", "count").replace("targets", "count")]))
+        graph.input.append(
+            helper.make_tensor_value_info(name, TensorProto.INT64, [name.replace("rows", "count").replace("targets", "count")])
+        )
     _set_outputs(graph, [(LOG_PROBS, ["pair_count"]), (HIDDEN, ["hidden_count", None])])
     _prune(graph)
     inputs = [value.name for value in graph.input if value.name not in decoder.weights]
@@ -89,7 +91,14 @@ def generation_graph(decoder: Decoder) -> tuple[onnx.ModelProto, Graph]:
     past = []
     for value in decoder.past_inputs:
         dims = value.type.tensor_type.shape.dim
-        past.append(PastState(input=value.name, output=value.name.replace("past_key_values.", "present."), heads=dims[1].dim_value, head_dim=dims[3].dim_value))
+        past.append(
+            PastState(
+                input=value.name,
+                output=value.name.replace("past_key_values.", "present."),
+                heads=dims[1].dim_value,
+                head_dim=dims[3].dim_value,
+            )
+        )
     inputs = [value.name for value in graph.input if value.name not in decoder.weights and not value.name.startswith("past_key_values.")]
     return model, Graph(file="generation.onnx", inputs=inputs, outputs=[output.name for output in graph.output], past=past)
 
@@ -142,11 +151,15 @@ def _remove_past(graph: onnx.GraphProto, decoder: Decoder) -> None:
         else:
             kept.append(node)
     shape = np.array([dims[1].dim_value, 0, dims[3].dim_value], np.int64)
-    graph.initializer.extend([numpy_helper.from_array(shape, "edgezo/empty_shape"), numpy_helper.from_array(np.array([0], np.int64), "edgezo/zero")])
+    graph.initializer.extend(
+        [numpy_helper.from_array(shape, "edgezo/empty_shape"), numpy_helper.from_array(np.array([0], np.int64), "edgezo/zero")]
+    )
     empty = [
         helper.make_node("Shape", ["input_ids"], ["edgezo/batch"], start=0, end=1),
         helper.make_node("Concat", ["edgezo/batch", "edgezo/empty_shape"], ["edgezo/past_shape"], axis=0),
-        helper.make_node("ConstantOfShape", ["edgezo/past_shape"], ["edgezo/past"], value=helper.make_tensor("value", TensorProto.FLOAT, [1], [0.0])),
+        helper.make_node(
+            "ConstantOfShape", ["edgezo/past_shape"], ["edgezo/past"], value=helper.make_tensor("value", TensorProto.FLOAT, [1], [0.0])
+        ),
     ]
     for node in kept:
         for index, name in enumerate(node.input):
@@ -168,7 +181,9 @@ def _gather_before_head(graph: onnx.GraphProto) -> tuple[str, str]:
         name = next((given for given in node.input if given in producers and producers[given].op_type != "Constant"), "")
     if node is None or node.op_type not in {"MatMul", "Gemm"}:
         found = "nothing" if node is None else node.op_type
-        raise ExportError(f"the graph's logits come from {found}, not from a vocabulary projection (MatMul or Gemm); this architecture is not supported")
+        raise ExportError(
+            f"the graph's logits come from {found}, not from a vocabulary projection (MatMul or Gemm); this architecture is not supported"
+        )
     source = node.input[0]
     # 3-D [batch, sequence, width] or already 2-D: the same flat rows
     insert = [
@@ -199,8 +214,8 @@ def _prune(graph: onnx.GraphProto) -> None:
     inputs = [value for value in graph.input if value.name in reached]
     initializers = [value for value in graph.initializer if value.name in reached]
     for repeated, kept in ((graph.node, nodes), (graph.input, inputs), (graph.initializer, initializers)):
-        del repeated[:]  # type: ignore[attr-defined]
-        repeated.extend(kept)  # type: ignore[attr-defined]
+        del repeated[:]
+        repeated.extend(kept)
 
 
 def _reach(graph: onnx.GraphProto, names: list[str]) -> set[str]:

@@ -35,10 +35,19 @@ def load_onnx_folder(folder: Path) -> Source:
         raise ExportError(f"{folder / 'model.onnx'}: not readable as ONNX ({type(error).__name__})") from error
     names = {value.name for value in model.graph.input}
     if "input_ids" not in names or not any(name.startswith("past_key_values.") for name in names):
-        raise ExportError(f"{folder / 'model.onnx'}: has inputs {sorted(names)[:4]}, not those of a decoder with past_key_values; export it with optimum's task text-generation-with-past")
+        raise ExportError(
+            f"{folder / 'model.onnx'}: has inputs {sorted(names)[:4]}, not those of a decoder with past_key_values; export it with optimum's task text-generation-with-past"
+        )
     origin = Origin(id=folder.resolve().name, **sizes(config))
     eos = config.eos_token_id
-    return Source(origin, _decoder(model), _Reference(folder / "model.onnx"), tokenizer, config, eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return Source(
+        origin,
+        _decoder(model),
+        _Reference(folder / "model.onnx"),
+        tokenizer,
+        config,
+        eos if isinstance(eos, list) else [] if eos is None else [eos],
+    )
 
 
 def _decoder(model: onnx.ModelProto) -> Decoder:
@@ -127,6 +136,8 @@ class _Reference:
             elif value.name.startswith("past_key_values."):
                 feeds[value.name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), np.float32)
             else:
-                raise ExportError(f"model.onnx: unknown input {value.name!r}; edgezo feeds input_ids, attention_mask, position_ids and past_key_values")
+                raise ExportError(
+                    f"model.onnx: unknown input {value.name!r}; edgezo feeds input_ids, attention_mask, position_ids and past_key_values"
+                )
         result: npt.NDArray[np.float32] = np.asarray(self.session.run(["logits"], feeds)[0], np.float32)
         return result

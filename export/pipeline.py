@@ -28,7 +28,9 @@ class ExportResult:
     export_seconds: float
 
 
-def export_model(model: str, output: str | Path, *, tunable: str = "all", revision: str | None = None, progress: Progress = lambda stage: None) -> ExportResult:
+def export_model(
+    model: str, output: str | Path, *, tunable: str = "all", revision: str | None = None, progress: Progress = lambda stage: None
+) -> ExportResult:
     """Export a decoder-only causal language model to an edge model directory and check it against its source.
 
     Args:
@@ -55,7 +57,9 @@ def export_model(model: str, output: str | Path, *, tunable: str = "all", revisi
             (scoring_model, scoring), (generation_model, generation) = scoring_graph(source.decoder), generation_graph(source.decoder)
             dead = unconnected(scoring_model, [tensor.name for tensor in tensors if tensor.tunable])
             if dead:
-                raise ExportError(f"{model}: {len(dead)} tunable weights do not reach the scores: {', '.join(dead[:3])}; leave them out with --tunable")
+                raise ExportError(
+                    f"{model}: {len(dead)} tunable weights do not reach the scores: {', '.join(dead[:3])}; leave them out with --tunable"
+                )
             for proto, graph in ((scoring_model, scoring), (generation_model, generation)):
                 attach_weights(proto, tensors)
                 onnx.save(proto, folder / graph.file)
@@ -79,7 +83,9 @@ def export_model(model: str, output: str | Path, *, tunable: str = "all", revisi
             )
             manifest.write(folder)
     except OSError as error:
-        raise ExportError(f"{output}: cannot be written ({error.strerror or error}); nothing was kept, free space or choose another directory") from error
+        raise ExportError(
+            f"{output}: cannot be written ({error.strerror or error}); nothing was kept, free space or choose another directory"
+        ) from error
     return ExportResult(output, manifest, time.monotonic() - started)
 
 
@@ -88,5 +94,10 @@ def _tokenizer_facts(source: Source, template: str | None, special: dict[str, st
     eos = list(dict.fromkeys([*([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []), *source.generation_eos]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0] if eos else 0
     return TokenizerFacts(
-        file="tokenizer.json", bos_token_id=tokenizer.bos_token_id, eos_token_ids=eos, pad_token_id=pad, special_tokens=special, chat_template=template
+        file="tokenizer.json",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_ids=eos,
+        pad_token_id=pad,
+        special_tokens=special,
+        chat_template=template,
     )

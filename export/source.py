@@ -42,7 +42,9 @@ def load_source(model: str, revision: str | None = None) -> Source:
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ExportError(f"{model}: a file that is not .gguf; give a .gguf file, a Hugging Face folder, a folder with model.onnx, or a hub id")
+            raise ExportError(
+                f"{model}: a file that is not .gguf; give a .gguf file, a Hugging Face folder, a folder with model.onnx, or a hub id"
+            )
         return _from_torch(str(path.parent.resolve()), model, {"gguf_file": path.name}, None)
     if path.is_dir():
         if (path / "model.onnx").is_file():
@@ -98,7 +100,12 @@ def sizes(config: Any) -> dict[str, Any]:
     """The facts of a transformers configuration that the manifest records."""
     text = config.get_text_config()
     context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2048
-    return {"model_type": text.model_type, "context_length": int(context), "vocab_size": int(text.vocab_size), "hidden_size": int(text.hidden_size)}
+    return {
+        "model_type": text.model_type,
+        "context_length": int(context),
+        "vocab_size": int(text.vocab_size),
+        "hidden_size": int(text.hidden_size),
+    }
 
 
 def save_tokenizer(source: Source, directory: Path) -> tuple[str | None, dict[str, str]]:

@@ -44,10 +44,20 @@ def trace_decoder(model: Any) -> Decoder:
         if value.name in inputs:
             continue
         if value.name not in state:
-            raise ExportError(f"{model.config.model_type}: the trace has an input {value.name!r} that is no weight; this model needs another transformers version")
+            raise ExportError(
+                f"{model.config.model_type}: the trace has an input {value.name!r} that is no weight; this model needs another transformers version"
+            )
         tensor = state[value.name].detach()
         weights[value.name] = Weight(
-            name=value.name, array=tensor.numpy(), trainable=value.name in names.values() and tensor.is_floating_point(), tied_to=tied.get(value.name, [])
+            name=value.name,
+            array=tensor.numpy(),
+            trainable=value.name in names.values() and tensor.is_floating_point(),
+            tied_to=tied.get(value.name, []),
+        )
+    lost = sorted(set(names.values()) - weights.keys())
+    if lost:
+        raise ExportError(
+            f"{model.config.model_type}: {len(lost)} parameters are missing from the traced graph ({', '.join(lost[:3])}); this architecture cannot be exported faithfully"
         )
     return Decoder(graph, weights)
 
@@ -65,7 +75,9 @@ def _onnx_config(model: Any) -> Any:
             raise KeyError(task)
         constructor = TasksManager.get_exporter_config_constructor(exporter="onnx", model=model, task=task, library_name="transformers")
     except (KeyError, ValueError):
-        raise ExportError(f"{model_type}: not an architecture that optimum exports for text generation; edgezo exports decoder-only causal models") from None
+        raise ExportError(
+            f"{model_type}: not an architecture that optimum exports for text generation; edgezo exports decoder-only causal models"
+        ) from None
     return constructor(model.config, use_past=True, use_past_in_inputs=True)
 
 
@@ -79,6 +91,9 @@ def _trace(model: Any, config: Any) -> tuple[onnx.ModelProto, list[str]]:
         dummy = config.rename_ambiguous_inputs(config.generate_dummy_inputs(framework="pt"))
         inputs = config.ordered_inputs(model)
         path = Path(folder) / "traced.onnx"
+        # the exporter merges parameters of equal values (norms of ones, biases of zeros) unless the root says it is in training;
+        # its modules, dropout among them, stay in evaluation mode (torch 2.4 to 2.13)
+        model.training = True
         try:
             torch.onnx.export(
                 model,
@@ -90,11 +105,14 @@ def _trace(model: Any, config: Any) -> tuple[onnx.ModelProto, list[str]]:
                 opset_version=OPSET,
                 do_constant_folding=False,
                 export_params=False,
+                training=torch.onnx.TrainingMode.PRESERVE,
                 dynamo=False,
             )
         except Exception as error:  # the exporter raises many kinds; its first line says which operator
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ExportError(f"{model.config.model_type}: torch could not trace the model: {line}") from error
+        finally:
+            model.training = False
         return onnx.load(path), list(inputs)
 
 

@@ -23,14 +23,20 @@ def verify(directory: Path, scoring: Graph, generation: Graph, source: Source) -
     """
     probes = _probes(source)
     logits = [source.logits(tokens[None])[0] for tokens in probes]
-    difference = _largest_difference(_score(directory, scoring, probes), [_log_probs(own, tokens) for own, tokens in zip(logits, probes, strict=True)])
+    difference = _largest_difference(
+        _score(directory, scoring, probes), [_log_probs(own, tokens) for own, tokens in zip(logits, probes, strict=True)]
+    )
     if not difference <= LOG_PROB_TOLERANCE:
-        raise ExportError(f"{source.origin.id}: log-probabilities of the edge model differ from the source by up to {difference:.2e}, allowed are {LOG_PROB_TOLERANCE:.0e}; this architecture cannot be exported faithfully")
+        raise ExportError(
+            f"{source.origin.id}: log-probabilities of the edge model differ from the source by up to {difference:.2e}, allowed are {LOG_PROB_TOLERANCE:.0e}; this architecture cannot be exported faithfully"
+        )
     longest = max(probes, key=len)
     expected, found = _greedy_source(source, longest), _greedy_edge(directory, generation, longest)
     if expected != found:
         equal = next(i for i, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1])
-        raise ExportError(f"{source.origin.id}: greedy generation differs from the source after {equal} of {GREEDY_TOKENS} tokens; this architecture cannot be exported faithfully")
+        raise ExportError(
+            f"{source.origin.id}: greedy generation differs from the source after {equal} of {GREEDY_TOKENS} tokens; this architecture cannot be exported faithfully"
+        )
     return Verification(largest_log_prob_difference=difference, greedy_tokens_equal=len(found), onnxruntime=onnxruntime.__version__)
 
 
@@ -50,7 +56,9 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(f"{path.name}: onnxruntime {onnxruntime.__version__} cannot load the exported graph: {str(error).splitlines()[0]}") from error
+        raise ExportError(
+            f"{path.name}: onnxruntime {onnxruntime.__version__} cannot load the exported graph: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _score(directory: Path, graph: Graph, probes: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:

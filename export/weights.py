@@ -64,7 +64,7 @@ def write_weights(directory: Path, tensors: list[Tensor], weights: dict[str, Wei
         with open(directory / name, "wb") as file:
             for tensor in (tensor for tensor in tensors if tensor.file == name):
                 data = np.ascontiguousarray(weights[tensor.name].array, dtype=np.dtype(tensor.dtype).newbyteorder("<"))
-                for part in (bytes(tensor.offset - position), memoryview(data.reshape(-1)).cast("B")):
+                for part in (bytes(tensor.offset - position), data.reshape(-1).view(np.uint8).data):
                     digest.update(part)
                     file.write(part)
                 position = tensor.offset + tensor.nbytes
@@ -84,16 +84,15 @@ def _matching(weights: list[Weight], tunable: str) -> set[str]:
     if not chosen:
         kinds = sorted({_kind(weight.name) for weight in trainable})
         near = get_close_matches(tunable, kinds, cutoff=0.3) or kinds
-        raise ConfigError(f"--tunable {tunable!r}: matches none of the {len(trainable)} weights; they are named like {trainable[0].name}, their kinds are near {', '.join(near[:5])}")
+        raise ConfigError(
+            f"--tunable {tunable!r}: matches none of the {len(trainable)} weights; they are named like {trainable[0].name}, their kinds are near {', '.join(near[:5])}"
+        )
     return chosen
 
 
 def _kind(name: str) -> str:
-    """The name without prefix, layer and suffix: self_attn.q_proj, input_layernorm, embed_tokens."""
-    after = LAYER.split(f".{name}")[-1]
-    parts = after.strip(".").split(".")
-    if len(parts) > 1 and parts[-1] in {"weight", "bias"}:
-        kind = parts[:-1] if parts[-1] == "weight" else parts
-    else:
-        kind = parts
-    return ".".join(kind[-3:]) if LAYER.search(f".{name}") else kind[-1] if parts[-1] != "bias" else ".".join(kind[-2:])
+    """What a weight is: self_attn.q_proj, self_attn.q_proj.bias, input_layernorm, embed_tokens."""
+    inside = LAYER.split(f".{name}")[-1].lstrip(".").removesuffix(".weight")
+    if LAYER.search(f".{name}"):
+        return inside
+    return ".".join(inside.split(".")[-2 if inside.endswith(".bias") else -1 :])

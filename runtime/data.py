@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ class Row(NamedTuple):
     place: str
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     """Read a data file; the suffix tells the format (.jsonl, .json with one object a line, .csv, .tsv).
 
     Raises:
@@ -74,7 +75,9 @@ def _read_table(path: Path) -> Iterator[Row]:
             for cells in reader:
                 place = f"{path}:{reader.line_num}"
                 if len(cells) != len(header):
-                    raise DataError(f"{place}: {len(cells)} cells, the header has {len(header)}" if cells else f"{place}: empty line; remove it")
+                    raise DataError(
+                        f"{place}: {len(cells)} cells, the header has {len(header)}" if cells else f"{place}: empty line; remove it"
+                    )
                 yield Row(dict(zip(header, cells, strict=True)), place)
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: malformed ({error})") from None

@@ -29,7 +29,9 @@ def generate(model: EdgeModel, prompt: str, max_tokens: int = 64, sampling: Samp
         ConfigError: a sampling setting is out of range.
     """
     if sampling is not None and not (sampling.temperature > 0 and sampling.top_k >= 0 and 0 < sampling.top_p <= 1):
-        raise ConfigError(f"temperature must be above 0, top-k at least 0 and top-p in (0, 1]; got {sampling.temperature}, {sampling.top_k}, {sampling.top_p}")
+        raise ConfigError(
+            f"temperature must be above 0, top-k at least 0 and top-p in (0, 1]; got {sampling.temperature}, {sampling.top_k}, {sampling.top_p}"
+        )
     facts, graph, context = model.manifest.tokenizer, model.manifest.generation, model.manifest.origin.context_length
     tokens = model.text.encode(prompt) or ([facts.bos_token_id] if facts.bos_token_id is not None else [])
     if not tokens:

@@ -1,10 +1,10 @@
 """The journal, version 1: what a run is. Base weights and journal give the tuned weights. The format is docs/journal.md.
 
-    8 bytes   b"EDGEZOJ1"
-    4 bytes   header length n, little-endian
-    n bytes   header, JSON in UTF-8
-    4 bytes   CRC-32 of all before
-    16 bytes  a step: projected_grad, learning rate, loss (float32), CRC-32 of these 12 bytes continued from the last CRC
+8 bytes   b"EDGEZOJ1"
+4 bytes   header length n, little-endian
+n bytes   header, JSON in UTF-8
+4 bytes   CRC-32 of all before
+16 bytes  a step: projected_grad, learning rate, loss (float32), CRC-32 of these 12 bytes continued from the last CRC
 """
 
 import json
@@ -114,14 +114,16 @@ def read_journal(path: Path) -> JournalContents:
         header = json.loads(data[12 : 12 + length])
     except (ValueError, RecursionError):
         raise RunError(f"{path}: the header is not JSON; the run cannot be used") from None
-    records = []
+    records: list[StepRecord] = []
     position = start
     while position + STEP.size <= len(data):
         *values, stored = STEP.unpack_from(data, position)
         checksum = zlib.crc32(data[position : position + 12], checksum)
         if checksum != stored:
             if position + 2 * STEP.size <= len(data):
-                raise RunError(f"{path}: record of step {len(records) + 1} was changed (checksum differs) and others follow it; restore the file from a copy")
+                raise RunError(
+                    f"{path}: record of step {len(records) + 1} was changed (checksum differs) and others follow it; restore the file from a copy"
+                )
             break
         records.append(StepRecord(*values))
         position += STEP.size

@@ -86,4 +86,6 @@ def _probe_feeds(model: EdgeModel) -> dict[str, Array]:
 
 def _refusal(model: EdgeModel, dead: list[str], why: str) -> DeadTensorError:
     shown = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
-    return DeadTensorError(f"{model.directory}: {len(dead)} of {len(model.tunable)} tunable tensors would not be tuned, {why}: {shown}; export again, or leave them out with --tunable")
+    return DeadTensorError(
+        f"{model.directory}: {len(dead)} of {len(model.tunable)} tunable tensors would not be tuned, {why}: {shown}; export again, or leave them out with --tunable"
+    )

@@ -19,6 +19,7 @@ from edgezo.storage import CHUNK_BYTES
 
 if TYPE_CHECKING:
     from edgezo.runtime.generate import Sampling
+    from edgezo.runtime.run import StepChoice
 
 Array = npt.NDArray[Any]
 
@@ -29,12 +30,22 @@ class EdgeModel:
     Args:
         directory: made by `edgezo export`.
         threads: threads of the engine and of the passes over the weights; the cores of this process when None.
+        run: run directory whose tuned weights to rebuild from its journal; None for the base.
+        step: of the run: a number, "best" (by validation) or "last".
 
     Raises:
         EdgeModelError: a file is missing, truncated or changed, or the manifest cannot be trusted.
+        RunError: the run cannot be read or belongs to another edge model.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        run: str | os.PathLike[str] | None = None,
+        step: "StepChoice" = "best",
+    ) -> None:
         self.directory = Path(directory)
         self.manifest: Manifest = read_manifest(self.directory)
         self.threads = threads or default_threads()
@@ -47,6 +58,11 @@ class EdgeModel:
         self.text = TextCodec(self.directory, self.manifest.tokenizer)
         buffers = {name: _load(self.directory, name, files[name]) for name in sorted(weight_files)}
         self.weights: dict[str, Array] = {tensor.name: _view(buffers[tensor.file], tensor) for tensor in self.manifest.tensors}
+        self.step: int | None = None
+        if run is not None:
+            from edgezo.runtime.run import load_tuned
+
+            self.step = load_tuned(self, run, step)
 
     @cached_property
     def scoring(self) -> Session:
@@ -92,17 +108,20 @@ def _load(directory: Path, name: str, stored: StoredFile) -> npt.NDArray[np.uint
     except MemoryError:
         raise EdgeModelError(f"{path}: {stored.bytes / 1e9:.1f} GB of weights do not fit into memory; export a smaller model") from None
     digest = hashlib.sha256()
+    target = buffer.data
     with open(path, "rb", buffering=0) as file:
         position = 0
         while position < stored.bytes:
-            count = file.readinto(memoryview(buffer)[position : position + CHUNK_BYTES])
+            count = file.readinto(target[position : position + CHUNK_BYTES])
             if not count:
                 raise EdgeModelError(f"{path}: ends at {position} of {stored.bytes} bytes; copy or export the edge model again")
-            digest.update(memoryview(buffer)[position : position + count])
+            digest.update(target[position : position + count])
             position += count
     verify_file(directory, name, stored, digest.hexdigest())
     return buffer
 
 
 def _view(buffer: npt.NDArray[np.uint8], tensor: Tensor) -> Array:
-    return buffer[tensor.offset : tensor.offset + tensor.nbytes].view(np.dtype(tensor.dtype).newbyteorder("<")).reshape(tensor.shape)
+    stored = buffer[tensor.offset : tensor.offset + tensor.nbytes]
+    array: Array = stored.view(np.dtype(tensor.dtype).newbyteorder("<")).reshape(tensor.shape)
+    return array

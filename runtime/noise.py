@@ -32,10 +32,12 @@ class Direction(NamedTuple):
 
     seed: int
     step: int
-    index: int = 0
+    number: int = 0
 
 
-def words(seed: int, domain: int, count: int, *, first: int = 0, tensor: int = 0, step: int = 0, direction: int = 0) -> npt.NDArray[np.uint64]:
+def words(
+    seed: int, domain: int, count: int, *, first: int = 0, tensor: int = 0, step: int = 0, direction: int = 0
+) -> npt.NDArray[np.uint64]:
     """`count` words of the raw stream, from word `first` (a multiple of 4) on.
 
     Returns:
@@ -49,7 +51,9 @@ def words(seed: int, domain: int, count: int, *, first: int = 0, tensor: int = 0
 def block_draws(direction: Direction, tensor: int, first: int, count: int) -> tuple[list[int], list[bool]]:
     """Table offsets and negations of blocks first .. first + count - 1 of the tensor with id `tensor`."""
     start = first // 4 * 4
-    drawn = words(direction.seed, NOISE, first + count - start, first=start, tensor=tensor, step=direction.step, direction=direction.index)[first - start :]
+    drawn = words(
+        direction.seed, NOISE, first + count - start, first=start, tensor=tensor, step=direction.step, direction=direction.number
+    )[first - start :]
     offsets = ((drawn >> np.uint64(32)) * np.uint64(TABLE_SIZE)) >> np.uint64(32)
     return offsets.tolist(), (drawn & np.uint64(1)).astype(bool).tolist()
 
@@ -105,7 +109,8 @@ def _shift_register_signs() -> Floats:
         base = np.arange(position, end) - 18 * stride
         bits[position:end] = bits[base + 7 * stride] ^ bits[base]
         position = end
-    return np.where(bits[:TABLE_SIZE], np.float32(-1), np.float32(1))
+    signs: Floats = np.where(bits[:TABLE_SIZE], np.float32(-1), np.float32(1))
+    return signs
 
 
 def _normal_quantiles() -> Floats:
@@ -116,4 +121,5 @@ def _normal_quantiles() -> Floats:
     normal = NormalDist()
     quantiles = np.array([normal.inv_cdf((k + 0.5) / TABLE_SIZE) for k in range(TABLE_SIZE)])
     rounded = np.rint(quantiles * 4096) / 4096
-    return rounded[np.argsort(words(0, INIT, TABLE_SIZE), kind="stable")].astype(np.float32)
+    shuffled: Floats = rounded[np.argsort(words(0, INIT, TABLE_SIZE), kind="stable")].astype(np.float32)
+    return shuffled

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -70,7 +71,7 @@ def journal_header(config: TuneConfig, base: str, data_sha256: str, valid_sha256
     }
 
 
-def read_run(directory: str | Path) -> Run:
+def read_run(directory: str | os.PathLike[str]) -> Run:
     """Read a run directory.
 
     Raises:
@@ -88,13 +89,17 @@ def read_run(directory: str | Path) -> Run:
     except ValidationError as error:
         raise RunError(f"{directory}: {describe(error, JOURNAL)}") from None
     evaluations, seconds = _read_metrics(directory / METRICS)
-    return Run(directory, config, str(header.get("base")), str(header.get("data")), contents.records, contents.whole_bytes, evaluations, seconds)
+    return Run(
+        directory, config, str(header.get("base")), str(header.get("data")), contents.records, contents.whole_bytes, evaluations, seconds
+    )
 
 
 def check_base(run: Run, model: EdgeModel) -> None:
     """Refuse a run that was tuned from other weights."""
     if run.base_id != base_id(model.manifest):
-        raise RunError(f"{run.directory}: was tuned from another edge model (base {run.base_id[:12]}…) than {model.directory} ({base_id(model.manifest)[:12]}…); give the one it was tuned from")
+        raise RunError(
+            f"{run.directory}: was tuned from another edge model (base {run.base_id[:12]}…) than {model.directory} ({base_id(model.manifest)[:12]}…); give the one it was tuned from"
+        )
 
 
 def mutable_weights(model: EdgeModel, config: TuneConfig) -> MutableWeights:
@@ -111,12 +116,13 @@ def replay(run: Run, weights: MutableWeights, steps: int) -> None:
     weights.flush()
 
 
-def load_tuned(model: EdgeModel, directory: str | Path, step: StepChoice = "best") -> Run:
-    """Turn a freshly opened model into the one of a run: base + journal. Returns the run."""
+def load_tuned(model: EdgeModel, directory: str | os.PathLike[str], step: StepChoice = "best") -> int:
+    """Turn a freshly opened model into the one of a run: base + journal. Returns the number of the step."""
     run = read_run(directory)
     check_base(run, model)
-    replay(run, mutable_weights(model, run.config), run.resolve(step))
-    return run
+    chosen = run.resolve(step)
+    replay(run, mutable_weights(model, run.config), chosen)
+    return chosen
 
 
 def write_summary(directory: Path, summary: dict[str, Any]) -> None:

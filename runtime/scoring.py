@@ -89,7 +89,12 @@ class Sequences:
             tokens = layout.sequences[sequence]
             ids[index, : len(tokens)], mask[index, : len(tokens)] = tokens, 1
         flat = np.array([place[layout.hidden[row][0]] * width + layout.hidden[row][1] for row in rows], np.int64)
-        return {"input_ids": ids, "attention_mask": mask, "position_ids": np.tile(np.arange(width), (len(sequences), 1)), "hidden_rows": flat}
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": np.tile(np.arange(width), (len(sequences), 1)),
+            "hidden_rows": flat,
+        }
 
 
 def _lay_out(pairs: Sequence[Pair]) -> _Layout:

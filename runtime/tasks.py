@@ -6,7 +6,8 @@ its tokens. The loss never covers the prompt.
 """
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from edgezo.errors import DataError
@@ -30,7 +31,7 @@ class Task(NamedTuple):
 
     kind: Kind
     template: str = ""
-    labels: dict[str, str] = {}
+    labels: Mapping[str, str] = MappingProxyType({})
     label_field: str = "label"
 
     @property
@@ -63,7 +64,9 @@ def find_task(rows: Sequence[Row], template: str | None, labels: dict[str, str] 
         if labels is None:
             found = {str(row.fields.get(label_field, "")).strip() for row in rows}
             if not all(word and not word.lstrip("-").isdigit() for word in found):
-                raise DataError(f"{first.place}: labels are numbers or missing in field {label_field!r}; give their words with --labels word0,word1,...")
+                raise DataError(
+                    f"{first.place}: labels are numbers or missing in field {label_field!r}; give their words with --labels word0,word1,..."
+                )
             labels = {word: word for word in sorted(found)}
         if len(labels) < 2:
             raise DataError(f"{first.place}: one label only ({', '.join(labels)}); classification needs two")
@@ -113,7 +116,9 @@ def _pairs(row: Row, task: Task, text: TextCodec) -> tuple[list[Pair], int]:
         messages = _messages(row)
         opened, whole = text.chat(messages[:-1], reply=True), text.chat(messages)
         if not whole.startswith(opened):
-            raise DataError(f"{row.place}: the chat template renders the last message apart from its prompt; use prompt and completion instead")
+            raise DataError(
+                f"{row.place}: the chat template renders the last message apart from its prompt; use prompt and completion instead"
+            )
         return [_start(*text.split(opened, whole[len(opened) :], special=False), row, text)], 0
     tokens = text.encode(_string(row, "text"))
     return [_start([], tokens, row, text)], 0
@@ -140,13 +145,17 @@ def _fit(pair: Pair, row: Row, task: Task, text: TextCodec, max_length: int) -> 
     special = prompt[:1] if prompt[:1] == [text.facts.bos_token_id] else []
     room = max_length - len(completion) - len(special)
     if room < 1:
-        raise DataError(f"{row.place}: the completion alone has {len(completion)} tokens, at most {max_length} fit with its prompt; shorten it or raise --max-length")
+        raise DataError(
+            f"{row.place}: the completion alone has {len(completion)} tokens, at most {max_length} fit with its prompt; shorten it or raise --max-length"
+        )
     return special + prompt[-room:], completion
 
 
 def _gold(row: Row, task: Task) -> int:
     if task.label_field not in row.fields:
-        raise DataError(f"{row.place}: no field {task.label_field!r}; it has {', '.join(map(repr, row.fields))} (--label-field names the label's field)")
+        raise DataError(
+            f"{row.place}: no field {task.label_field!r}; it has {', '.join(map(repr, row.fields))} (--label-field names the label's field)"
+        )
     label = str(row.fields[task.label_field]).strip()
     if label in task.labels:
         return list(task.labels).index(label)
@@ -164,7 +173,9 @@ def _check_template(template: str, first: Row) -> None:
         raise DataError(f"--template {template!r}: names no field; write for example '{{{next(iter(first.fields), 'text')}}} It was'")
     for name in names:
         if name not in first.fields:
-            raise DataError(f"--template {template!r}: field {name!r} does not exist; {first.place} has {', '.join(map(repr, first.fields))}")
+            raise DataError(
+                f"--template {template!r}: field {name!r} does not exist; {first.place} has {', '.join(map(repr, first.fields))}"
+            )
 
 
 def _fill(template: str, row: Row) -> str:

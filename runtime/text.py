@@ -64,7 +64,11 @@ class TextCodec:
         if self._template is None:
             raise DataError("this model has no chat template, so rows of messages cannot be used; use prompt and completion")
         try:
-            text: str = _environment().from_string(self._template).render(messages=list(messages), add_generation_prompt=reply, **self.facts.special_tokens)
+            text: str = (
+                _environment()
+                .from_string(self._template)
+                .render(messages=list(messages), add_generation_prompt=reply, **self.facts.special_tokens)
+            )
         except jinja2.TemplateError as error:
             raise DataError(f"the model's chat template refuses these messages: {error}") from error
         return text

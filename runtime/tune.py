@@ -22,7 +22,19 @@ from edgezo.runtime.noise import Direction
 from edgezo.runtime.objective import Evaluation, batch_loss, evaluate
 from edgezo.runtime.optimizer import schedule_factor, sgd_step
 from edgezo.runtime.order import DataOrder
-from edgezo.runtime.run import CONFIG, JOURNAL, METRICS, Run, base_id, check_base, journal_header, mutable_weights, read_run, replay, write_summary
+from edgezo.runtime.run import (
+    CONFIG,
+    JOURNAL,
+    METRICS,
+    Run,
+    base_id,
+    check_base,
+    journal_header,
+    mutable_weights,
+    read_run,
+    replay,
+    write_summary,
+)
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.tasks import Example, Examples, find_task, make_examples
 from edgezo.runtime.weights import MutableWeights
@@ -130,7 +142,12 @@ class Tuner:
         best_step = max(self.evaluations, key=lambda s: (self.evaluations[s].score(), -s), default=step)
         result = TuneResult(self.directory, step, ended, best_step, self.evaluations.get(0), self.evaluations.get(best_step), seconds)
         shown = result._asdict()
-        shown.update(directory=None, before=result.before and result.before.as_dict(), best=result.best and result.best.as_dict(), seconds=round(seconds, 1))
+        shown.update(
+            directory=None,
+            before=result.before and result.before.as_dict(),
+            best=result.best and result.best.as_dict(),
+            seconds=round(seconds, 1),
+        )
         write_summary(self.directory, {name: value for name, value in shown.items() if value is not None})
         return result
 
@@ -155,7 +172,11 @@ def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bo
     reporter.stage("reading data")
     train, valid = _read_data(model, config)
     header = journal_header(
-        config, base_id(model.manifest), sha256_file(Path(config.data)), sha256_file(Path(config.valid)) if config.valid else None, _tokenizer_hash(model)
+        config,
+        base_id(model.manifest),
+        sha256_file(Path(config.data)),
+        sha256_file(Path(config.valid)) if config.valid else None,
+        _tokenizer_hash(model),
     )
     if previous is not None:
         check_base(previous, model)
@@ -174,7 +195,9 @@ def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bo
                 tuner.evaluations = {s: _evaluation(e) for s, e in previous.evaluations.items() if s <= tuner.first_step}
             return tuner.loop()
     except OSError as error:
-        raise RunError(f"{output}: cannot be written ({error.strerror or error}); all whole steps are kept, continue with --resume when there is space") from error
+        raise RunError(
+            f"{output}: cannot be written ({error.strerror or error}); all whole steps are kept, continue with --resume when there is space"
+        ) from error
 
 
 def _read_data(model: EdgeModel, config: TuneConfig) -> tuple[Examples, Examples | None]:
@@ -210,10 +233,14 @@ def _check_same(previous: Run, config: TuneConfig, header: dict[str, Any]) -> No
     old, new = previous.config.model_dump(), config.model_dump()
     for name in old:
         if name not in may_change and old[name] != new[name]:
-            raise RunError(f"{previous.directory}: --{name.replace('_', '-')} {new[name]!r} differs from the run's {old[name]!r}; a resumed run keeps it, start a new run to change it")
+            raise RunError(
+                f"{previous.directory}: --{name.replace('_', '-')} {new[name]!r} differs from the run's {old[name]!r}; a resumed run keeps it, start a new run to change it"
+            )
     recorded = previous.data_sha256
     if recorded != header["data"]:
-        raise RunError(f"{config.data}: is not the data the run was started with (SHA-256 {header['data'][:12]}…, the run has {recorded[:12]}…); give the same file or start a new run")
+        raise RunError(
+            f"{config.data}: is not the data the run was started with (SHA-256 {header['data'][:12]}…, the run has {recorded[:12]}…); give the same file or start a new run"
+        )
 
 
 def _tokenizer_hash(model: EdgeModel) -> str:

@@ -56,7 +56,9 @@ class MutableWeights:
         ConfigError: eps is smaller than the grid of some tensor, so that the perturbation would vanish.
     """
 
-    def __init__(self, tensors: Mapping[str, Floats], *, eps: float, distribution: Distribution = "rademacher", threads: int | None = None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Floats], *, eps: float, distribution: Distribution = "rademacher", threads: int | None = None
+    ) -> None:
         self.distribution = distribution
         self.threads = threads or default_threads()
         self.reach = 4 * eps * noise.largest(distribution)
@@ -69,7 +71,9 @@ class MutableWeights:
         coarse = max(self.tensors, key=lambda tensor: tensor.exponent)
         self.eps = round(eps / coarse.quantum) * coarse.quantum
         if self.eps == 0:
-            raise ConfigError(f"eps {eps:g} is below the float32 resolution {coarse.quantum:g} of {coarse.name}; use a larger --eps or leave the tensor out at export")
+            raise ConfigError(
+                f"eps {eps:g} is below the float32 resolution {coarse.quantum:g} of {coarse.name}; use a larger --eps or leave the tensor out at export"
+            )
 
     def add(self, direction: Direction, scale: float, times: int = 1) -> None:
         """theta += times * q_d(scale * z), deferred to the next `flush`; q_d rounds to the grid (docs/noise.md).
@@ -89,7 +93,10 @@ class MutableWeights:
             return
         pending, self._pending = self._pending, {}
         levels = {tensor.exponent: tensor.quantum for tensor in self.tensors}
-        tables = {exponent: [(direction, self._table(direction, scales, quantum)) for direction, scales in pending.items()] for exponent, quantum in levels.items()}
+        tables = {
+            exponent: [(direction, self._table(direction, scales, quantum)) for direction, scales in pending.items()]
+            for exponent, quantum in levels.items()
+        }
         self._parallel(lambda tensor, first, last: _add_windows(tensor, first, last, tables[tensor.exponent]))
 
     def settle(self, direction: Direction, update: float, decay: float = 0.0) -> None:
@@ -139,15 +146,17 @@ class MutableWeights:
     def _table(self, direction: Direction, scales: Mapping[float, int], quantum: float) -> Floats:
         """Sum of times * q_d(scale * table) over the additions of one direction, float32 like the shared table."""
         shared = noise.table(self.distribution)
-        dither = noise.uniform(direction.seed, noise.DITHER, direction.step, direction.index)
+        dither = noise.uniform(direction.seed, noise.DITHER, direction.step, direction.number)
         if self.distribution == "rademacher":  # two values: round them, not the table
             plus = sum(times * math.floor(scale / quantum + dither) for scale, times in scales.items()) * quantum
             minus = sum(times * math.floor(-scale / quantum + dither) for scale, times in scales.items()) * quantum
-            return np.where(shared > 0, np.float32(plus), np.float32(minus))
+            signs: Floats = np.where(shared > 0, np.float32(plus), np.float32(minus))
+            return signs
         total = np.zeros(len(shared))
         for scale, times in scales.items():
             total += times * np.floor(scale / quantum * shared.astype(np.float64) + dither)
-        return (total * quantum).astype(np.float32)
+        values: Floats = (total * quantum).astype(np.float32)
+        return values
 
     def _parallel(self, task: Callable[[_Tensor, int, int], None]) -> None:
         """Run `task(tensor, first block, last block)` over all blocks; tensors of one grid follow each other, so that tables stay in cache."""

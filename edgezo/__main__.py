@@ -1,0 +1,5 @@
+"""`python -m edgezo`."""
+
+from edgezo.cli import main
+
+main()

@@ -1,0 +1,88 @@
+"""The Python API behind the commands: one function each, settings by the names of `TuneConfig`."""
+
+import os
+from typing import Any, NamedTuple
+
+from edgezo.config import TuneConfig, make_config
+from edgezo.errors import ConfigError
+from edgezo.runtime.data import read_rows
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.objective import Evaluation
+from edgezo.runtime.objective import evaluate as evaluate_examples
+from edgezo.runtime.run import StepChoice, read_run
+from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.tasks import find_task, make_examples
+from edgezo.runtime.tune import Reporter, TuneResult, row_limit
+from edgezo.runtime.tune import tune as tune_model
+
+PathLike = str | os.PathLike[str]
+
+
+class EvalResult(NamedTuple):
+    """An evaluation, the step of the run it was made at (None: the base), and how many rows were cut to fit."""
+
+    evaluation: Evaluation
+    step: int | None
+    truncated: int
+
+
+def tune(
+    directory: PathLike,
+    run: PathLike,
+    *,
+    resume: bool = False,
+    config: PathLike | None = None,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> TuneResult:
+    """Tune an edge model; writes the run directory and leaves the edge model as it is.
+
+    Args:
+        directory: edge model made by `export_model`.
+        run: directory to make, or with `resume` to continue.
+        resume: go on where the run stopped; its own settings hold, `steps` and `minutes` may be raised.
+        config: YAML or JSON file of settings; `settings` override it.
+        threads: cores to use; all of this process when None.
+        reporter: callbacks for progress.
+        settings: fields of `TuneConfig`, such as data, valid, template, labels, steps, lr.
+
+    Raises:
+        EdgezoError: one of edgezo/errors.py; whole steps are kept.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    if resume:
+        if config is not None:
+            raise ConfigError("--resume continues with the run's own settings; leave --config out and give what shall change as options")
+        given = {**read_run(str(run)).config.model_dump(), **given}
+    resolved = make_config(config, given)
+    return tune_model(EdgeModel(directory, threads=threads), resolved, str(run), resume=resume, reporter=reporter)
+
+
+def evaluate(
+    directory: PathLike,
+    data: PathLike,
+    *,
+    run: PathLike | None = None,
+    step: StepChoice = "best",
+    threads: int | None = None,
+    **settings: Any,
+) -> EvalResult:
+    """Evaluate an edge model, or with `run` the tuned one, on a data file.
+
+    Args:
+        settings: template, labels, label_field and max_length; those of the run where not given.
+
+    Raises:
+        EdgezoError: bad data, model or run.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    if run is not None:
+        known = read_run(run).config.model_dump()
+        given = {**{name: known[name] for name in ("template", "labels", "label_field", "max_length")}, **given}
+    config: TuneConfig = make_config(None, {**given, "data": str(data)})
+    rows = read_rows(data)
+    task = find_task(rows, config.template, config.labels, config.label_field)
+    model = EdgeModel(directory, threads=threads, run=run, step=step)
+    made = make_examples(rows, task, model.text, row_limit(model, config))
+    return EvalResult(evaluate_examples(Sequences(model), made.examples), model.step, made.truncated)

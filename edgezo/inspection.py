@@ -1,0 +1,77 @@
+"""`edgezo inspect`: what a directory holds, as names and values."""
+
+from pathlib import Path
+from typing import Any
+
+from edgezo.errors import EdgezoError
+from edgezo.manifest import MANIFEST_NAME, read_manifest, verify_file
+
+
+def inspect_path(path: Path) -> dict[str, Any]:
+    """Facts of an edge model (every file's hash is checked) or of a run.
+
+    Raises:
+        EdgezoError: it is neither, or a file is damaged.
+    """
+    if (path / MANIFEST_NAME).is_file():
+        return _edge_model(path)
+    from edgezo.runtime.run import JOURNAL
+
+    if (path / JOURNAL).is_file():
+        return _run(path)
+    raise EdgezoError(f"{path}: neither an edge model ({MANIFEST_NAME}) nor a run ({JOURNAL}) is in it")
+
+
+def _edge_model(path: Path) -> dict[str, Any]:
+    manifest = read_manifest(path)
+    for name, stored in manifest.files.items():
+        verify_file(path, name, stored)
+    origin, checked = manifest.origin, manifest.verification
+    tied = [f"{tensor.name} = {other}" for tensor in manifest.tensors for other in tensor.tied_to]
+    return {
+        "edge_model": str(path),
+        "model": origin.id,
+        "revision": origin.revision or "none",
+        "license": origin.license or "not stated by the source",
+        "architecture": origin.model_type,
+        "context_length": origin.context_length,
+        "vocabulary": origin.vocab_size,
+        "parameters": sum(tensor.size for tensor in manifest.tensors),
+        "tunable_parameters": manifest.tunable_size,
+        "tunable_tensors": len(manifest.tunable),
+        "tunable_kinds": sorted({tensor.kind for tensor in manifest.tunable}),
+        "tied": tied or ["nothing"],
+        "layers": 1 + max((tensor.layer for tensor in manifest.tensors if tensor.layer is not None), default=-1),
+        "chat_template": "yes" if manifest.tokenizer.chat_template else "no",
+        "bytes": sum(file.bytes for file in manifest.files.values()),
+        "files_intact": len(manifest.files),
+        "largest_log_prob_difference": checked.largest_log_prob_difference if checked else "not checked",
+        "made_by": f"edgezo {manifest.edgezo}",
+    }
+
+
+def _run(path: Path) -> dict[str, Any]:
+    from edgezo.runtime.run import read_run
+
+    run = read_run(path)
+    changed = {name: value for name, value in run.config.model_dump().items() if value is not None}
+    facts: dict[str, Any] = {
+        "run": str(path),
+        "steps": len(run.records),
+        "best_step": run.best_step,
+        "seconds": round(run.seconds, 1),
+        "base": run.base_id,
+    }
+    facts["journal_bytes"] = run.whole_bytes
+    for step in dict.fromkeys([0, run.best_step, len(run.records)]):
+        if step in run.evaluations:
+            facts[f"valid_at_step_{step}"] = [f"{name} {value:.4g}" for name, value in run.evaluations[step].items()]
+    if run.records:
+        facts["last_loss"] = run.records[-1].loss
+    return {
+        **facts,
+        **{
+            name: value if not isinstance(value, dict) else [f"{key}={word}" for key, word in value.items()]
+            for name, value in changed.items()
+        },
+    }

@@ -1,0 +1,62 @@
+"""Shared fixtures: a tiny Llama, exported once a session."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny  # noqa: E402
+
+from edgezo.export import export_model  # noqa: E402
+from edgezo.runtime.model import EdgeModel  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def source_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a tiny random Llama."""
+    return tiny.save(tmp_path_factory.mktemp("source") / "llama")
+
+
+@pytest.fixture(scope="session")
+def exported_dir(source_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its edge model; shared, never to be changed."""
+    return export_model(str(source_dir), tmp_path_factory.mktemp("edge") / "llama").directory
+
+
+@pytest.fixture
+def edge_dir(exported_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the edge model that a test may damage."""
+    return Path(shutil.copytree(exported_dir, tmp_path / "edge"))
+
+
+@pytest.fixture
+def model(exported_dir: Path) -> EdgeModel:
+    """The edge model opened anew."""
+    return EdgeModel(exported_dir, threads=1)
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., str]:
+    """Write rows as JSONL; returns the path."""
+
+    def write(rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+REVIEWS = [("a great film", 1), ("a terrible plot", 0), ("the plot is great", 1), ("the film is terrible and long", 0)] * 4
+
+
+@pytest.fixture
+def reviews(write_rows: Callable[..., str]) -> str:
+    """A small two-label data file."""
+    return write_rows([{"text": text, "label": label} for text, label in REVIEWS])
