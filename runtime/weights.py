@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgezo.errors import ConfigError
+from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime import noise
 from edgezo.runtime.noise import BLOCK, Direction, Distribution, Floats
 
@@ -119,6 +119,8 @@ class MutableWeights:
     def _fit(self, tensor: _Tensor) -> None:
         """Choose the grid with a quarter of headroom and round the values to it."""
         tensor.bound = _largest(tensor.flat)
+        if not math.isfinite(tensor.bound):
+            raise NonFiniteLossError(f"{tensor.name}: holds NaN or infinity; use a smaller --lr, or export the model again")
         tensor.exponent = math.ceil(math.log2(1.25 * tensor.bound + self.reach))
         inverse, quantum = np.float32(1 / tensor.quantum), np.float32(tensor.quantum)
         for part in _parts(tensor.flat):
@@ -194,4 +196,4 @@ def _parts(flat: Floats) -> Iterator[Floats]:
 
 
 def _largest(flat: Floats) -> float:
-    return max(float(max(part.max(), -part.min())) for part in _parts(flat))
+    return float(np.max([(part.max(), -part.min()) for part in _parts(flat)]))  # NaN stays NaN

@@ -11,10 +11,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import tiny  # noqa: E402
+import tiny
 
-from edgezo.export import export_model  # noqa: E402
-from edgezo.runtime.model import EdgeModel  # noqa: E402
+from edgezo.export import export_model
+from edgezo.runtime.model import EdgeModel
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,119 @@
+"""The journal keeps whole steps, and says what happened to others."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edgezo.errors import RunError
+from edgezo.runtime.journal import STEP, Journal, StepRecord, read_journal
+
+HEADER = {"base": "0" * 64, "config": {"lr": 0.5}}
+
+
+def write(path: Path, steps: int) -> list[StepRecord]:
+    with Journal.create(path, HEADER) as journal:
+        return [journal.append(StepRecord(step + 0.1, 1e-3 * step, 1 / 3)) for step in range(steps)]
+
+
+def test_what_was_appended_is_read(tmp_path: Path) -> None:
+    records = write(tmp_path / "j", 5)
+    contents = read_journal(tmp_path / "j")
+    assert contents.header == HEADER
+    assert contents.records == records
+    assert contents.whole_bytes == (tmp_path / "j").stat().st_size
+
+
+def test_append_returns_the_values_as_stored() -> None:
+    import numpy as np
+
+    assert StepRecord(*np.float32([0.1, 0.2, 0.3]).tolist()) == StepRecord(*STEP.unpack(STEP.pack(0.1, 0.2, 0.3, 0))[:3])
+
+
+def test_ten_thousand_steps_stay_under_200_kilobytes(tmp_path: Path) -> None:
+    write(tmp_path / "j", 10_000)
+    assert (tmp_path / "j").stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("torn", range(1, STEP.size))
+def test_a_torn_last_record_is_left_out_and_cut_off_when_reopened(tmp_path: Path, torn: int) -> None:
+    path = tmp_path / "j"
+    records = write(path, 4)
+    path.write_bytes(path.read_bytes()[:-torn])
+    contents = read_journal(path)
+    assert contents.records == records[:3]
+    with Journal.reopen(path, contents.whole_bytes) as journal:
+        again = journal.append(records[3])
+    assert read_journal(path).records == [*records[:3], again]
+
+
+def test_a_last_record_of_garbage_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    records = write(path, 4)
+    path.write_bytes(path.read_bytes()[: -STEP.size] + bytes(STEP.size))
+    assert read_journal(path).records == records[:3]
+
+
+def test_a_changed_record_with_others_behind_it_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    write(path, 4)
+    data = bytearray(path.read_bytes())
+    data[-3 * STEP.size] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(RunError, match=r"record of step 2 was changed \(checksum differs\) and others follow it"):
+        read_journal(path)
+
+
+def test_records_cannot_change_places(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    write(path, 4)
+    data = path.read_bytes()
+    size = STEP.size
+    path.write_bytes(data[: -2 * size] + data[-size:] + data[-2 * size : -size])
+    with pytest.raises(RunError, match="record of step 3 was changed"):
+        read_journal(path)
+
+
+def test_an_existing_journal_is_never_overwritten(tmp_path: Path) -> None:
+    write(tmp_path / "j", 1)
+    with pytest.raises(FileExistsError):
+        Journal.create(tmp_path / "j", HEADER)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not a journal of version 1"),
+        (b"EDGEZOJ2" + bytes(40), "not a journal of version 1"),
+        (b"EDGEZOJ1", "the header is cut off"),
+        (b"EDGEZOJ1" + b"\xff\xff\xff\x7f" + bytes(64), "the header is cut off"),
+        (b"EDGEZOJ1" + b"\x02\0\0\0{}" + bytes(4), r"the header was changed \(checksum differs\)"),
+    ],
+)
+def test_damaged_headers_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "j").write_bytes(data)
+    with pytest.raises(RunError, match=message):
+        read_journal(tmp_path / "j")
+
+
+def test_a_missing_journal_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no readable journal"):
+        read_journal(tmp_path / "j")
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_damage_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "j"
+    path.unlink(missing_ok=True)
+    records = write(path, 3)
+    whole = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    try:
+        found = read_journal(path).records
+    except RunError:
+        return
+    assert found == records[: len(found)]

@@ -1,0 +1,191 @@
+"""Runs: learn, stop, go on, and are rebuilt from base and journal to the last bit."""
+
+import hashlib
+import json
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import edgezo
+from edgezo.config import make_config
+from edgezo.errors import ConfigError, NonFiniteLossError, RunError
+from edgezo.runtime.journal import read_journal
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.order import WINDOW_BATCHES, DataOrder
+from edgezo.runtime.run import read_run
+from edgezo.runtime.tune import Reporter, StepReport, tune
+
+SETTINGS: dict[str, Any] = {
+    "template": "{text} It was",
+    "labels": "terrible,great",
+    "batch": 4,
+    "lr": 1e-4,
+    "schedule": "constant",
+    "eval_every": 5,
+}
+
+
+def digest(directory: Path, run: Path, step: Any = "last", threads: int = 1) -> str:
+    """SHA-256 over the tuned weights of a step."""
+    model = EdgeModel(directory, run=run, step=step, threads=threads)
+    return hashlib.sha256(b"".join(array.tobytes() for array in model.tunable.values())).hexdigest()
+
+
+def test_tuning_lowers_the_loss(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    result = edgezo.tune(exported_dir, tmp_path / "run", data=reviews, valid=reviews, steps=60, **SETTINGS)
+    assert result.before is not None
+    assert result.best is not None
+    assert result.best.loss < 0.7 * result.before.loss
+    assert (result.steps, result.ended) == (60, "finished")
+
+
+def test_the_edge_model_is_not_changed(edge_dir: Path, reviews: str, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in edge_dir.iterdir()}
+    edgezo.tune(edge_dir, tmp_path / "run", data=reviews, steps=3, **SETTINGS)
+    assert {path.name: path.read_bytes() for path in edge_dir.iterdir()} == before
+
+
+@pytest.mark.parametrize("extra", [{}, {"noise": "gaussian"}, {"weight_decay": 0.5}, {"seed": 2**64 - 1}])
+def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(
+    exported_dir: Path, reviews: str, tmp_path: Path, extra: dict[str, Any]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    edgezo.tune(exported_dir, whole, data=reviews, steps=12, threads=1, **SETTINGS, **extra)
+    edgezo.tune(exported_dir, parts, data=reviews, steps=5, threads=1, **SETTINGS, **extra)
+    edgezo.tune(exported_dir, parts, resume=True, steps=9, threads=1)
+    edgezo.tune(exported_dir, parts, resume=True, steps=12, threads=1)
+    assert read_journal(whole / "journal.bin").records == read_journal(parts / "journal.bin").records
+    assert digest(exported_dir, whole) == digest(exported_dir, parts)
+
+
+def test_the_weights_in_memory_are_those_of_base_and_journal(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    model = EdgeModel(exported_dir, threads=2)
+    tune(model, make_config(None, {"data": reviews, "valid": reviews, "steps": 11, **SETTINGS}), tmp_path / "run")
+    live = hashlib.sha256(b"".join(array.tobytes() for array in model.tunable.values())).hexdigest()
+    assert digest(exported_dir, tmp_path / "run", threads=1) == live
+    assert digest(exported_dir, tmp_path / "run", 10) != live
+
+
+def test_evaluating_on_the_way_changes_nothing(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    for name, extra in (("quiet", {}), ("often", {"valid": reviews, "eval_every": 1})):
+        edgezo.tune(exported_dir, tmp_path / name, data=reviews, steps=6, threads=1, **{**SETTINGS, **extra})
+    assert digest(exported_dir, tmp_path / "quiet") == digest(exported_dir, tmp_path / "often")
+
+
+def test_step_zero_is_the_base_rounded_to_its_grid(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=2, **SETTINGS)
+    base, start = EdgeModel(exported_dir), EdgeModel(exported_dir, run=tmp_path / "run", step=0)
+    for name, array in base.tunable.items():
+        assert np.abs(array - start.weights[name]).max() < 1e-6
+
+
+def test_the_best_state_is_the_one_with_the_best_validation(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    result = edgezo.tune(exported_dir, tmp_path / "run", data=reviews, valid=reviews, steps=20, **{**SETTINGS, "lr": 5e-2})
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: (line["valid"]["accuracy"], -line["valid"]["loss"]) for line in lines if "valid" in line}
+    assert sorted(scores) == [0, 5, 10, 15, 20]
+    assert scores[result.best_step] == max(scores.values())
+    assert read_run(tmp_path / "run").best_step == result.best_step
+    assert EdgeModel(exported_dir, run=tmp_path / "run").step == result.best_step
+    found = edgezo.evaluate(exported_dir, reviews, run=tmp_path / "run").evaluation
+    assert found.loss == pytest.approx(-scores[result.best_step][1], rel=1e-5)
+
+
+def test_minutes_end_a_run(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    result = edgezo.tune(exported_dir, tmp_path / "run", data=reviews, minutes=0.02, **SETTINGS)
+    assert result.ended == "out of time"
+    assert result.steps == len(read_run(tmp_path / "run").records) > 0
+
+
+def test_a_signal_finishes_the_step_and_the_run_goes_on_later(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    def stop(report: StepReport) -> None:
+        if report.step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    result = edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=9, threads=1, reporter=Reporter(step=stop), **SETTINGS)
+    assert (result.ended, result.steps) == ("interrupted", 4)
+    edgezo.tune(exported_dir, tmp_path / "run", resume=True, threads=1)
+    edgezo.tune(exported_dir, tmp_path / "whole", data=reviews, steps=9, threads=1, **SETTINGS)
+    assert digest(exported_dir, tmp_path / "run") == digest(exported_dir, tmp_path / "whole")
+
+
+def test_a_run_can_be_made_outside_the_main_thread(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    thread = threading.Thread(target=lambda: edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=2, **SETTINGS))
+    thread.start()
+    thread.join()
+    assert len(read_run(tmp_path / "run").records) == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lr": 1e-5}, r"--lr 1e-05 differs from the run's 0.0001; a resumed run keeps it"),
+        ({"seed": 3}, r"--seed 3 differs from the run's 0"),
+        ({"noise": "gaussian"}, r"--noise 'gaussian' differs"),
+        ({"batch": 8}, r"--batch 8 differs"),
+    ],
+)
+def test_what_must_not_change_is_refused_by_name(
+    exported_dir: Path, reviews: str, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=2, **SETTINGS)
+    with pytest.raises(RunError, match=message):
+        edgezo.tune(exported_dir, tmp_path / "run", resume=True, steps=4, **changed)
+    assert len(read_run(tmp_path / "run").records) == 2
+
+
+def test_other_data_is_refused_on_resume(exported_dir: Path, reviews: str, tmp_path: Path, write_rows: Callable[..., str]) -> None:
+    edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=2, **SETTINGS)
+    write_rows([{"text": "something else", "label": 1}])
+    with pytest.raises(RunError, match="is not the data the run was started with"):
+        edgezo.tune(exported_dir, tmp_path / "run", resume=True, steps=4)
+
+
+def test_resume_takes_no_configuration_file(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=1, **SETTINGS)
+    with pytest.raises(ConfigError, match="--resume continues with the run's own settings"):
+        edgezo.tune(exported_dir, tmp_path / "run", resume=True, config=tmp_path / "run" / "config.json")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_all_whole_steps(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    model = EdgeModel(exported_dir, threads=1)
+
+    def damage(report: StepReport) -> None:
+        if report.step == 4:
+            model.weights["model.norm.weight"][0] = np.nan
+
+    config = make_config(None, {"data": reviews, "steps": 9, **SETTINGS})
+    with pytest.raises(NonFiniteLossError, match=r"^step 4: the loss at theta \+ eps z is nan; .* try a smaller --lr or --eps"):
+        tune(model, config, tmp_path / "run", reporter=Reporter(step=damage))
+    assert len(read_run(tmp_path / "run").records) == 4
+    edgezo.tune(exported_dir, tmp_path / "run", resume=True)
+    assert len(read_run(tmp_path / "run").records) == 9
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_every_epoch_holds_every_row_once(batch_size: int) -> None:
+    rows = 2 * batch_size * WINDOW_BATCHES
+    order = DataOrder([row % 5 for row in range(rows)], batch_size, seed=1)
+    steps = rows // batch_size
+    for epoch in range(2):
+        seen = [row for step in range(epoch * steps, (epoch + 1) * steps) for row in order.batch(step)]
+        assert sorted(seen) == list(range(rows))
+
+
+def test_rows_of_like_length_meet() -> None:
+    random = np.random.default_rng(0)
+    lengths = random.integers(4, 100, 640)
+    order = DataOrder(lengths.tolist(), 16, seed=0)
+    padded = [16 * max(lengths[row] for row in order.batch(step)) for step in range(40)]
+    assert sum(padded) < 1.25 * lengths.sum()
+
+
+def test_order_depends_on_the_seed_and_not_on_the_past() -> None:
+    lengths = list(range(50))
+    assert DataOrder(lengths, 4, 0).batch(33) == DataOrder(lengths, 4, 0).batch(33)
+    assert DataOrder(lengths, 4, 0).batch(33) != DataOrder(lengths, 4, 1).batch(33)
