@@ -287,7 +287,7 @@ def unescape(text: str | None) -> str | None:
 def main() -> None:
     """Entry point: expected failures in one line, exit code 1; EDGEZO_DEBUG=1 shows the traceback."""
     try:
-        app()
+        app(prog_name="edgezo")
     except EdgezoError as error:
         if os.environ.get("EDGEZO_DEBUG"):
             raise

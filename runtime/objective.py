@@ -66,4 +66,5 @@ def _scores(sequences: Sequences, examples: Sequence[Example]) -> tuple[list[npt
 def _loss(scores: list[npt.NDArray[np.float64]], tokens: int, gold: list[int]) -> float:
     if len(scores[0]) == 1:
         return -float(sum(float(row[0]) for row in scores)) / tokens
-    return float(np.mean([np.logaddexp.reduce(row) - row[index] for row, index in zip(scores, gold, strict=True)]))
+    with np.errstate(invalid="ignore"):  # NaN is the estimator's to refuse
+        return float(np.mean([np.logaddexp.reduce(row) - row[index] for row, index in zip(scores, gold, strict=True)]))

@@ -196,4 +196,5 @@ def _parts(flat: Floats) -> Iterator[Floats]:
 
 
 def _largest(flat: Floats) -> float:
-    return float(np.max([(part.max(), -part.min()) for part in _parts(flat)]))  # NaN stays NaN
+    with np.errstate(invalid="ignore"):  # NaN stays NaN, without a warning
+        return float(np.max([(part.max(), -part.min()) for part in _parts(flat)]))
