@@ -212,7 +212,7 @@ def generate_command(
     from edgezo.runtime.generate import Sampling, generate
     from edgezo.runtime.model import EdgeModel
 
-    text = sys.stdin.read() if prompt == "-" else unescape(prompt) or ""
+    text = sys.stdin.read() if prompt == "-" else prompt
     model = EdgeModel(directory, threads=threads, run=run, step=step_choice(step))
     if chat:
         text = model.text.chat([{"role": "user", "content": text}], reply=True)
@@ -280,7 +280,7 @@ def step_choice(text: str) -> Any:
 
 
 def unescape(text: str | None) -> str | None:
-    """A shell cannot easily give a line break: \\n and \\t are read as such."""
+    """A shell cannot easily give a line break: \\n and \\t in a template are read as such."""
     return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")
 
 

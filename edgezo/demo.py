@@ -65,7 +65,7 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
         [
             (
                 "Try next",
-                f"edgezo generate {edge} --run {run} --prompt 'Note: Train to Lyon at nine, seat by the window\\nTopic:' --max-tokens 1",
+                f"edgezo generate {edge} --run {run} --max-tokens 1 --prompt $'Note: Train to Lyon at nine, seat by the window\\nTopic:'",
             ),
             ("", f"edgezo generate {edge} --chat --prompt 'Why is the sky blue?'"),
             ("", f"edgezo inspect {run}"),

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 if TYPE_CHECKING:
     from edgezo.runtime.objective import Evaluation
@@ -33,11 +32,10 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def print_rows(rows: list[tuple[str, str]]) -> None:
-    """Names and values, aligned."""
-    table = Table.grid(padding=(0, 2))
+    """Names and values, aligned; values are never cut."""
+    width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        table.add_row(name, value)
-    stdout().print(table)
+        sys.stdout.write(f"{name.ljust(width)}  {value}\n")
 
 
 def evaluation_text(evaluation: "Evaluation") -> str:
@@ -108,7 +106,9 @@ def tuning(total_steps: int | None) -> Iterator["Reporter"]:
                 console.print(f"  step {report.step}  {note}  {_clock(left)} left")
 
         def evaluation(number: int, found: "Evaluation", best: bool) -> None:
-            (progress.console if live else console).print(f"  step {number}: {evaluation_text(found)}{'  best so far' if best else ''}")
+            (progress.console if live else console).print(
+                f"  step {number}: {evaluation_text(found)}{'  best so far' if best and number else ''}"
+            )
 
         yield Reporter(stage=stage, step=step, evaluation=evaluation)
 

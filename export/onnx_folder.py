@@ -10,6 +10,7 @@ from onnx import helper, numpy_helper
 
 from edgezo.errors import ExportError
 from edgezo.export.graphs import Decoder, Weight
+from edgezo.export.quiet import quiet
 from edgezo.export.source import Source, sizes
 from edgezo.manifest import Origin
 
@@ -25,8 +26,9 @@ def load_onnx_folder(folder: Path) -> Source:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+        with quiet():
+            config = AutoConfig.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
     except Exception as error:
         raise ExportError(f"{folder}: model.onnx needs config.json and tokenizer.json beside it: {str(error).splitlines()[0]}") from error
     try:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from edgezo.errors import ExportError
 from edgezo.export.graphs import Decoder
+from edgezo.export.quiet import quiet
 from edgezo.manifest import Origin
 
 Logits = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
@@ -38,7 +39,6 @@ def load_source(model: str, revision: str | None = None) -> Source:
     Raises:
         ExportError: it does not exist, cannot be read, or is no decoder-only causal language model.
     """
-    _quiet_libraries()
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -67,23 +67,25 @@ def _from_torch(location: str, shown: str, keywords: dict[str, Any], revision: s
 
     where = {**keywords, "revision": revision} if revision else keywords
     try:
-        config = AutoConfig.from_pretrained(location, **where)
+        with quiet():
+            config = AutoConfig.from_pretrained(location, **where)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, struct.error, ... by file kind
         raise ExportError(f"{shown}: transformers cannot read it: {_first_line(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise ExportError(f"{shown}: {config.model_type} is an encoder-decoder; edgezo exports decoder-only causal models")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, use_fast=True, **where)
-        network = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32, low_cpu_mem_usage=True, **where).eval()
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(location, use_fast=True, **where)
+            network = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32, low_cpu_mem_usage=True, **where).eval()
     except Exception as error:
         raise ExportError(f"{shown}: transformers cannot load it: {_first_line(error)}") from error
     if not tokenizer.is_fast:
         raise ExportError(f"{shown}: its tokenizer has no fast version (tokenizer.json), which the device needs")
     decoder = trace_decoder(network)
     origin = Origin(
-        id=_name_of(location, shown, config),
+        id=_name_of(location, shown),
         revision=revision or getattr(config, "_commit_hash", None),
-        license=_license(Path(location)),
+        license=_license(location, keywords.get("gguf_file")),
         **sizes(network.config),
     )
 
@@ -126,17 +128,25 @@ def save_tokenizer(source: Source, directory: Path) -> tuple[str | None, dict[st
     return "chat_template.jinja", special
 
 
-def _name_of(location: str, shown: str, config: Any) -> str:
+def _name_of(location: str, shown: str) -> str:
     """A hub id as given; for local files their own name, never a path of this machine."""
     return Path(shown).name if Path(shown).exists() else location
 
 
-def _license(folder: Path) -> str | None:
-    """The licence a model card states, when there is one."""
-    card = folder / "README.md"
-    if not card.is_file():
+def _license(location: str, gguf_file: str | None) -> str | None:
+    """The licence that a .gguf file or a model card states, when there is one."""
+    if gguf_file is not None:
+        from gguf import GGUFReader
+
+        field = GGUFReader(Path(location) / gguf_file).fields.get("general.license")
+        return str(field.contents()) if field is not None else None
+    from transformers.utils import cached_file
+
+    try:
+        card = cached_file(location, "README.md")
+    except OSError:  # no card, or the hub cannot be reached any more
         return None
-    for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[:60]:
+    for line in Path(card).read_text(encoding="utf-8", errors="replace").splitlines()[:60] if card else []:
         if line.startswith("license:"):
             return line.split(":", 1)[1].strip() or None
     return None
@@ -145,14 +155,3 @@ def _license(folder: Path) -> str | None:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]
-
-
-def _quiet_libraries() -> None:
-    """Their own progress bars and advice do not belong into one-line output."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    import tqdm.auto
-
-    tqdm.auto.tqdm.monitor_interval = 0

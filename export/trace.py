@@ -4,12 +4,8 @@ Tracing with `export_params=False` and without constant folding keeps every weig
 once, and writes no weight at all: SmolLM2-135M gives a graph of 1.4 MB in 6 s.
 """
 
-import contextlib
-import io
-import logging
+import inspect
 import tempfile
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import torch
 
 from edgezo.errors import ExportError
 from edgezo.export.graphs import Decoder, Weight
+from edgezo.export.quiet import quiet
 
 OPSET = 17  # the newest that onnxruntime 1.18 (JetPack 6) runs with every operator used here
 
@@ -87,7 +84,7 @@ def _trace(model: Any, config: Any) -> tuple[onnx.ModelProto, list[str]]:
         setattr(model.config, key, value)
     # logits_to_keep would otherwise be traced as an extra input without a name
     arguments = {"logits_to_keep": 0} if "logits_to_keep" in _forward_parameters(model) else {}
-    with torch.no_grad(), _quiet(), tempfile.TemporaryDirectory() as folder, config.patch_model_for_export(model, model_kwargs=arguments):
+    with torch.no_grad(), quiet(), tempfile.TemporaryDirectory() as folder, config.patch_model_for_export(model, model_kwargs=arguments):
         dummy = config.rename_ambiguous_inputs(config.generate_dummy_inputs(framework="pt"))
         inputs = config.ordered_inputs(model)
         path = Path(folder) / "traced.onnx"
@@ -117,20 +114,4 @@ def _trace(model: Any, config: Any) -> tuple[onnx.ModelProto, list[str]]:
 
 
 def _forward_parameters(model: Any) -> set[str]:
-    import inspect
-
     return set(inspect.signature(model.forward).parameters)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The tracer prints warnings on branches that are right for every input edgezo feeds; the check at the end proves it."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

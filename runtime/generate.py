@@ -44,10 +44,10 @@ def generate(model: EdgeModel, prompt: str, max_tokens: int = 64, sampling: Samp
     new, seen, written, shown = tokens, 0, list[int](), ""
     while len(written) < max_tokens and seen + len(new) < context:
         feeds = {
-            "input_ids": np.array([new]),
+            "input_ids": np.array([new], np.int64),
             "attention_mask": np.ones((1, seen + len(new)), np.int64),
-            "position_ids": np.arange(seen, seen + len(new))[None],
-            "hidden_rows": np.array([len(new) - 1]),
+            "position_ids": np.arange(seen, seen + len(new), dtype=np.int64)[None],
+            "hidden_rows": np.array([len(new) - 1], np.int64),
         }
         logits, *present = model.generation.run(outputs, {**{name: feeds[name] for name in graph.inputs}, **past})
         token = int(logits[0].argmax()) if random is None or sampling is None else _sample(logits[0], sampling, random)

@@ -71,14 +71,15 @@ def _scores(session: Session, feeds: dict[str, Array]) -> Array:
 def _probe_feeds(model: EdgeModel) -> dict[str, Array]:
     """One short row of spread-out tokens; a few targets at every position."""
     vocabulary = model.manifest.origin.vocab_size
-    tokens = (np.arange(1, PROBE_TOKENS + 1) * (vocabulary // (PROBE_TOKENS + 1) or 1)) % vocabulary
+    positions = np.arange(PROBE_TOKENS, dtype=np.int64)
+    tokens = ((positions + 1) * (vocabulary // (PROBE_TOKENS + 1) or 1)) % vocabulary
     targets = np.tile((tokens * 7 + 3) % vocabulary, PROBE_TOKENS)
     feeds = {
         "input_ids": tokens[None],
         "attention_mask": np.ones((1, PROBE_TOKENS), np.int64),
-        "position_ids": np.arange(PROBE_TOKENS)[None],
-        "hidden_rows": np.arange(PROBE_TOKENS),
-        "pair_rows": np.repeat(np.arange(PROBE_TOKENS), PROBE_TOKENS),
+        "position_ids": positions[None],
+        "hidden_rows": positions,
+        "pair_rows": np.repeat(positions, PROBE_TOKENS),
         "pair_targets": targets,
     }
     return {name: feeds[name] for name in model.manifest.scoring.inputs}

@@ -53,8 +53,8 @@ class Sequences:
         order = np.argsort(targets[:, 0], kind="stable")
         for rows in self._micro_batches(layout):
             # the scored tokens whose hidden state is in this micro-batch
-            place = np.full(len(layout.hidden), -1)
-            place[rows] = np.arange(len(rows))
+            place = np.full(len(layout.hidden), -1, np.int64)
+            place[rows] = np.arange(len(rows), dtype=np.int64)
             chosen = order[place[targets[order, 0]] >= 0]
             feeds = self._feeds(layout, rows)
             feeds["pair_rows"], feeds["pair_targets"] = place[targets[chosen, 0]], targets[chosen, 1]
@@ -92,7 +92,7 @@ class Sequences:
         return {
             "input_ids": ids,
             "attention_mask": mask,
-            "position_ids": np.tile(np.arange(width), (len(sequences), 1)),
+            "position_ids": np.tile(np.arange(width, dtype=np.int64), (len(sequences), 1)),
             "hidden_rows": flat,
         }
 

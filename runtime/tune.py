@@ -170,7 +170,7 @@ def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bo
     if previous is None:
         refuse_existing(output, RunError, "continue it with --resume or choose another directory")
     reporter.stage("reading data")
-    train, valid = _read_data(model, config)
+    train, valid = _read_data(model, config, reporter)
     header = journal_header(
         config,
         base_id(model.manifest),
@@ -196,15 +196,17 @@ def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bo
             return tuner.loop()
     except OSError as error:
         raise RunError(
-            f"{output}: cannot be written ({error.strerror or error}); all whole steps are kept, continue with --resume when there is space"
+            f"{output}: cannot be written ({error.strerror or error}); whole steps so far are kept, go on with --resume when it can be written"
         ) from error
 
 
-def _read_data(model: EdgeModel, config: TuneConfig) -> tuple[Examples, Examples | None]:
+def _read_data(model: EdgeModel, config: TuneConfig, reporter: Reporter) -> tuple[Examples, Examples | None]:
     rows = read_rows(config.data)
     task = find_task(rows, config.template, config.labels, config.label_field)
     limit = row_limit(model, config)
     train = make_examples(rows, task, model.text, limit)
+    if train.truncated:
+        reporter.stage(f"{train.truncated} of {len(rows)} training rows were cut to {limit} tokens")
     if config.valid is None:
         return train, None
     chosen = read_rows(config.valid)

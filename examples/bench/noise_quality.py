@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import numpy.typing as npt
 
 from edgezo.config import make_config
 from edgezo.demo import SETTINGS, TEMPLATE, TOPICS
@@ -18,11 +19,12 @@ from edgezo.runtime import noise
 from edgezo.runtime import run as run_module
 from edgezo.runtime import tune as tune_module
 from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.noise import Direction, Floats
+from edgezo.runtime.noise import Floats
 from edgezo.runtime.weights import MutableWeights
 
 NOTES = Path(__file__).parents[1] / "notes"
 FRESH = 9  # key word of a stream that nothing else draws from
+CHUNK = 1 << 16
 
 
 class FreshBits(MutableWeights):
@@ -30,17 +32,21 @@ class FreshBits(MutableWeights):
 
     def flush(self) -> None:
         pending, self._pending = self._pending, {}
+        signs = noise.table("rademacher")
+        places = [int(np.argmax(signs < 0)), int(np.argmax(signs > 0))]
+        bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
         for tensor in self.tensors:
             for direction, scales in pending.items():
-                table = self._table(direction, scales, tensor.quantum)
-                plus, minus = table[np.argmax(noise.table("rademacher") > 0)], table[np.argmax(noise.table("rademacher") < 0)]
-                tensor.flat += np.where(fresh_signs(direction, tensor.id, tensor.flat.size), plus, minus)
+                amounts = self._table(direction, scales, tensor.quantum)[places]
+                drawn = noise.words(direction.seed, FRESH, -(-tensor.flat.size // 64), tensor=tensor.id, step=direction.step)
+                _add_signs(tensor.flat, drawn.view(np.uint8), amounts[bits])
 
 
-def fresh_signs(direction: Direction, tensor: int, size: int) -> np.ndarray:
-    """bool [size] from the raw stream of a domain of its own."""
-    drawn = noise.words(direction.seed, FRESH, -(-size // 64), tensor=tensor, step=direction.step)
-    return np.unpackbits(drawn.view(np.uint8), count=size).astype(bool)
+def _add_signs(flat: Floats, drawn: npt.NDArray[np.uint8], expansion: Floats) -> None:
+    """flat += the eight amounts of every drawn byte, chunk by chunk."""
+    for start in range(0, flat.size, CHUNK):
+        part = flat[start : start + CHUNK]
+        part += expansion[drawn[start // 8 : start // 8 + CHUNK // 8]].reshape(-1)[: part.size]
 
 
 def measure(edge: Path, kind: type[MutableWeights], seed: int, steps: int) -> dict[str, float]:
