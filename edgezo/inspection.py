@@ -60,12 +60,12 @@ def _run(path: Path) -> dict[str, Any]:
         "steps": len(run.records),
         "best_step": run.best_step,
         "seconds": round(run.seconds, 1),
-        "base": run.base_id,
+        "base": run.header.get("base"),
     }
     facts["journal_bytes"] = run.whole_bytes
     for step in dict.fromkeys([0, run.best_step, len(run.records)]):
         if step in run.evaluations:
-            facts[f"valid_at_step_{step}"] = [f"{name} {value:.4g}" for name, value in run.evaluations[step].items()]
+            facts[f"valid_at_step_{step}"] = [f"{name} {value:.4g}" for name, value in run.evaluations[step].as_dict().items()]
     if run.records:
         facts["last_loss"] = run.records[-1].loss
     return {

@@ -175,7 +175,7 @@ def verify_file(directory: Path, name: str, stored: StoredFile, sha256: str | No
     found = sha256_file(path) if sha256 is None else sha256
     if found != stored.sha256:
         raise EdgeModelError(
-            f"{path}: SHA-256 {found[:12]}…, manifest says {stored.sha256[:12]}…; the file was changed, copy or export it again"
+            f"{path}: SHA-256 {found[:12]}, manifest says {stored.sha256[:12]}; the file was changed, copy or export it again"
         )
 
 

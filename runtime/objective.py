@@ -1,6 +1,6 @@
 """Losses and metrics of examples under the present weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,9 +23,19 @@ class Evaluation(NamedTuple):
         """Larger is better: accuracy first where there is one, then lower loss."""
         return (self.accuracy or 0.0, -self.loss)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, float | int]) -> "Evaluation":
+        """What `as_dict` gave."""
+        return cls(int(values["rows"]), float(values["loss"]), values.get("accuracy"), values.get("macro_f1"), values.get("perplexity"))
+
     def as_dict(self) -> dict[str, float | int]:
         """The fields that hold a number."""
         return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+def best_step(evaluations: Mapping[int, Evaluation], default: int) -> int:
+    """The step whose evaluation is best, the earliest of equals; `default` when there is none."""
+    return max(evaluations, key=lambda step: (evaluations[step].score(), -step), default=default)
 
 
 def batch_loss(sequences: Sequences, examples: Sequence[Example]) -> float:

@@ -15,6 +15,7 @@ from edgezo.runtime import noise
 from edgezo.runtime.journal import StepRecord, read_journal
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
+from edgezo.runtime.objective import Evaluation, best_step
 from edgezo.runtime.optimizer import sgd_step
 from edgezo.runtime.weights import MutableWeights
 from edgezo.storage import write_atomically
@@ -29,18 +30,16 @@ class Run(NamedTuple):
 
     directory: Path
     config: TuneConfig
-    base_id: str
-    data_sha256: str
+    header: dict[str, Any]
     records: list[StepRecord]
     whole_bytes: int
-    evaluations: dict[int, dict[str, Any]]
+    evaluations: dict[int, Evaluation]
     seconds: float
 
     @property
     def best_step(self) -> int:
         """The step with the best validation; the last step when there was none."""
-        scored = {step: (e.get("accuracy", 0.0), -e["loss"]) for step, e in self.evaluations.items() if step <= len(self.records)}
-        return max(scored, key=lambda step: (scored[step], -step)) if scored else len(self.records)
+        return best_step(self.evaluations, len(self.records))
 
     def resolve(self, step: StepChoice) -> int:
         """The number of a step given as number, 'best' or 'last'."""
@@ -88,17 +87,16 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
         config = TuneConfig.model_validate(header.get("config"))
     except ValidationError as error:
         raise RunError(f"{directory}: {describe(error, JOURNAL)}") from None
-    evaluations, seconds = _read_metrics(directory / METRICS)
-    return Run(
-        directory, config, str(header.get("base")), str(header.get("data")), contents.records, contents.whole_bytes, evaluations, seconds
-    )
+    evaluations, seconds = _read_metrics(directory / METRICS, len(contents.records))
+    return Run(directory, config, header, contents.records, contents.whole_bytes, evaluations, seconds)
 
 
 def check_base(run: Run, model: EdgeModel) -> None:
     """Refuse a run that was tuned from other weights."""
-    if run.base_id != base_id(model.manifest):
+    recorded, found = str(run.header.get("base")), base_id(model.manifest)
+    if recorded != found:
         raise RunError(
-            f"{run.directory}: was tuned from another edge model (base {run.base_id[:12]}…) than {model.directory} ({base_id(model.manifest)[:12]}…); give the one it was tuned from"
+            f"{run.directory}: was tuned from another edge model (base {recorded[:12]}) than {model.directory} ({found[:12]}); give the one it was tuned from"
         )
 
 
@@ -130,17 +128,17 @@ def write_summary(directory: Path, summary: dict[str, Any]) -> None:
     write_atomically(directory / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
 
 
-def _read_metrics(path: Path) -> tuple[dict[int, dict[str, Any]], float]:
-    """Evaluations by step and seconds spent; a torn last line is passed over."""
-    evaluations: dict[int, dict[str, Any]] = {}
+def _read_metrics(path: Path, steps: int) -> tuple[dict[int, Evaluation], float]:
+    """Evaluations by step, up to the journal's last, and seconds spent; torn lines are passed over."""
+    evaluations: dict[int, Evaluation] = {}
     seconds = 0.0
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-                if "valid" in entry:
-                    evaluations[int(entry["step"])] = dict(entry["valid"], loss=float(entry["valid"]["loss"]))
                 seconds = max(seconds, float(entry.get("seconds", 0.0)))
+                if "valid" in entry and 0 <= int(entry["step"]) <= steps:
+                    evaluations[int(entry["step"])] = Evaluation.from_dict(entry["valid"])
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
     return evaluations, seconds

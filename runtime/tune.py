@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from edgezo.config import TuneConfig
 from edgezo.errors import RunError
@@ -19,7 +19,7 @@ from edgezo.runtime.journal import Journal, StepRecord
 from edgezo.runtime.liveness import prove_live
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
-from edgezo.runtime.objective import Evaluation, batch_loss, evaluate
+from edgezo.runtime.objective import Evaluation, batch_loss, best_step, evaluate
 from edgezo.runtime.optimizer import schedule_factor, sgd_step
 from edgezo.runtime.order import DataOrder
 from edgezo.runtime.run import (
@@ -95,7 +95,7 @@ class Tuner:
         order = DataOrder([_length(example) for example in self.train.examples], config.batch, config.seed)
         started = time.monotonic() - self.spent_seconds
         step, ended = self.first_step, "finished"
-        with _stop_signals() as stopping, open(self.directory / METRICS, "a", encoding="utf-8", buffering=1) as metrics:
+        with _stop_signals() as stopping, _append_lines(self.directory / METRICS) as metrics:
             if step == 0:
                 self._evaluate(0, sequences, metrics, started)
             while (progress := self._progress(step, time.monotonic() - started)) < 1:
@@ -126,21 +126,20 @@ class Tuner:
         total, minutes = self.config.total_steps, self.config.minutes
         return max(step / total if total else 0.0, seconds / (60 * minutes) if minutes else 0.0)
 
-    def _evaluate(self, step: int, sequences: Sequences, metrics: Any, started: float) -> None:
+    def _evaluate(self, step: int, sequences: Sequences, metrics: TextIO, started: float) -> None:
         if self.valid is None:
             return
         self.weights.flush()
         self.journal.sync()
         self.reporter.stage("evaluating")
         found = evaluate(sequences, self.valid.examples)
-        best = not self.evaluations or found.score() > max(e.score() for e in self.evaluations.values())
         self.evaluations[step] = found
         metrics.write(json.dumps({"step": step, "valid": found.as_dict(), "seconds": round(time.monotonic() - started, 3)}) + "\n")
-        self.reporter.evaluation(step, found, best)
+        self.reporter.evaluation(step, found, best_step(self.evaluations, step) == step)
 
     def _finish(self, step: int, ended: str, seconds: float) -> TuneResult:
-        best_step = max(self.evaluations, key=lambda s: (self.evaluations[s].score(), -s), default=step)
-        result = TuneResult(self.directory, step, ended, best_step, self.evaluations.get(0), self.evaluations.get(best_step), seconds)
+        best = best_step(self.evaluations, step)
+        result = TuneResult(self.directory, step, ended, best, self.evaluations.get(0), self.evaluations.get(best), seconds)
         shown = result._asdict()
         shown.update(
             directory=None,
@@ -192,7 +191,7 @@ def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bo
                 reporter.stage(f"rebuilding step {len(previous.records)} from the journal")
                 replay(previous, weights, len(previous.records))
                 tuner.first_step, tuner.spent_seconds = len(previous.records), previous.seconds
-                tuner.evaluations = {s: _evaluation(e) for s, e in previous.evaluations.items() if s <= tuner.first_step}
+                tuner.evaluations = dict(previous.evaluations)
             return tuner.loop()
     except OSError as error:
         raise RunError(
@@ -238,29 +237,34 @@ def _check_same(previous: Run, config: TuneConfig, header: dict[str, Any]) -> No
             raise RunError(
                 f"{previous.directory}: --{name.replace('_', '-')} {new[name]!r} differs from the run's {old[name]!r}; a resumed run keeps it, start a new run to change it"
             )
-    recorded = previous.data_sha256
-    if recorded != header["data"]:
-        raise RunError(
-            f"{config.data}: is not the data the run was started with (SHA-256 {header['data'][:12]}…, the run has {recorded[:12]}…); give the same file or start a new run"
-        )
+    for name, path in (("data", config.data), ("valid", config.valid), ("tokenizer", "the tokenizer")):
+        found, recorded = header[name], previous.header.get(name)
+        if found != recorded:
+            raise RunError(
+                f"{path}: is not the {name} the run was started with (SHA-256 {str(found)[:12]}, the run has {str(recorded)[:12]}); give the same or start a new run"
+            )
 
 
 def _tokenizer_hash(model: EdgeModel) -> str:
     return model.manifest.files[model.manifest.tokenizer.file].sha256
 
 
-def _evaluation(entry: dict[str, Any]) -> Evaluation:
-    return Evaluation(int(entry.get("rows", 0)), entry["loss"], entry.get("accuracy"), entry.get("macro_f1"), entry.get("perplexity"))
-
-
 def _length(example: Example) -> int:
     return max(len(prompt) + len(completion) for prompt, completion in example.pairs)
 
 
-def _write_step(metrics: Any, report: StepReport) -> None:
+def _write_step(metrics: TextIO, report: StepReport) -> None:
     estimate = report.estimate
     line = {"step": report.step, "loss": estimate.loss, "projected_grad": estimate.projected_grad, "lr": report.learning_rate}
     metrics.write(json.dumps({**line, "step_seconds": round(report.step_seconds, 4), "seconds": round(report.seconds, 3)}) + "\n")
+
+
+def _append_lines(path: Path) -> TextIO:
+    """Open for whole lines, each written at once; a torn last line of an earlier process is ended first."""
+    file = open(path, "a+", encoding="utf-8", buffering=1)  # noqa: SIM115  the caller closes it
+    if file.tell() and path.read_bytes()[-1:] != b"\n":
+        file.write("\n")
+    return file
 
 
 @contextmanager

@@ -68,6 +68,8 @@ class MutableWeights:
                 raise ValueError(f"{tensor.name}: not C-contiguous, cannot be changed in place")
             self._fit(tensor)
         self._pending: dict[Direction, dict[float, int]] = {}
+        self._shares = self._share_out()
+        self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         coarse = max(self.tensors, key=lambda tensor: tensor.exponent)
         self.eps = round(eps / coarse.quantum) * coarse.quantum
         if self.eps == 0:
@@ -160,21 +162,34 @@ class MutableWeights:
         values: Floats = (total * quantum).astype(np.float32)
         return values
 
-    def _parallel(self, task: Callable[[_Tensor, int, int], None]) -> None:
-        """Run `task(tensor, first block, last block)` over all blocks; tensors of one grid follow each other, so that tables stay in cache."""
-        runs = [
-            (tensor, first, min(first + RUN_BLOCKS, blocks))
-            for tensor in sorted(self.tensors, key=lambda tensor: tensor.exponent)
-            for blocks in [-(-tensor.flat.size // BLOCK)]
-            for first in range(0, blocks, RUN_BLOCKS)
-        ]
-        if self.threads == 1:
-            for run in runs:
-                task(*run)
-            return
-        with ThreadPoolExecutor(self.threads) as pool:
-            for _ in pool.map(lambda run: task(*run), runs):
+    def _parallel(self, work: Callable[[_Tensor, int, int], None]) -> None:
+        """Run `work(tensor, first block, last block)` over all blocks on all threads."""
+        if self._pool is None:
+            for part in self._shares:
+                _each(work, part)
+        else:
+            for _ in self._pool.map(lambda part: _each(work, part), self._shares):
                 pass
+
+    def _share_out(self) -> list[list[tuple[_Tensor, int, int]]]:
+        """Shares of about RUN_BLOCKS blocks; small tensors join in one. Tensors of one grid follow each other: their table stays in cache."""
+        shares: list[list[tuple[_Tensor, int, int]]] = [[]]
+        held = 0
+        for tensor in sorted(self.tensors, key=lambda tensor: tensor.exponent):
+            blocks = -(-tensor.flat.size // BLOCK)
+            for first in range(0, blocks, RUN_BLOCKS):
+                last = min(first + RUN_BLOCKS, blocks)
+                shares[-1].append((tensor, first, last))
+                held += last - first
+                if held >= RUN_BLOCKS:
+                    shares.append([])
+                    held = 0
+        return [share for share in shares if share]
+
+
+def _each(work: Callable[[_Tensor, int, int], None], share: list[tuple[_Tensor, int, int]]) -> None:
+    for tensor, first, last in share:
+        work(tensor, first, last)
 
 
 def _add_windows(tensor: _Tensor, first: int, last: int, tables: list[tuple[Direction, Floats]]) -> None:
