@@ -162,7 +162,7 @@ def read_manifest(directory: Path) -> Manifest:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) if str(part).isprintable() else repr(part) for part in first["loc"])
         raise EdgeModelError(f"{path}: {where}: {first['msg']}; export the model again") from None
     _check(manifest, path)
     return manifest
@@ -206,6 +206,10 @@ def _check(manifest: Manifest, path: Path) -> None:
             refuse(f"file name {name!r} leaves the directory")
         if name not in manifest.files:
             refuse(f"file {name!r} is used but not listed under files")
+    facts, vocabulary = manifest.tokenizer, manifest.origin.vocab_size
+    for kind, token in (("pad_token_id", facts.pad_token_id), ("bos_token_id", facts.bos_token_id)):
+        if token is not None and not 0 <= token < vocabulary:
+            refuse(f"{kind} {token} is outside the vocabulary of {vocabulary}")
     seen: set[str] = set()
     spans: dict[str, list[tuple[int, int, str]]] = {}
     for tensor in manifest.tensors:

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from edgezo.errors import EdgezoError
 
 CHUNK_BYTES = 1 << 23
+NAME_BYTES_LIMIT = 255  # of a file name, on every system in use
 
 
 def sha256_file(path: Path) -> str:
@@ -23,7 +24,9 @@ def sha256_file(path: Path) -> str:
 
 def is_plain_name(name: str) -> bool:
     """Whether `name` is one file name: no folder, no drive, no way out of its directory."""
-    return bool(name) and name not in {".", ".."} and not set(name) & set("/\\:\0") and PurePosixPath(name).name == name
+    if not name.isprintable() or not 0 < len(name.encode()) <= NAME_BYTES_LIMIT:
+        return False
+    return name not in {".", ".."} and not set(name) & set("/\\:") and PurePosixPath(name).name == name
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -55,7 +55,7 @@ def scoring_graph(decoder: Decoder) -> tuple[onnx.ModelProto, Graph]:
     logits, hidden = _gather_before_head(graph)
     nodes = [
         helper.make_node("Cast", [logits], ["edgezo/logits32"], to=TensorProto.FLOAT),
-        helper.make_node("ReduceLogSumExp", ["edgezo/logits32"], ["edgezo/lse"], axes=[-1], keepdims=0),
+        _log_sum_exp(opset(model)),
         helper.make_node("Unsqueeze", [PAIR_ROWS, "edgezo/axis1"], ["edgezo/pair_rows"]),
         helper.make_node("Unsqueeze", [PAIR_TARGETS, "edgezo/axis1"], ["edgezo/pair_targets"]),
         helper.make_node("Concat", ["edgezo/pair_rows", "edgezo/pair_targets"], ["edgezo/pairs"], axis=1),
@@ -128,6 +128,18 @@ def unconnected(model: onnx.ModelProto, names: Iterable[str]) -> list[str]:
     """Those of `names` from which no path leads to the first output."""
     reached = _reach(model.graph, [model.graph.output[0].name])
     return [name for name in names if name not in reached]
+
+
+def opset(model: onnx.ModelProto) -> int:
+    """Version of the ONNX operators the model uses."""
+    return next(int(entry.version) for entry in model.opset_import if entry.domain in {"", "ai.onnx"})
+
+
+def _log_sum_exp(version: int) -> onnx.NodeProto:
+    """Over the vocabulary; the axis is an attribute up to opset 17, an input after it."""
+    if version < 18:
+        return helper.make_node("ReduceLogSumExp", ["edgezo/logits32"], ["edgezo/lse"], axes=[-1], keepdims=0)
+    return helper.make_node("ReduceLogSumExp", ["edgezo/logits32", "edgezo/minus_one"], ["edgezo/lse"], keepdims=0)
 
 
 def _copy(decoder: Decoder) -> onnx.ModelProto:

@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper, numpy_helper, version_converter
 
 from edgezo.errors import ExportError
-from edgezo.export.graphs import Decoder, Weight
+from edgezo.export.graphs import Decoder, Weight, opset
 from edgezo.export.quiet import quiet
-from edgezo.export.source import Source, sizes
+from edgezo.export.source import Source, first_line, sizes
 from edgezo.manifest import Origin
 
+OLDEST_OPSET = 15  # the first whose Shape takes start and end
 CONSTANT_SIZE = 8  # initializers of up to this many elements are the graph's own constants
 
 
@@ -30,7 +31,7 @@ def load_onnx_folder(folder: Path) -> Source:
             config = AutoConfig.from_pretrained(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
     except Exception as error:
-        raise ExportError(f"{folder}: model.onnx needs config.json and tokenizer.json beside it: {str(error).splitlines()[0]}") from error
+        raise ExportError(f"{folder}: model.onnx needs config.json and tokenizer.json beside it: {first_line(error)}") from error
     try:
         model = onnx.load(folder / "model.onnx")
     except Exception as error:
@@ -44,7 +45,7 @@ def load_onnx_folder(folder: Path) -> Source:
     eos = config.eos_token_id
     return Source(
         origin,
-        _decoder(model),
+        _decoder(model, _parameter_names(config)),
         _Reference(folder / "model.onnx"),
         tokenizer,
         config,
@@ -52,7 +53,22 @@ def load_onnx_folder(folder: Path) -> Source:
     )
 
 
-def _decoder(model: onnx.ModelProto) -> Decoder:
+def _parameter_names(config: Any) -> dict[str, list[str]]:
+    """Hugging Face name of every parameter to the names tied to it, from a model without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with quiet(), torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    first = {id(parameter): name for name, parameter in network.named_parameters()}
+    names: dict[str, list[str]] = {name: [] for name in first.values()}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        if name != first[id(parameter)]:
+            names[first[id(parameter)]].append(name)
+    return names
+
+
+def _decoder(model: onnx.ModelProto, parameters: dict[str, list[str]]) -> Decoder:
     """Move the large initializers out of the graph, under their Hugging Face names."""
     graph = model.graph
     consumers: dict[str, onnx.NodeProto] = {}
@@ -67,7 +83,7 @@ def _decoder(model: onnx.ModelProto) -> Decoder:
         if array.size <= CONSTANT_SIZE or array.dtype.kind != "f":
             constants.append(initializer)
             continue
-        name, transposed = _hugging_face_name(initializer.name, consumers.get(initializer.name))
+        name, transposed = _hugging_face_name(initializer.name, consumers.get(initializer.name), parameters)
         trainable = "::" not in name
         weights[name] = Weight(name=name, array=array.astype(np.float32, copy=False), trainable=trainable, transposed=transposed)
         renamed[initializer.name] = name
@@ -77,15 +93,24 @@ def _decoder(model: onnx.ModelProto) -> Decoder:
         for index, name in enumerate(node.input):
             node.input[index] = renamed.get(name, name)
     _tie_head(graph, weights)
+    for name, weight in weights.items():  # what optimum had tied already
+        weight.tied_to = weight.tied_to or [other for other in parameters.get(name, []) if other not in weights]
     graph.input.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, weight.array.shape) for name, weight in weights.items())
+    if opset(model) < OLDEST_OPSET:
+        model = version_converter.convert_version(model, OLDEST_OPSET)
     return Decoder(model, weights)
 
 
-def _hugging_face_name(name: str, consumer: onnx.NodeProto | None) -> tuple[str, bool]:
-    """`onnx::MatMul_123` used by /model/layers.0/mlp/up_proj/MatMul is model.layers.0.mlp.up_proj.weight, transposed."""
+def _hugging_face_name(name: str, consumer: onnx.NodeProto | None, parameters: dict[str, list[str]]) -> tuple[str, bool]:
+    """`onnx::MatMul_123` used by /model/layers.0/mlp/up_proj/MatMul is model.layers.0.mlp.up_proj.weight, transposed.
+
+    Some architectures (OPT) lose the head of their path in the scope; it is found again among the `parameters`.
+    """
     if not name.startswith("onnx::") or consumer is None or consumer.op_type not in {"MatMul", "Gemm"} or "/" not in consumer.name:
         return name, False
-    return ".".join(consumer.name.strip("/").split("/")[:-1]) + ".weight", consumer.op_type == "MatMul"
+    scope = ".".join(consumer.name.strip("/").split("/")[:-1]) + ".weight"
+    whole = [known for known in parameters if known == scope or known.endswith(f".{scope}")]
+    return whole[0] if len(whole) == 1 else scope, consumer.op_type == "MatMul"
 
 
 def _tie_head(graph: onnx.GraphProto, weights: dict[str, Weight]) -> None:
@@ -123,7 +148,7 @@ class _Reference:
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise ExportError(f"{path}: onnxruntime cannot load it: {str(error).splitlines()[0]}") from error
+            raise ExportError(f"{path}: onnxruntime cannot load it: {first_line(error)}") from error
 
     def __call__(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         batch, length = tokens.shape

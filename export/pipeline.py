@@ -92,12 +92,13 @@ def export_model(
 def _tokenizer_facts(source: Source, template: str | None, special: dict[str, str]) -> TokenizerFacts:
     tokenizer = source.tokenizer
     eos = list(dict.fromkeys([*([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []), *source.generation_eos]))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0] if eos else 0
+    # the embedding may have no row for a token that was added to the tokenizer alone
+    bos, pad = (token if token is not None and token < source.origin.vocab_size else None for token in (tokenizer.bos_token_id, tokenizer.pad_token_id))
     return TokenizerFacts(
         file="tokenizer.json",
-        bos_token_id=tokenizer.bos_token_id,
+        bos_token_id=bos,
         eos_token_ids=eos,
-        pad_token_id=pad,
+        pad_token_id=pad if pad is not None else next((token for token in eos if token < source.origin.vocab_size), 0),
         special_tokens=special,
         chat_template=template,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgezo.errors import ExportError
+from edgezo.errors import ConfigError, ExportError
 from edgezo.export.graphs import Decoder
 from edgezo.export.quiet import quiet
 from edgezo.manifest import Origin
@@ -40,6 +40,8 @@ def load_source(model: str, revision: str | None = None) -> Source:
         ExportError: it does not exist, cannot be read, or is no decoder-only causal language model.
     """
     path = Path(model).expanduser()
+    if revision is not None and path.exists():
+        raise ConfigError(f"--revision {revision}: {model} is a local file or folder, only hub ids have revisions; leave it out")
     if path.is_file():
         if path.suffix != ".gguf":
             raise ExportError(
@@ -70,17 +72,24 @@ def _from_torch(location: str, shown: str, keywords: dict[str, Any], revision: s
         with quiet():
             config = AutoConfig.from_pretrained(location, **where)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, struct.error, ... by file kind
-        raise ExportError(f"{shown}: transformers cannot read it: {_first_line(error)}") from error
+        raise ExportError(f"{shown}: transformers cannot read it: {first_line(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise ExportError(f"{shown}: {config.model_type} is an encoder-decoder; edgezo exports decoder-only causal models")
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(location, use_fast=True, **where)
+    except Exception as error:
+        reason = f"its tokenizer (tokenizer.json beside the weights) cannot be loaded: {first_line(error)}"
+        raise ExportError(f"{shown}: transformers cannot use it: {reason}") from error
+    try:
+        with quiet():
             network = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32, low_cpu_mem_usage=True, **where).eval()
     except Exception as error:
-        raise ExportError(f"{shown}: transformers cannot load it: {_first_line(error)}") from error
+        raise ExportError(f"{shown}: transformers cannot load it: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise ExportError(f"{shown}: its tokenizer has no fast version (tokenizer.json), which the device needs")
+    if "gguf_file" in keywords:
+        _mend_gguf_tokenizer(tokenizer, Path(location) / keywords["gguf_file"])
     decoder = trace_decoder(network)
     origin = Origin(
         id=_name_of(location, shown),
@@ -128,6 +137,30 @@ def save_tokenizer(source: Source, directory: Path) -> tuple[str | None, dict[st
     return "chat_template.jinja", special
 
 
+def _mend_gguf_tokenizer(tokenizer: Any, path: Path) -> None:
+    """Take the special tokens from the file: transformers 4.57 takes BOS for EOS and puts it before every text, whatever the file says."""
+    from gguf import GGUFReader
+    from tokenizers.processors import TemplateProcessing
+
+    facts = {
+        name.removeprefix("tokenizer.ggml."): field.contents()
+        for name, field in GGUFReader(path).fields.items()
+        if name.startswith("tokenizer.ggml.") and not name.endswith((".tokens", ".merges", ".scores", ".token_type"))
+    }
+    for kind, key in (("bos_token", "bos_token_id"), ("eos_token", "eos_token_id"), ("pad_token", "padding_token_id")):
+        if key in facts:
+            setattr(tokenizer, kind, tokenizer.convert_ids_to_tokens(int(facts[key])))
+    # what llama.cpp does with a file that does not say
+    leads = facts.get("add_bos_token", facts.get("model") != "gpt2" or str(facts.get("pre", "")).startswith("llama"))
+    around = {"bos_token": leads, "eos_token": facts.get("add_eos_token", False)}
+    put = {kind: str(getattr(tokenizer, kind)) for kind, wanted in around.items() if wanted and getattr(tokenizer, kind) is not None}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*([put["bos_token"]] if "bos_token" in put else []), "$A", *([put["eos_token"]] if "eos_token" in put else [])],
+        pair=["$A", "$B:1"],
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in put.values()],
+    )
+
+
 def _name_of(location: str, shown: str) -> str:
     """A hub id as given; for local files their own name, never a path of this machine."""
     return Path(shown).name if Path(shown).exists() else location
@@ -152,6 +185,7 @@ def _license(location: str, gguf_file: str | None) -> str | None:
     return None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]

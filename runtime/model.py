@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgezo.runtime.run import StepChoice
 
 Array = npt.NDArray[Any]
+FED = {"input_ids", "attention_mask", "position_ids", "hidden_rows", "pair_rows", "pair_targets"}  # what the runtime knows to feed
 
 
 class EdgeModel:
@@ -97,7 +98,14 @@ class EdgeModel:
         return [float(sum(scores)) for scores in Sequences(self).log_probs(pairs)]
 
     def _session(self, graph: Graph) -> Session:
-        return Session(self.directory / graph.file, self.weights, self.threads)
+        session = Session(self.directory / graph.file, self.weights, self.threads)
+        listed = {*graph.inputs, *(state.input for state in graph.past)}
+        written = {*graph.outputs, *(state.output for state in graph.past)}
+        if session.inputs != listed or not listed - {state.input for state in graph.past} <= FED or not written <= session.outputs:
+            raise EdgeModelError(
+                f"{self.directory / graph.file}: its inputs or outputs are not those of the manifest ({', '.join(sorted(session.inputs ^ listed)[:3]) or 'unknown ones'}); copy or export the edge model again"
+            )
+        return session
 
 
 def _load(directory: Path, name: str, stored: StoredFile) -> npt.NDArray[np.uint8]:

@@ -26,6 +26,7 @@ class Session:
     """
 
     def __init__(self, path: Path, weights: Mapping[str, Array], threads: int) -> None:
+        self._path = path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # one warning per overridable initializer otherwise
         options.intra_op_num_threads = threads
@@ -38,15 +39,35 @@ class Session:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the engine's own exception classes are not importable in every version
-            first = str(error).splitlines()[0]
-            raise EdgeModelError(f"{path}: onnxruntime {onnxruntime.__version__} cannot load it: {first}") from error
+            raise EdgeModelError(f"{path}: onnxruntime {onnxruntime.__version__} cannot load it: {_first_line(error)}") from error
 
     @property
     def mutable(self) -> set[str]:
         """Names of the initializers that the engine lists as overridable."""
         return {value.name for value in self._session.get_overridable_initializers()}
 
+    @property
+    def inputs(self) -> set[str]:
+        """Names of the inputs that every run must feed."""
+        return {value.name for value in self._session.get_inputs()}
+
+    @property
+    def outputs(self) -> set[str]:
+        """Names of what a run can return."""
+        return {value.name for value in self._session.get_outputs()}
+
     def run(self, outputs: list[str], feeds: Mapping[str, Array]) -> list[Array]:
-        """Run the graph on the weights as they are now."""
-        result: list[Array] = self._session.run(outputs, dict(feeds))
+        """Run the graph on the weights as they are now.
+
+        Raises:
+            EdgeModelError: the engine refuses the inputs or has no memory for them.
+        """
+        try:
+            result: list[Array] = self._session.run(outputs, dict(feeds))
+        except Exception as error:
+            raise EdgeModelError(f"{self._path}: onnxruntime {onnxruntime.__version__} cannot run it: {_first_line(error)}") from error
         return result
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -34,7 +34,7 @@ class TextCodec:
             raise EdgeModelError(f"{path}: not readable as a tokenizer ({error}); export the model again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._template = (directory / facts.chat_template).read_text(encoding="utf-8") if facts.chat_template else None
+        self._template = _read_template(directory / facts.chat_template) if facts.chat_template else None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`; with the special tokens the model's tokenizer puts around a text, unless `special` is False."""
@@ -72,6 +72,13 @@ class TextCodec:
         except jinja2.TemplateError as error:
             raise DataError(f"the model's chat template refuses these messages: {error}") from error
         return text
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise EdgeModelError(f"{path}: not UTF-8 text ({error.reason}); copy or export the edge model again") from None
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:

@@ -140,14 +140,11 @@ class Tuner:
     def _finish(self, step: int, ended: str, seconds: float) -> TuneResult:
         best = best_step(self.evaluations, step)
         result = TuneResult(self.directory, step, ended, best, self.evaluations.get(0), self.evaluations.get(best), seconds)
-        shown = result._asdict()
-        shown.update(
-            directory=None,
-            before=result.before and result.before.as_dict(),
-            best=result.best and result.best.as_dict(),
-            seconds=round(seconds, 1),
-        )
-        write_summary(self.directory, {name: value for name, value in shown.items() if value is not None})
+        summary: dict[str, Any] = {"steps": step, "ended": ended, "best_step": best, "seconds": round(seconds, 1)}
+        for name, evaluation in (("before", result.before), ("best", result.best)):
+            if evaluation is not None:
+                summary[name] = evaluation.as_dict()
+        write_summary(self.directory, summary)
         return result
 
 

@@ -1,0 +1,713 @@
+"""The commands as a person meets them: results on standard output, one line for every failure, signals that lose nothing."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import edgezo
+from edgezo import cli
+from edgezo.errors import DataError
+from edgezo.manifest import StoredFile, read_manifest
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.run import read_run
+from edgezo.storage import sha256_file
+
+TASK = ["--data", "rows.jsonl", "--template", r"{text}\nIt was", "--labels", "terrible,great", "--threads", "1"]
+MEASURED = r"accuracy \d+\.\d %, macro F1 \d\.\d{3}, loss \d+\.\d{4} \(16 rows\)"
+
+
+class Outcome(NamedTuple):
+    """How a command ended and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], edge_dir: Path, reviews: str, tmp_path: Path) -> Command:
+    """Run `edgezo ...` in a folder with the edge model `edge` and the data `rows.jsonl`."""
+    assert (edge_dir, reviews) == (tmp_path / "edge", str(tmp_path / "rows.jsonl"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("EDGEZO_DEBUG", raising=False)
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr("sys.argv", ["edgezo", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        code = caught.value.code
+        return Outcome(code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file below a folder with its bytes, every folder with None."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refusal(command: Command, tmp_path: Path) -> Callable[..., str]:
+    """Run a command that must fail: code 1, nothing on standard output, one line of error, no file made or changed."""
+
+    def call(*arguments: str) -> str:
+        before = contents(tmp_path)
+        code, out, err = command(*arguments)
+        problems = [line for line in err.splitlines() if not line.startswith("  ")]  # progress is indented
+        assert (code, out, len(problems)) == (1, "", 1), err
+        assert problems[0].startswith("error: ")
+        assert err.endswith(problems[0] + "\n")
+        assert contents(tmp_path) == before
+        return problems[0].removeprefix("error: ")
+
+    return call
+
+
+@pytest.fixture
+def run(command: Command) -> str:
+    """A short run with validation, called `run`."""
+    assert (
+        command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "4", "--eval-every", "2", "--lr", "1e-4").code == 0
+    )
+    return "run"
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change weights of an edge model by name and mend their file's hash in the manifest."""
+    model = EdgeModel(directory, threads=1)
+    change(model.weights)
+    manifest = read_manifest(directory)
+    data = bytearray((directory / "tunable.bin").read_bytes())
+    for tensor in manifest.tensors:
+        data[tensor.offset : tensor.offset + tensor.nbytes] = model.weights[tensor.name].tobytes()
+    (directory / "tunable.bin").write_bytes(data)
+    stored = StoredFile(bytes=len(data), sha256=sha256_file(directory / "tunable.bin"))
+    manifest.model_copy(update={"files": {**manifest.files, "tunable.bin": stored}}).write(directory)
+
+
+def put_nan(weights: dict[str, Any]) -> None:
+    """One NaN in the last norm."""
+    weights["model.norm.weight"][3] = np.nan
+
+
+def matches(pattern: str, text: str) -> None:
+    """Assert that the whole text is what the pattern says."""
+    assert re.fullmatch(pattern, text), text
+
+
+def one_object(text: str) -> dict[str, Any]:
+    """The JSON object that is all of standard output, on one line."""
+    assert text.count("\n") == 1
+    assert text.endswith("\n")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+# results
+
+
+def test_tune_tells_before_after_and_what_to_do_next(command: Command) -> None:
+    found = command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "4", "--eval-every", "2", "--lr", "1e-4")
+    matches(
+        r"run     run, 4 steps, finished, \d+ s\n"
+        rf"before  {MEASURED}\n"
+        rf"step \d  {MEASURED}, kept as best\n"
+        r"use it  edgezo generate edge --run run --prompt '\.\.\.'\n"
+        r"go on   edgezo tune edge -o run --resume --steps MORE\n",
+        found.out,
+    )
+    assert found.code == 0
+
+
+def test_tune_shows_its_progress_on_standard_error(command: Command) -> None:
+    found = command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "3", "--eval-every", "2", "--lr", "1e-4")
+    step = r"loss \d+\.\d{4}  \d+\.\d\d s/step  \d+:\d\d left\n"
+    matches(
+        "  reading data\n  proving 20 tensors live\n"
+        rf"  step 0: {MEASURED}\n  step 1  {step}  step 2  {step}  step 2: {MEASURED}(?:  best so far)?\n"
+        rf"  step 3  {step}  step 3: {MEASURED}(?:  best so far)?\n",
+        found.err,
+    )
+
+
+def test_a_long_run_shows_about_twenty_lines_of_progress(command: Command) -> None:
+    found = command("tune", "edge", "-o", "run", *TASK, "--steps", "101", "--batch", "1")
+    assert 15 <= found.err.count(" s/step ") <= 21
+
+
+def test_tune_without_validation_tells_only_the_run(command: Command) -> None:
+    matches(
+        r"run     run, 2 steps, finished, \d+ s\nuse it  edgezo generate .*\ngo on   edgezo tune .*\n",
+        command("tune", "edge", "-o", "run", *TASK, "--steps", "2").out,
+    )
+
+
+def test_tune_as_json_is_one_object(command: Command) -> None:
+    found = one_object(command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "2", "--json").out)
+    assert set(found) == {"directory", "steps", "ended", "best_step", "before", "best", "seconds"}
+    assert (found["directory"], found["steps"], found["ended"]) == ("run", 2, "finished")
+    assert set(found["before"]) == {"rows", "loss", "accuracy", "macro_f1", "perplexity"}
+    assert found["before"]["rows"] == 16
+
+
+def test_tune_says_how_many_rows_were_cut(command: Command) -> None:
+    assert (
+        "  16 of 16 training rows were cut to 8 tokens\n"
+        in command("tune", "edge", "-o", "run", *TASK, "--steps", "1", "--max-length", "8").err
+    )
+
+
+def test_a_line_break_may_be_given_in_a_template(command: Command) -> None:
+    assert command("tune", "edge", "-o", "run", *TASK, "--steps", "1").code == 0
+    assert read_run("run").config.template == "{text}\nIt was"
+
+
+def test_tune_leaves_the_edge_model_as_it_is(command: Command, tmp_path: Path) -> None:
+    before = contents(tmp_path / "edge")
+    assert command("tune", "edge", "-o", "run", *TASK, "--steps", "2").code == 0
+    assert contents(tmp_path / "edge") == before
+
+
+def test_resume_goes_on_to_more_steps(command: Command, run: str) -> None:
+    found = command("tune", "edge", "-o", run, "--resume", "--steps", "6", "--threads", "1")
+    assert found.out.startswith("run     run, 6 steps, finished, ")
+    assert "  rebuilding step 4 from the journal\n" in found.err
+    assert len(read_run(run).records) == 6
+
+
+def test_resume_to_fewer_steps_than_made_does_not_say_out_of_time(command: Command, run: str) -> None:
+    found = command("tune", "edge", "-o", run, "--resume", "--steps", "2", "--threads", "1")
+    assert "out of time" not in found.out
+    assert len(read_run(run).records) == 4
+
+
+def test_eval_of_the_base_is_one_line(command: Command) -> None:
+    found = command("eval", "edge", *TASK)
+    matches(rf"base  {MEASURED}\n", found.out)
+    assert (found.code, found.err) == (0, "")
+
+
+def test_eval_of_text_tells_loss_and_perplexity(command: Command, write_rows: Callable[..., str]) -> None:
+    write_rows([{"text": "the film is great"}, {"text": "a plot"}], "text.jsonl")
+    matches(r"base  loss \d+\.\d{4}, perplexity \d+\.\d\d \(2 rows\)\n", command("eval", "edge", "--data", "text.jsonl").out)
+
+
+def test_eval_as_json_is_one_object(command: Command) -> None:
+    code, out, err = command("eval", "edge", *TASK, "--json")
+    found = one_object(out)
+    expected = edgezo.evaluate("edge", "rows.jsonl", template="{text}\nIt was", labels="terrible,great", threads=1).evaluation
+    assert found == {**expected.as_dict(), "step": None, "truncated": 0}
+    assert (code, err) == (0, "")
+
+
+def test_eval_says_how_many_rows_were_cut(command: Command) -> None:
+    code, out, err = command("eval", "edge", *TASK, "--max-length", "8", "--json")
+    assert err == "16 of 16 rows were cut to fit\n"
+    assert one_object(out)["truncated"] == 16
+    assert code == 0
+
+
+def test_eval_with_a_run_uses_its_template_labels_and_best_step(command: Command, run: str) -> None:
+    found = one_object(command("eval", "edge", "--data", "rows.jsonl", "--run", run, "--json", "--threads", "1").out)
+    state = read_run(run)
+    assert found["step"] == state.best_step
+    assert found["loss"] == pytest.approx(state.evaluations[state.best_step].loss, abs=1e-6)
+
+
+@pytest.mark.parametrize(("step", "number"), [("0", 0), ("3", 3), ("last", 4)])
+def test_eval_takes_a_step_of_the_run(command: Command, run: str, step: str, number: int) -> None:
+    assert command("eval", "edge", "--data", "rows.jsonl", "--run", run, "--step", step).out.startswith(f"step {number}  accuracy ")
+
+
+def test_eval_with_a_run_keeps_the_candidates_it_learned(command: Command, write_rows: Callable[..., str]) -> None:
+    """Labels taken from the training data are the run's, though the file to evaluate on has fewer of them."""
+    write_rows([{"text": "a film", "label": label} for label in ("good", "bad", "long")], "three.jsonl")
+    write_rows([{"text": "a film", "label": label} for label in ("good", "bad")], "two.jsonl")
+    assert command("tune", "edge", "-o", "run", "--data", "three.jsonl", "--template", "{text}:", "--steps", "1").code == 0
+    taken = one_object(command("eval", "edge", "--run", "run", "--data", "two.jsonl", "--json").out)
+    given = one_object(
+        command("eval", "edge", "--run", "run", "--data", "two.jsonl", "--json", "--labels", "bad=bad,good=good,long=long").out
+    )
+    assert taken["loss"] == pytest.approx(given["loss"], abs=1e-6)
+
+
+def test_generate_writes_the_text_and_a_line_break(command: Command) -> None:
+    found = command("generate", "edge", "--prompt", "the film is", "--max-tokens", "6")
+    assert found == (0, EdgeModel("edge", threads=1).generate("the film is", 6) + "\n", "")
+
+
+def test_generate_as_json_is_one_object(command: Command) -> None:
+    found = one_object(command("generate", "edge", "--prompt", "the film is", "--max-tokens", "6", "--json").out)
+    assert found == {"prompt": "the film is", "text": EdgeModel("edge", threads=1).generate("the film is", 6), "step": None}
+
+
+def test_generate_reads_its_prompt_from_standard_input(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("the film\nis"))
+    assert one_object(command("generate", "edge", "--prompt", "-", "--max-tokens", "2", "--json").out)["prompt"] == "the film\nis"
+
+
+def test_json_shows_characters_as_they_are(command: Command) -> None:
+    assert '"prompt": "é€😀"' in command("generate", "edge", "--prompt", "é€😀", "--max-tokens", "1", "--json").out
+
+
+@pytest.mark.parametrize("extra", [[], ["--json"]], ids=["text", "json"])
+def test_generate_writes_to_a_pipe_that_cannot_take_every_character(command: Command, tmp_path: Path, extra: list[str]) -> None:
+    assert not command("generate", "edge", "--prompt", "a", "--max-tokens", "9").out.isascii()
+    found = subprocess.run(
+        [sys.executable, "-m", "edgezo", "generate", "edge", "--prompt", "a", "--max-tokens", "9", *extra],
+        capture_output=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},  # as on Windows
+    )
+    assert (found.returncode, b"Traceback" in found.stderr) == (0, False)
+
+
+def test_generate_puts_the_prompt_into_the_chat_template(command: Command) -> None:
+    found = one_object(command("generate", "edge", "--prompt", "hello", "--chat", "--max-tokens", "2", "--json").out)
+    assert found["prompt"] == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_generate_with_a_run_is_the_tuned_model(command: Command) -> None:
+    assert command("tune", "edge", "-o", "run", *TASK, "--steps", "9", "--lr", "1e-2", "--seed", "3").code == 0
+    found = one_object(command("generate", "edge", "--run", "run", "--prompt", "the film is", "--max-tokens", "20", "--json").out)
+    assert found["text"] == EdgeModel("edge", run="run", threads=1).generate("the film is", 20)
+    assert found["text"] != EdgeModel("edge", threads=1).generate("the film is", 20)
+    assert found["step"] == 9
+
+
+def test_generate_samples_by_seed(command: Command) -> None:
+    texts = [command("generate", "edge", "--prompt", "a", "--temperature", "1", "--seed", seed, "--max-tokens", "9").out for seed in "1122"]
+    assert texts[0] == texts[1] != texts[2] == texts[3]
+
+
+def facts(text: str) -> list[tuple[str, str]]:
+    """Names and values of what inspect printed, which are aligned."""
+    lines = [re.split(r" {2,}", line, maxsplit=1) for line in text.splitlines()]
+    assert len({len(line) - len(value) for line, (_, value) in zip(text.splitlines(), lines, strict=True)}) == 1
+    return [(name, value) for name, value in lines]
+
+
+def test_inspect_of_an_edge_model(command: Command) -> None:
+    found = facts(command("inspect", "edge").out)
+    size = sum(path.stat().st_size for path in Path("edge").iterdir() if path.name != "manifest.json")
+    difference = read_manifest(Path("edge")).verification
+    assert difference is not None
+    assert found == [
+        ("edge model", "edge"),
+        ("model", "llama"),
+        ("revision", "none"),
+        ("license", "not stated by the source"),
+        ("architecture", "llama"),
+        ("context length", "128"),
+        ("vocabulary", "320"),
+        ("parameters", str(320 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32)),
+        ("tunable parameters", "25760"),
+        ("tunable tensors", "20"),
+        (
+            "tunable kinds",
+            "embed_tokens, input_layernorm, mlp.down_proj, mlp.gate_proj, mlp.up_proj, norm, post_attention_layernorm, "
+            "self_attn.k_proj, self_attn.o_proj, self_attn.q_proj, self_attn.v_proj",
+        ),
+        ("tied", "model.embed_tokens.weight = lm_head.weight"),
+        ("layers", "2"),
+        ("chat template", "yes"),
+        ("bytes", str(size)),
+        ("files intact", "5"),
+        ("largest log prob difference", str(difference.largest_log_prob_difference)),
+        ("made by", f"edgezo {edgezo.__version__}"),
+    ]
+
+
+def test_inspect_of_a_run(command: Command) -> None:
+    options = ["--template", "{text} It was", "--valid", "rows.jsonl", "--minutes", "0.01", "--eval-every", "1", "--seed", "5"]
+    assert command("tune", "edge", "-o", "run", *TASK, *options).code == 0
+    state, journal = read_run("run"), Path("run/journal.bin")
+    steps = len(state.records)
+    valid = {
+        step: f"rows 16, loss {e.loss:.4g}, accuracy {e.accuracy:.4g}, macro_f1 {e.macro_f1:.4g}" for step, e in state.evaluations.items()
+    }
+    assert facts(command("inspect", "run").out) == [
+        ("run", "run"),
+        ("steps", str(steps)),
+        ("best step", str(state.best_step)),
+        ("seconds", str(round(state.seconds, 1))),
+        ("base", state.header["base"]),
+        ("journal bytes", str(journal.stat().st_size)),
+        *((f"valid at step {step}", valid[step]) for step in dict.fromkeys([0, state.best_step, steps])),
+        ("last loss", str(state.records[-1].loss)),
+        ("data", "rows.jsonl"),
+        ("valid", "rows.jsonl"),
+        ("template", "{text} It was"),
+        ("labels", "0=terrible, 1=great"),
+        ("label field", "label"),
+        ("minutes", "0.01"),
+        ("lr", "2e-05"),
+        ("eps", "0.001"),
+        ("batch", "16"),
+        ("seed", "5"),
+        ("noise", "rademacher"),
+        ("schedule", "linear"),
+        ("warmup", "0.0"),
+        ("weight decay", "0.0"),
+        ("eval every", "1"),
+        ("eval rows", "256"),
+    ]
+
+
+def test_inspect_as_json_is_one_object(command: Command, run: str) -> None:
+    model, tuned = one_object(command("inspect", "edge", "--json").out), one_object(command("inspect", run, "--json").out)
+    assert (model["parameters"], model["tunable_tensors"], model["files_intact"]) == (25760, 20, 5)
+    assert (tuned["run"], tuned["steps"], tuned["labels"]) == ("run", 4, ["0=terrible", "1=great"])
+
+
+def test_inspect_shows_a_template_with_a_line_break_on_one_line(command: Command, run: str) -> None:
+    (shown,) = [line for line in command("inspect", run).out.splitlines() if "{text}" in line]
+    assert shown.endswith("It was")
+
+
+def test_inspect_shows_the_steps_that_were_made_not_those_that_were_asked_for(command: Command, tmp_path: Path, run: str) -> None:
+    journal = tmp_path / run / "journal.bin"
+    journal.write_bytes(journal.read_bytes()[:-16])  # as if stopped before the last step
+    assert one_object(command("inspect", run, "--json").out)["steps"] == 3
+
+
+@pytest.mark.parametrize("name", ["run[b]", "run[/b]", ":smile:", "a run with spaces " * 6])
+def test_names_are_shown_as_they_are_and_never_folded(command: Command, name: str) -> None:
+    found = command("tune", "edge", "-o", name, *TASK, "--steps", "1")
+    assert found.code == 0
+    assert f"run     {name}, 1 steps, finished, " in found.out.splitlines()[0]
+    assert re.fullmatch(rf"run +{re.escape(name)}", command("inspect", name).out.splitlines()[0])
+
+
+def test_version(command: Command) -> None:
+    assert command("--version") == (0, f"edgezo {edgezo.__version__}\n", "")
+
+
+def test_no_arguments_show_help(command: Command) -> None:
+    found = command()
+    shown = found.out + found.err
+    assert shown.startswith("Usage: edgezo [OPTIONS] COMMAND [ARGS]...\n")
+    assert re.findall(r"^  ([a-z]+)  ", shown, re.MULTILINE) == ["export", "tune", "eval", "generate", "inspect", "demo"]
+
+
+@pytest.mark.parametrize("name", ["tune", "eval", "generate", "inspect"])
+def test_a_command_with_nothing_to_work_on_says_what_is_missing(command: Command, name: str) -> None:
+    found = command(name)
+    assert (found.code, found.out) == (2, "")
+    assert "Traceback" not in found.err
+    assert re.search(r"Missing (argument|option)", found.err)
+
+
+def test_an_unknown_option_is_named(command: Command) -> None:
+    found = command("eval", "edge", "--data", "rows.jsonl", "--labls", "a,b")
+    assert found.code == 2
+    assert "No such option: --labls" in found.err
+
+
+def test_modules_run_as_a_command() -> None:
+    found = subprocess.run([sys.executable, "-m", "edgezo", "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout == f"edgezo {edgezo.__version__}\n"
+
+
+# failures: one line each, nothing made or changed
+
+
+@pytest.mark.parametrize(
+    "arguments", [["tune", "none", "-o", "run", *TASK], ["eval", "none", *TASK], ["generate", "none", "--prompt", "a"]], ids=lambda a: a[0]
+)
+def test_a_missing_edge_model(refusal: Callable[..., str], arguments: list[str]) -> None:
+    assert refusal(*arguments) == "none: no such directory; make an edge model with: edgezo export MODEL -o none"
+
+
+@pytest.mark.parametrize("name", ["none", "empty"])
+def test_inspect_of_neither_model_nor_run(refusal: Callable[..., str], tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    assert refusal("inspect", name) == f"{name}: neither an edge model (manifest.json) nor a run (journal.bin) is in it"
+
+
+def test_a_folder_that_is_no_edge_model(refusal: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    expected = "empty: no manifest.json in it; an edge model is made by: edgezo export MODEL -o DIR"
+    assert refusal("generate", "empty", "--prompt", "a") == expected
+
+
+@pytest.mark.parametrize("name", ["tune", "eval", "generate", "inspect"])
+def test_weights_that_were_changed(refusal: Callable[..., str], tmp_path: Path, name: str) -> None:
+    with open(tmp_path / "edge" / "tunable.bin", "r+b") as file:
+        file.write(b"\x01")
+    options = {"tune": ["-o", "run", *TASK], "eval": TASK, "generate": ["--prompt", "a"], "inspect": []}[name]
+    message = refusal(name, "edge", *options)
+    assert re.fullmatch(r"edge/tunable.bin: SHA-256 \w{12}, manifest says \w{12}; the file was changed, copy or export it again", message)
+
+
+@pytest.mark.parametrize("arguments", [["tune", "edge", "-o", "run"], ["eval", "edge"]], ids=lambda a: a[0])
+def test_missing_data(refusal: Callable[..., str], arguments: list[str]) -> None:
+    assert refusal(*arguments, "--data", "none.jsonl") == "none.jsonl: no such data file"
+
+
+def test_tune_without_data(refusal: Callable[..., str]) -> None:
+    assert refusal("tune", "edge", "-o", "run") == "--data: not given; it is needed"
+
+
+def test_missing_validation_data(refusal: Callable[..., str]) -> None:
+    assert refusal("tune", "edge", "-o", "run", *TASK, "--valid", "none.csv") == "none.csv: no such data file"
+
+
+def test_a_run_that_exists(refusal: Callable[..., str], run: str) -> None:
+    assert refusal("tune", "edge", "-o", run, *TASK) == "run: exists already; continue it with --resume or choose another directory"
+
+
+def test_a_file_in_place_of_the_run(refusal: Callable[..., str]) -> None:
+    assert refusal("tune", "edge", "-o", "rows.jsonl", *TASK).startswith("rows.jsonl: exists already; ")
+
+
+def test_an_edge_model_in_place_of_the_run(refusal: Callable[..., str]) -> None:
+    assert refusal("tune", "edge", "-o", "edge", *TASK).startswith("edge: exists already; ")
+
+
+def test_a_run_directory_that_is_empty_is_used(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert command("tune", "edge", "-o", "run", *TASK, "--steps", "1").code == 0
+
+
+@pytest.mark.parametrize("name", ["tune", "eval"])
+def test_a_label_outside_the_list(refusal: Callable[..., str], write_rows: Callable[..., str], name: str) -> None:
+    write_rows([{"text": "a", "label": 1}, {"text": "b", "label": 2}], "bad.jsonl")
+    output = ["-o", "run"] if name == "tune" else []
+    message = refusal(name, "edge", *output, *TASK, "--data", "bad.jsonl")
+    assert message == "bad.jsonl:2: label '2' is not in the list 0, 1; add it with --labels or mend the row"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{nope}", "--template '{nope}': field 'nope' does not exist; rows.jsonl:1 has 'text', 'label'"),
+        ("{text", "--template '{text': expected '}' before end of string; write a brace of the text as {{ or }}"),
+        ("It was", "--template 'It was': names no field; write for example '{text} It was'"),
+    ],
+)
+def test_a_bad_template(refusal: Callable[..., str], template: str, message: str) -> None:
+    assert refusal("tune", "edge", "-o", "run", *TASK, "--template", template) == message
+    assert refusal("eval", "edge", *TASK, "--template", template) == message
+
+
+@pytest.mark.parametrize("arguments", [["tune", "edge", "-o", "run"], ["eval", "edge"]], ids=lambda a: a[0])
+def test_a_completion_longer_than_the_context(refusal: Callable[..., str], write_rows: Callable[..., str], arguments: list[str]) -> None:
+    write_rows([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "x" * 200}], "long.jsonl")
+    message = refusal(*arguments, "--data", "long.jsonl")
+    assert re.fullmatch(
+        r"long.jsonl:2: the completion alone has 20\d tokens, at most 128 fit with its prompt; shorten it or raise --max-length", message
+    )
+
+
+@pytest.mark.parametrize("name", ["none", "edge", "rows.jsonl"])
+def test_resuming_what_is_no_run(refusal: Callable[..., str], name: str) -> None:
+    expected = f"{name}: no run in it (journal.bin is missing); make one with: edgezo tune DIR --data FILE -o {name}"
+    assert refusal("tune", "edge", "-o", name, "--resume") == expected
+
+
+def test_resuming_with_a_configuration_file(refusal: Callable[..., str], run: str) -> None:
+    message = refusal("tune", "edge", "-o", run, "--resume", "--config", "run/config.json")
+    assert message == "--resume continues with the run's own settings; leave --config out and give what shall change as options"
+
+
+@pytest.mark.parametrize("name", ["eval", "generate", "tune"])
+def test_a_run_of_another_edge_model(refusal: Callable[..., str], run: str, tmp_path: Path, name: str) -> None:
+    other = Path(shutil.copytree(tmp_path / "edge", tmp_path / "other"))
+    rewrite(other, lambda weights: weights["model.norm.weight"].fill(2))
+    options = {"eval": ["--data", "rows.jsonl", "--run", run], "generate": ["--prompt", "a", "--run", run], "tune": ["-o", run, "--resume"]}
+    message = refusal(name, "other", *options[name])
+    pattern = r"run: was tuned from another edge model \(base \w{12}\) than other \(\w{12}\); give the one it was tuned from"
+    assert re.fullmatch(pattern, message)
+
+
+@pytest.mark.parametrize("arguments", [["eval", "edge", *TASK], ["generate", "edge", "--prompt", "a"]], ids=lambda a: a[0])
+def test_a_step_the_run_does_not_have(refusal: Callable[..., str], run: str, arguments: list[str]) -> None:
+    assert refusal(*arguments, "--run", run, "--step", "5") == "run: step 5 was asked for, the run has steps 0 to 4"
+
+
+@pytest.mark.parametrize("step", ["first", "-1", "1.5", "²", "9" * 5000])
+def test_a_step_that_is_no_number(command: Command, run: str, step: str) -> None:
+    found = command("eval", "edge", *TASK, "--run", run, "--step", step)
+    assert found.code in {1, 2}
+    assert "Traceback" not in found.err
+
+
+def test_a_step_without_a_run(refusal: Callable[..., str]) -> None:
+    assert "--run" in refusal("eval", "edge", *TASK, "--step", "3")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--noise", "uniform", "--noise 'uniform': input should be 'rademacher' or 'gaussian'"),
+        ("--schedule", "step", "--schedule 'step': input should be 'constant', 'linear' or 'cosine'"),
+        ("--lr", "0", "--lr 0.0: input should be greater than 0"),
+        ("--lr", "nan", "--lr nan: input should be "),
+        ("--steps", "0", "--steps 0: input should be greater than 0"),
+        ("--seed", str(1 << 64), f"--seed {1 << 64}: input should be less than {1 << 64}"),
+        ("--labels", "a,a", "--labels 'a,a': every label needs one word of its own"),
+        ("--config", "none.yaml", "none.yaml: no such configuration file"),
+        ("--config", "rows.jsonl", "rows.jsonl: not readable as YAML "),
+    ],
+)
+def test_a_setting_that_cannot_be_used(refusal: Callable[..., str], option: str, value: str, message: str) -> None:
+    assert refusal("tune", "edge", "-o", "run", *TASK, option, value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--temperature", "0"], ["--temperature", "-1"], ["--top-k", "-1"], ["--top-p", "0"], ["--top-p", "1.5"], ["--top-p", "nan"]],
+)
+def test_sampling_out_of_range(refusal: Callable[..., str], options: list[str]) -> None:
+    message = refusal("generate", "edge", "--prompt", "a", *options)
+    assert message.startswith("temperature must be above 0, top-k at least 0 and top-p in (0, 1]; got ")
+
+
+def test_a_prompt_that_fills_the_context(refusal: Callable[..., str]) -> None:
+    assert refusal("generate", "edge", "--prompt", "x" * 128) == "the prompt has 128 tokens, the model's context is 128; shorten it"
+
+
+def test_a_prompt_that_is_not_utf8(refusal: Callable[..., str]) -> None:
+    assert "UTF-8" in refusal("generate", "edge", "--prompt", "a \udcff")  # what the shell's byte 0xff becomes
+
+
+def test_eps_below_the_resolution_of_the_weights(refusal: Callable[..., str]) -> None:
+    message = refusal("tune", "edge", "-o", "run", *TASK, "--eps", "1e-9")
+    assert message.startswith("eps 1e-09 is below the float32 resolution ")
+
+
+def test_tuning_weights_with_nan(refusal: Callable[..., str], tmp_path: Path) -> None:
+    rewrite(tmp_path / "edge", put_nan)
+    assert (
+        refusal("tune", "edge", "-o", "run", *TASK)
+        == "model.norm.weight: holds NaN or infinity; use a smaller --lr, or export the model again"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["eval", "edge", *TASK], ["eval", "edge", *TASK, "--json"], ["generate", "edge", "--prompt", "a", "--temperature", "1"]],
+    ids=["eval", "eval as json", "generate"],
+)
+def test_using_weights_with_nan(refusal: Callable[..., str], tmp_path: Path, arguments: list[str]) -> None:
+    rewrite(tmp_path / "edge", put_nan)
+    assert re.search(r"\bnan\b|not finite", refusal(*arguments), re.IGNORECASE)
+
+
+def overflow(weights: dict[str, Any]) -> None:
+    """Weights that are finite, whose products are not."""
+    for name in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"):
+        weights[f"model.layers.0.{name}.weight"][...] *= 1e9
+
+
+def test_a_loss_that_overflows_is_one_line_and_no_traceback(command: Command, tmp_path: Path) -> None:
+    rewrite(tmp_path / "edge", overflow)
+    found = command("tune", "edge", "-o", "run", *TASK, "--eps", "1000")
+    assert (found.code, found.out) == (1, "")
+    expected = "error: step 0: the loss at theta + eps z is nan; the weights are as before the step, try a smaller --lr or --eps"
+    assert [line for line in found.err.splitlines() if not line.startswith("  ")] == [expected]
+
+
+def test_a_run_without_a_single_step_does_not_stand_in_the_way_of_the_next(command: Command, tmp_path: Path) -> None:
+    """`try a smaller --eps` must be possible with the same command."""
+    rewrite(tmp_path / "edge", overflow)
+    assert command("tune", "edge", "-o", "run", *TASK, "--eps", "1000").code == 1
+    assert "exists already" not in command("tune", "edge", "-o", "run", *TASK, "--eps", "2000").err
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Path:
+    """A folder in which nobody can make anything; permissions do not bind root, /proc does."""
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        return Path("/proc")
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    folder.chmod(0o555)
+    return folder
+
+
+def test_a_run_in_a_read_only_place(refusal: Callable[..., str], read_only: Path) -> None:
+    target = read_only / "edgezo-run"
+    assert refusal("tune", "edge", "-o", str(target), *TASK, "--steps", "1").startswith(f"{target}: cannot be written (")
+    assert not target.exists()
+
+
+def test_a_run_below_a_file(refusal: Callable[..., str]) -> None:
+    message = refusal("tune", "edge", "-o", "rows.jsonl/run", *TASK, "--steps", "1")
+    assert message.startswith("rows.jsonl/run: cannot be written (Not a directory)")
+    assert "--resume" not in message  # there is no run to go on with
+
+
+def test_a_folder_in_place_of_the_data(refusal: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    assert refusal("eval", "edge", "--data", "folder.jsonl").startswith("folder.jsonl: ")
+
+
+def test_debug_shows_the_traceback(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEZO_DEBUG", "1")
+    with pytest.raises(DataError):
+        command("eval", "edge", "--data", "none.jsonl")
+
+
+# signals
+
+
+def weights_hash(directory: str, run: str) -> str:
+    """SHA-256 over the tuned weights of the last step."""
+    model = EdgeModel(directory, run=run, step="last", threads=1)
+    return hashlib.sha256(b"".join(array.tobytes() for array in model.tunable.values())).hexdigest()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+def test_an_interrupted_run_goes_on_to_the_weights_of_one_never_interrupted(command: Command, tmp_path: Path) -> None:
+    options = [*TASK, "--valid", "rows.jsonl", "--steps", "600", "--batch", "2", "--eval-every", "200", "--lr", "1e-4"]
+    tuning = [sys.executable, "-m", "edgezo", "tune", "edge", "-o", "parts", *options]
+    with subprocess.Popen(tuning, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stderr is not None
+        assert any(" s/step " in line for line in process.stderr)  # the first step is made
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    matches(
+        rf"run +parts, \d+ steps, interrupted, \d+ s\nbefore +{MEASURED}\nstep \d+ +{MEASURED}, kept as best\n"
+        r"use it +edgezo generate edge --run parts --prompt '\.\.\.'\ngo on +edgezo tune edge -o parts --resume\n",
+        out,
+    )
+    made = len(read_run("parts").records)
+    assert 0 < made < 600
+    assert command("eval", "edge", "--data", "rows.jsonl", "--run", "parts", "--step", "last").out.startswith(f"step {made}  accuracy")
+    assert " parts, 600 steps, finished, " in command("tune", "edge", "-o", "parts", "--resume", "--threads", "1").out
+    assert command("tune", "edge", "-o", "whole", *options).code == 0
+    assert weights_hash("edge", "parts") == weights_hash("edge", "whole")
+    assert read_run("parts").records == read_run("whole").records
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+def test_an_interrupted_run_as_json_is_one_object_and_code_130(command: Command, tmp_path: Path) -> None:
+    tuning = [sys.executable, "-m", "edgezo", "tune", "edge", "-o", "run", *TASK, "--steps", "5000", "--json"]
+    with subprocess.Popen(tuning, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stderr is not None
+        assert any(" s/step " in line for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    found = one_object(out)
+    assert (process.returncode, found["ended"], found["steps"]) == (130, "interrupted", len(read_run("run").records))

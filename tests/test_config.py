@@ -1,0 +1,314 @@
+"""One configuration: every field is an option, every default is said, files and options are checked alike."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgezo import cli
+from edgezo.config import CONFIG_BYTES_LIMIT, DEFAULT_STEPS, TuneConfig, default, make_config, parse_labels
+from edgezo.errors import ConfigError
+
+Write = Callable[[str, str], Path]
+FIELDS = list(TuneConfig.model_fields)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a configuration file; returns its path."""
+
+    def to(name: str, content: str) -> Path:
+        path = tmp_path / name
+        path.write_text(content, encoding="utf-8")
+        return path
+
+    return to
+
+
+def refusal(file: Path | None, **options: Any) -> str:
+    """The message of the error, which is one line."""
+    with pytest.raises(ConfigError) as caught:
+        make_config(file, options)
+    message = str(caught.value)
+    assert message.splitlines() == [message]
+    return message
+
+
+@pytest.fixture
+def option_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What `edgezo tune --help` says of each option, without line breaks."""
+    monkeypatch.setattr("sys.argv", ["edgezo", "tune", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 0
+    parts = re.split(r"\n  (?:-\w, )?--([a-z-]+)", capsys.readouterr().out)
+    return {name: " ".join(text.split()) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_is_an_option_of_tune(option_help: dict[str, str], field: str) -> None:
+    assert field.replace("_", "-") in option_help
+
+
+def test_tune_has_no_other_options_than_the_fields_and_how_to_run(option_help: dict[str, str]) -> None:
+    others = {"output", "config", "resume", "threads", "json", "help"}
+    assert set(option_help) == {field.replace("_", "-") for field in FIELDS} | others
+
+
+@pytest.mark.parametrize("field", [field for field in FIELDS if default(field) is not None and field != "data"])
+def test_help_says_the_default_of_the_configuration(option_help: dict[str, str], field: str) -> None:
+    said = re.search(r"\[default: \(?([^)\]]*)\)?\]", option_help[field.replace("_", "-")])
+    assert said is not None
+    assert type(default(field))(said[1]) == default(field)
+
+
+@pytest.mark.parametrize("field", [field for field in FIELDS if default(field) is None and field not in {"steps", "max_length"}])
+def test_help_says_no_default_where_there_is_none(option_help: dict[str, str], field: str) -> None:
+    assert "default" not in option_help[field.replace("_", "-")]
+
+
+def test_help_says_the_steps_of_a_run_without_steps_and_minutes(option_help: dict[str, str]) -> None:
+    assert f"[default: ({DEFAULT_STEPS})]" in option_help["steps"]
+    assert make_config(None, {"data": "x"}).total_steps == DEFAULT_STEPS
+
+
+NEITHER_DEFAULT: dict[str, Any] = {  # a value for every field, none of them its default
+    "data": "DATA",
+    "valid": "DATA",
+    "template": "{body} It was",
+    "labels": {"0": "terrible", "1": "great"},
+    "label_field": "sentiment",
+    "max_length": 30,
+    "steps": 3,
+    "minutes": 9.5,
+    "lr": 3e-5,
+    "eps": 0.004,
+    "batch": 2,
+    "seed": 7,
+    "noise": "gaussian",
+    "schedule": "cosine",
+    "warmup": 0.25,
+    "weight_decay": 0.125,
+    "eval_every": 2,
+    "eval_rows": 3,
+}
+
+
+def option_text(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return ",".join(f"{label}={word}" for label, word in value.items()) if isinstance(value, dict) else str(value)
+
+
+def test_every_option_reaches_the_run(
+    exported_dir: Path, tmp_path: Path, write_rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows([{"body": "a film", "sentiment": 0}, {"body": "a plot", "sentiment": 1}])
+    values = {field: data if value == "DATA" else value for field, value in NEITHER_DEFAULT.items()}
+    assert set(values) == set(FIELDS)
+    assert not [field for field in FIELDS if values[field] == default(field)]
+    options = [part for field, value in values.items() for part in (f"--{field.replace('_', '-')}", option_text(value))]
+    monkeypatch.setattr("sys.argv", ["edgezo", "tune", str(exported_dir), "-o", str(tmp_path / "run"), *options])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8")) == values
+
+
+def test_a_yaml_file_sets_every_field(write: Write) -> None:
+    path = write("run.yaml", "".join(f"{field}: {json.dumps(value)}\n" for field, value in NEITHER_DEFAULT.items()))
+    assert make_config(path, {}).model_dump() == NEITHER_DEFAULT
+
+
+def test_a_json_file_sets_every_field(write: Write) -> None:
+    path = write("run.json", json.dumps(NEITHER_DEFAULT))
+    assert make_config(path, {}).model_dump() == NEITHER_DEFAULT
+
+
+def test_the_file_of_a_run_is_a_configuration_file(write: Write) -> None:
+    first = make_config(None, {"data": "x", "steps": 5, "labels": "a,b"})
+    assert make_config(write("config.json", first.model_dump_json()), {}) == first
+
+
+def test_yaml_numbers_without_a_dot_are_numbers(write: Write) -> None:
+    assert make_config(write("run.yaml", "data: x\nlr: 2e-6\nseed: 5\n"), {}).lr == 2e-6
+
+
+def test_options_override_the_file_and_none_means_not_given(write: Write) -> None:
+    path = write("run.yaml", "data: x\nlr: 0.5\nbatch: 3\nlabels: [a, b]\n")
+    config = make_config(path, {"lr": 0.25, "batch": None, "labels": "c,d"})
+    assert (config.data, config.lr, config.batch, config.labels) == ("x", 0.25, 3, {"0": "c", "1": "d"})
+
+
+def test_zero_overrides_the_file(write: Write) -> None:
+    assert make_config(write("run.yaml", "data: x\nseed: 3\nwarmup: 0.5\n"), {"seed": 0, "warmup": 0.0}).seed == 0
+
+
+@pytest.mark.parametrize(
+    ("written", "labels"),
+    [
+        ("terrible,great", {"0": "terrible", "1": "great"}),
+        ("[terrible, great]", {"0": "terrible", "1": "great"}),
+        ("'neg=terrible,pos=great'", {"neg": "terrible", "pos": "great"}),
+        ("{neg: terrible, pos: great}", {"neg": "terrible", "pos": "great"}),
+        ("{0: terrible, 1: great}", {"0": "terrible", "1": "great"}),
+        ("{0: 5, 1: 6}", {"0": "5", "1": "6"}),
+    ],
+)
+def test_labels_of_a_file_take_every_form(write: Write, written: str, labels: dict[str, str]) -> None:
+    assert make_config(write("run.yaml", f"data: x\nlabels: {written}\n"), {}).labels == labels
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("terrible,great", {"0": "terrible", "1": "great"}),
+        (" terrible , great ", {"0": "terrible", "1": "great"}),
+        ("very bad,good", {"0": "very bad", "1": "good"}),
+        ("neg=terrible, pos=great", {"neg": "terrible", "pos": "great"}),
+        ("a=x=y,b=z", {"a": "x=y", "b": "z"}),
+        ("one", {"0": "one"}),
+        ("2=c,0=a,1=b", {"2": "c", "0": "a", "1": "b"}),
+    ],
+)
+def test_parse_labels(text: str, labels: dict[str, str]) -> None:
+    assert list(parse_labels(text).items()) == list(labels.items())
+
+
+@pytest.mark.parametrize("text", ["a=x,y", "x,b=y"])
+def test_labels_of_both_forms_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_labels(text)
+    assert str(caught.value) == f"--labels {text!r}: mixes words and label=word; use one form"
+
+
+@pytest.mark.parametrize("text", ["", ",", "a,", "a,,b", "a,a", "a=x,b=x", "a=x,a=y", "a=,b=y", "=x,b=y"])
+def test_labels_without_a_word_of_their_own_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_labels(text)
+    assert str(caught.value) == f"--labels {text!r}: every label needs one word of its own"
+
+
+@pytest.mark.parametrize("written", ["{0: a, 1: a}", "{0: a, 1: ''}", "{0: a, 1: null}"])
+def test_labels_of_a_file_are_checked_like_the_option(write: Write, written: str) -> None:
+    assert "every label needs one word of its own" in refusal(write("run.yaml", f"data: x\nlabels: {written}\n"))
+
+
+def test_missing_data_is_said_by_its_option() -> None:
+    assert refusal(None) == "--data: not given; it is needed"
+
+
+def test_missing_data_is_said_by_its_file(write: Write) -> None:
+    path = write("run.yaml", "lr: 0.1\n")
+    assert refusal(path) == f"{path}: data: not given; it is needed"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("max_length", 1, "input should be greater than 1"),
+        ("steps", 0, "input should be greater than 0"),
+        ("minutes", -1.0, "input should be greater than 0"),
+        ("minutes", float("inf"), "input should be a finite number"),
+        ("lr", 0.0, "input should be greater than 0"),
+        ("lr", 1e7, "input should be less than or equal to 1000000"),
+        ("lr", float("inf"), "input should be less than or equal to 1000000"),
+        ("eps", float("inf"), "input should be less than or equal to 1000000"),
+        ("eps", -0.1, "input should be greater than 0"),
+        ("batch", 0, "input should be greater than 0"),
+        ("seed", -1, "input should be greater than or equal to 0"),
+        ("seed", 1 << 64, "input should be less than 18446744073709551616"),
+        ("noise", "uniform", "input should be 'rademacher' or 'gaussian'"),
+        ("schedule", "step", "input should be 'constant', 'linear' or 'cosine'"),
+        ("warmup", 1.0, "input should be less than 1"),
+        ("weight_decay", -0.5, "input should be greater than or equal to 0"),
+        ("eval_every", 0, "input should be greater than 0"),
+        ("eval_rows", 0, "input should be greater than 0"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_its_option(field: str, value: Any, reason: str) -> None:
+    assert refusal(None, data="x", **{field: value}) == f"--{field.replace('_', '-')} {value!r}: {reason}"
+
+
+@pytest.mark.parametrize("field", ["lr", "eps", "minutes", "warmup", "weight_decay"])
+def test_nan_is_refused_by_its_option(field: str) -> None:
+    assert refusal(None, data="x", **{field: float("nan")}).startswith(f"--{field.replace('_', '-')} nan: input should be ")
+
+
+@pytest.mark.parametrize(("seed", "steps"), [(0, 1), ((1 << 64) - 1, 1 << 40)])
+def test_values_at_the_ends_of_their_range_are_taken(seed: int, steps: int) -> None:
+    config = make_config(None, {"data": "x", "seed": seed, "steps": steps})
+    assert (config.seed, config.steps) == (seed, steps)
+
+
+def test_a_value_out_of_range_in_a_file_is_refused_by_the_file(write: Write) -> None:
+    path = write("run.yaml", "data: x\nweight_decay: -1\n")
+    assert refusal(path) == f"{path}: weight_decay -1: input should be greater than or equal to 0"
+
+
+def test_an_option_out_of_range_is_not_blamed_on_the_file(write: Write) -> None:
+    assert refusal(write("run.yaml", "data: x\nlr: 0.1\n"), lr=-1.0) == "--lr -1.0: input should be greater than 0"
+
+
+def test_a_decay_of_a_whole_weight_a_step_is_refused() -> None:
+    assert refusal(None, data="x", lr=0.5, weight_decay=2.0) == "lr * weight_decay must be below 1"
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "data_file", "eval-every"])
+def test_an_unknown_setting_is_refused_with_the_known_ones(write: Write, name: str) -> None:
+    path = write("run.yaml", f"data: x\n{name}: 1\n")
+    assert refusal(path) == f"{path}: {name}: no such setting; the settings are {', '.join(FIELDS)}"
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "none.yaml") == f"{tmp_path / 'none.yaml'}: no such configuration file"
+
+
+@pytest.mark.parametrize(("content", "kind"), [("- a\n- b\n", "list"), ("text\n", "str"), ("5\n", "int")])
+def test_a_file_that_is_no_mapping_is_refused(write: Write, content: str, kind: str) -> None:
+    path = write("run.yaml", content)
+    assert refusal(path) == f"{path}: holds a {kind}, not settings by name"
+
+
+def test_an_empty_file_is_called_empty(write: Write) -> None:
+    path = write("run.yaml", "# nothing yet\n")
+    assert "empty" in refusal(path).removeprefix(str(path))
+
+
+def test_malformed_json_is_refused_with_its_place(write: Write) -> None:
+    path = write("run.json", '{"data": "x",\n "lr": }')
+    assert refusal(path) == f"{path}: not readable as JSON (Expecting value: line 2 column 8 (char 21))"
+
+
+@pytest.mark.parametrize(
+    "content", ["data: x\nlr: [1\nbatch: 3\n", "data: x\nlr: 'open\n", "data: x\n\tlr: 1\n", "data: *none\n", "a: b: c\n"]
+)
+def test_malformed_yaml_is_refused_with_its_place(write: Write, content: str) -> None:
+    path = write("run.yaml", content)
+    message = refusal(path)
+    assert message.startswith(f"{path}: not readable as YAML (")
+    assert re.search(r"line \d", message)
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "run.json"])
+def test_deep_nesting_is_refused(write: Write, name: str) -> None:
+    assert "not readable as" in refusal(write(name, "[" * 50_000))
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"data: \xff\n")
+    assert refusal(path).startswith(f"{path}: not readable as YAML (")
+
+
+def test_yaml_cannot_make_objects(write: Write) -> None:
+    assert "not readable as YAML" in refusal(write("run.yaml", "data: !!python/object/apply:os.getcwd []\n"))
+
+
+def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    with open(path, "wb") as file:
+        file.truncate(CONFIG_BYTES_LIMIT + 1)
+    assert refusal(path) == f"{path}: larger than {CONFIG_BYTES_LIMIT} bytes; this is no configuration"

@@ -1,0 +1,137 @@
+"""The two halves share edgezo/manifest.py and nothing else, and everything that is imported is packaged."""
+
+import ast
+import importlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import edgezo
+
+tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # pytest brings tomli
+ROOT = Path(__file__).parent.parent
+WORKSTATION = {"torch", "transformers", "onnx", "optimum", "accelerate", "gguf"}
+
+
+def setuptools_table() -> dict[str, Any]:
+    table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    return table
+
+
+def sub_packages() -> dict[str, Path]:
+    """Every folder with an __init__.py under the places that pyproject.toml names, by its name as imported."""
+    homes = sorted(setuptools_table()["package-dir"].items(), key=lambda item: len(item[1]))
+    found = {}
+    for name, place in homes:
+        for folder, _, files in os.walk(ROOT / place):
+            if "__init__.py" in files:
+                found[".".join([name, *Path(folder).relative_to(ROOT / place).parts])] = Path(folder)
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of all that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def run_python(code: str, *arguments: str) -> str:
+    """Standard output of a fresh interpreter, started outside the checkout."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=Path(arguments[0]).parent if arguments else None
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_sub_package_is_packaged() -> None:
+    found = sub_packages()
+    assert {"edgezo", "edgezo.export", "edgezo.runtime", "edgezo.demo_data"} <= found.keys()
+    assert sorted(found) == sorted(setuptools_table()["packages"])
+
+
+def test_every_packaged_folder_is_reached_by_the_checkout_too() -> None:
+    for name, folder in sub_packages().items():
+        assert ROOT.joinpath(*name.split(".")).resolve() == folder.resolve()
+
+
+def test_every_data_file_of_the_demo_is_packaged() -> None:
+    patterns = setuptools_table()["package-data"]["edgezo.demo_data"]
+    for path in (ROOT / "examples" / "notes").iterdir():
+        if path.is_file() and path.suffix != ".py":
+            assert any(path.match(pattern) for pattern in patterns), path.name
+
+
+@pytest.mark.parametrize(("half", "other"), [("export", "edgezo.runtime"), ("runtime", "edgezo.export")])
+def test_neither_half_imports_the_other(half: str, other: str) -> None:
+    files = sorted((ROOT / half).rglob("*.py"))
+    assert len(files) > 5
+    for path in files:
+        assert not [name for name in imported(path) if f"{name}.".startswith(f"{other}.")], path.name
+        assert other not in path.read_text(encoding="utf-8"), f"{path.name} names {other}"
+
+
+def test_the_shared_contract_imports_neither_half() -> None:
+    for name in ("manifest.py", "storage.py", "errors.py"):
+        found = imported(ROOT / "edgezo" / name)
+        assert found or name == "errors.py"
+        assert not [name for name in found if name.startswith(("edgezo.runtime", "edgezo.export"))]
+
+
+def test_the_device_half_imports_nothing_of_the_workstation() -> None:
+    for path in sorted((ROOT / "runtime").rglob("*.py")):
+        assert not {name.split(".")[0] for name in imported(path)} & WORKSTATION, path.name
+
+
+def test_a_whole_run_loads_nothing_of_the_workstation(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    code = """
+import json, sys
+import edgezo.runtime.tune
+at_import = sorted({name.split('.')[0] for name in sys.modules})
+import edgezo
+directory, data, run = sys.argv[1:]
+result = edgezo.tune(directory, run, data=data, valid=data, template='{text} It was', labels='terrible,great', steps=3, batch=4, eval_every=2)
+edgezo.evaluate(directory, data, run=run)
+edgezo.EdgeModel(directory, run=run).generate('the film', 2)
+print(json.dumps([at_import, sorted({name.split('.')[0] for name in sys.modules}), result.steps]))
+"""
+    at_import, at_end, steps = json.loads(run_python(code, str(exported_dir), reviews, str(tmp_path / "run")))
+    assert steps == 3
+    assert {"numpy", "onnxruntime", "edgezo"} <= set(at_import)
+    assert not (set(at_import) | set(at_end)) & WORKSTATION
+
+
+def test_the_command_line_loads_neither_half_to_show_its_help() -> None:
+    code = "import sys, edgezo.cli; print([n for n in sys.modules if n.split('.')[0] in ('torch', 'transformers', 'onnx', 'onnxruntime')])"
+    assert run_python(code) == "[]\n"
+
+
+@pytest.mark.parametrize("name", edgezo.__all__)
+def test_a_public_name_is_importable(name: str) -> None:
+    assert getattr(edgezo, name) is not None
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'edgezo' has no attribute 'tunes'"):
+        edgezo.tunes  # noqa: B018
+
+
+def test_the_version_is_the_packages() -> None:
+    assert edgezo.__version__ == importlib.metadata.version("edgezo")
+
+
+def test_the_package_is_marked_as_typed() -> None:
+    assert (ROOT / "edgezo" / "py.typed").is_file()
+    assert "py.typed" in setuptools_table()["package-data"]["edgezo"]

@@ -1,0 +1,231 @@
+"""Log-probabilities, losses and metrics are those of the source model, however the work is cut into forwards."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from edgezo.runtime import scoring
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.objective import Evaluation, batch_loss, evaluate, macro_f1
+from edgezo.runtime.scoring import Pair, Sequences
+from edgezo.runtime.tasks import Example
+
+PAIRS: list[Pair] = [
+    ([264, 308, 288], [265]),  # one token
+    ([264, 308, 288], [309, 280]),  # the same prompt, two tokens
+    ([264, 308, 288], [266]),  # shares its hidden state with the first
+    ([0], [264, 308, 288, 265, 309, 280]),  # one token of prompt
+    ([5, 9, 200, 31, 7, 7, 7, 150, 299, 40, 41, 42], [43, 44, 45]),
+    ([264, 308, 288, 265], [309, 280]),  # an earlier pair's prompt and completion, split elsewhere
+    ([17], [17]),
+    ([*range(100, 220)], [220, 221, 222, 1]),  # nearly the whole context
+]
+
+
+@pytest.fixture(scope="module")
+def network() -> Any:
+    """The source model of tests/conftest.py in PyTorch: the same seed."""
+    return tiny.make_model("llama")
+
+
+def torch_log_probs(network: Any, pair: Pair) -> list[float]:
+    """log softmax of the source model at every completion token, one pair a forward."""
+    prompt, completion = pair
+    with torch.no_grad():
+        logits = network(torch.tensor([[*prompt, *completion]])).logits[0].double()
+    chosen = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1, :]
+    return [float(chosen[index, target]) for index, target in enumerate(completion)]
+
+
+def joined(scores: Any) -> list[float]:
+    """All numbers of all pairs in one list."""
+    return [float(value) for part in scores for value in part]
+
+
+def test_log_probs_are_the_log_softmax_of_the_source(model: EdgeModel, network: Any) -> None:
+    found = Sequences(model).log_probs(PAIRS)
+    assert [len(part) for part in found] == [len(completion) for _, completion in PAIRS]
+    for part, pair in zip(found, PAIRS, strict=True):
+        assert part.dtype == np.float64
+        assert part.tolist() == pytest.approx(torch_log_probs(network, pair), abs=1e-4)
+
+
+def test_the_reference_tells_models_apart(model: EdgeModel) -> None:
+    other = tiny.make_model("llama", seed=1)
+    assert abs(Sequences(model).log_probs(PAIRS[:1])[0][0] - torch_log_probs(other, PAIRS[0])[0]) > 1e-2
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 1), (1, 1000), (2048, 1), (2048, 3), (16, 2), (130, 5), (300, 1000)])
+def test_micro_batch_limits_do_not_change_the_numbers(model: EdgeModel, monkeypatch: pytest.MonkeyPatch, tokens: int, hidden: int) -> None:
+    whole = joined(Sequences(model).log_probs(PAIRS))
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", tokens)
+    sequences = Sequences(model)
+    sequences.batch_hidden = hidden
+    assert joined(sequences.log_probs(PAIRS)) == pytest.approx(whole, abs=1e-5)
+
+
+def test_tiny_limits_make_more_forwards(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences, layout = Sequences(model), scoring._lay_out(PAIRS)
+    assert len(list(sequences._micro_batches(layout))) == 1
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", 1)
+    assert len(list(sequences._micro_batches(layout))) == len(layout.sequences)
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), [(60, 1000), (1000, 7), (60, 7)])
+def test_no_forward_holds_more_than_its_limits(model: EdgeModel, monkeypatch: pytest.MonkeyPatch, tokens: int, hidden: int) -> None:
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", tokens)
+    pairs: list[Pair] = [([*range(2, 2 + length)], [5, 6]) for length in range(1, 20)]
+    sequences, layout = Sequences(model), scoring._lay_out(pairs)
+    sequences.batch_hidden = hidden
+    batches = list(sequences._micro_batches(layout))
+    assert sorted(row for rows in batches for row in rows) == list(range(len(layout.hidden)))
+    assert max(sequences._feeds(layout, rows)["input_ids"].size for rows in batches) <= tokens
+    assert max(map(len, batches)) <= hidden
+
+
+def test_single_token_candidates_of_a_prompt_share_one_hidden_state() -> None:
+    layout = scoring._lay_out([([1, 2, 3], [label]) for label in (7, 8, 9)])
+    assert (len(layout.sequences), len(layout.hidden), len(layout.scored)) == (1, 1, 3)
+
+
+def test_repeated_pairs_have_the_same_numbers(model: EdgeModel) -> None:
+    once = Sequences(model).log_probs([PAIRS[1], PAIRS[3]])
+    found = Sequences(model).log_probs([PAIRS[1], PAIRS[3], PAIRS[1], PAIRS[1]])
+    assert [found[index].tolist() for index in (0, 2, 3)] == [found[0].tolist()] * 3
+    assert joined(found[:2]) == pytest.approx(joined(once), abs=1e-6)
+
+
+def test_the_order_of_the_pairs_does_not_matter(model: EdgeModel) -> None:
+    found = Sequences(model).log_probs(PAIRS)
+    assert joined(Sequences(model).log_probs(PAIRS[::-1])[::-1]) == pytest.approx(joined(found), abs=1e-5)
+
+
+def test_scores_follow_the_weights_in_place(model: EdgeModel) -> None:
+    sequences = Sequences(model)
+    before = joined(sequences.log_probs(PAIRS))
+    model.weights["model.layers.1.mlp.down_proj.weight"][...] *= 2
+    assert np.abs(np.subtract(joined(sequences.log_probs(PAIRS)), before)).max() > 1e-3
+
+
+CLASSIFIED = [
+    Example([([264, 308, 288], [265]), ([264, 308, 288], [309, 280]), ([264, 308, 288], [266])], 1, "a:1"),
+    Example([([5, 9, 200], [43]), ([5, 9, 200], [44, 45]), ([5, 9, 200], [46])], 0, "a:2"),
+    Example([([7], [43]), ([7], [44, 45]), ([7], [46])], 2, "a:3"),
+    Example([([7, 8], [43]), ([7, 8], [44, 45]), ([7, 8], [46])], 1, "a:4"),
+]
+COMPLETED = [Example([pair], 0, f"a:{number}") for number, pair in enumerate(PAIRS, 1)]
+
+
+def torch_sums(network: Any, examples: list[Example]) -> torch.Tensor:
+    """Summed log-probabilities of the source model, [rows, candidates]."""
+    return torch.tensor([[sum(torch_log_probs(network, pair)) for pair in example.pairs] for example in examples], dtype=torch.float64)
+
+
+def test_the_loss_of_classification_is_cross_entropy_over_the_candidates(model: EdgeModel, network: Any) -> None:
+    gold = torch.tensor([example.gold for example in CLASSIFIED])
+    expected = float(torch.nn.functional.cross_entropy(torch_sums(network, CLASSIFIED), gold))
+    assert batch_loss(Sequences(model), CLASSIFIED) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_loss_of_completions_is_the_mean_over_all_their_tokens(model: EdgeModel, network: Any) -> None:
+    tokens = [value for pair in PAIRS for value in torch_log_probs(network, pair)]
+    assert batch_loss(Sequences(model), COMPLETED) == pytest.approx(-np.mean(tokens), abs=1e-4)
+
+
+def test_evaluating_candidates_gives_loss_accuracy_and_macro_f1(model: EdgeModel, network: Any) -> None:
+    sums, gold = torch_sums(network, CLASSIFIED), [example.gold for example in CLASSIFIED]
+    predicted = sums.argmax(1).tolist()
+    found = evaluate(Sequences(model), CLASSIFIED)
+    assert found.rows == 4
+    assert found.loss == pytest.approx(float(torch.nn.functional.cross_entropy(sums, torch.tensor(gold))), abs=1e-4)
+    assert found.accuracy == np.mean(np.equal(predicted, gold))
+    assert found.macro_f1 == pytest.approx(plain_macro_f1(predicted, gold))
+    assert found.perplexity is None
+
+
+def test_evaluating_completions_gives_loss_and_perplexity(model: EdgeModel, network: Any) -> None:
+    loss = -float(np.mean([value for pair in PAIRS for value in torch_log_probs(network, pair)]))
+    found = evaluate(Sequences(model), COMPLETED)
+    assert (found.rows, found.accuracy, found.macro_f1) == (len(PAIRS), None, None)
+    assert found.loss == pytest.approx(loss, abs=1e-4)
+    assert found.perplexity == pytest.approx(np.exp(loss), rel=1e-4)
+
+
+def test_accuracy_is_whole_when_gold_is_what_the_model_prefers(model: EdgeModel, network: Any) -> None:
+    preferred = torch_sums(network, CLASSIFIED).argmax(1).tolist()
+    right = [example._replace(gold=index) for example, index in zip(CLASSIFIED, preferred, strict=True)]
+    wrong = [example._replace(gold=(index + 1) % 3) for example, index in zip(CLASSIFIED, preferred, strict=True)]
+    assert (evaluate(Sequences(model), right).accuracy, evaluate(Sequences(model), wrong).accuracy) == (1.0, 0.0)
+
+
+def test_as_dict_leaves_out_what_there_is_not() -> None:
+    assert Evaluation(3, 1.5, None, None, 4.5).as_dict() == {"rows": 3, "loss": 1.5, "perplexity": 4.5}
+    assert Evaluation(3, 1.5, 0.0, 0.0, None).as_dict() == {"rows": 3, "loss": 1.5, "accuracy": 0.0, "macro_f1": 0.0}
+
+
+def test_a_better_accuracy_beats_a_lower_loss() -> None:
+    assert Evaluation(9, 2.0, 0.8, 0.8, None).score() > Evaluation(9, 1.0, 0.7, 0.9, None).score()
+    assert Evaluation(9, 1.0, 0.8, 0.1, None).score() > Evaluation(9, 2.0, 0.8, 0.9, None).score()
+    assert Evaluation(9, 1.0, None, None, 2.7).score() > Evaluation(9, 2.0, None, None, 7.4).score()
+
+
+def plain_macro_f1(predicted: list[int], gold: list[int]) -> float:
+    """The definition, class by class: the harmonic mean of precision and recall."""
+    scores = []
+    for label in sorted({*predicted, *gold}):
+        hits = sum(p == g == label for p, g in zip(predicted, gold, strict=True))
+        precision, recall = hits / max(1, predicted.count(label)), hits / max(1, gold.count(label))
+        scores.append(2 * precision * recall / (precision + recall) if hits else 0.0)
+    return sum(scores) / len(scores)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "gold", "classes", "expected"),
+    [
+        ([0, 1, 0, 1], [0, 1, 0, 1], 2, 1.0),
+        ([0, 0, 0, 0], [0, 0, 1, 1], 2, (2 / 3 + 0) / 2),
+        ([1, 0], [0, 1], 2, 0.0),
+        ([0, 1, 2, 2, 1, 0], [0, 1, 1, 2, 2, 0], 3, (1 + 1 / 2 + 1 / 2) / 3),
+        ([0, 1, 1], [0, 0, 1], 2, (2 / 3 + 2 / 3) / 2),
+        ([0, 2], [0, 2], 4, 1.0),  # classes 1 and 3 occur nowhere
+        ([0, 1], [0, 0], 3, (2 / 3 + 0) / 2),  # class 1 is only predicted
+    ],
+)
+def test_macro_f1_of_hand_computed_cases(predicted: list[int], gold: list[int], classes: int, expected: float) -> None:
+    assert macro_f1(np.array(predicted), np.array(gold), classes) == pytest.approx(expected)
+    assert plain_macro_f1(predicted, gold) == pytest.approx(expected)
+
+
+def test_log_probs_of_texts_are_summed_over_the_completion(model: EdgeModel, network: Any) -> None:
+    prompts, completions = ["the film is", "the film is", "the f"], [" great", " terrible", "ilm is great"]
+    expected = [
+        sum(torch_log_probs(network, model.text.split(prompt, completion))) for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    assert model.log_probs(prompts, completions) == pytest.approx(expected, abs=1e-4)
+
+
+def test_log_probs_refuses_lists_of_unequal_length(model: EdgeModel) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        model.log_probs(["a", "b"], ["c"])
+
+
+def test_log_probs_of_nothing_are_none(model: EdgeModel) -> None:
+    assert model.log_probs([], []) == []
+
+
+def test_an_empty_prompt_is_the_beginning_of_text(model: EdgeModel, network: Any) -> None:
+    expected = sum(torch_log_probs(network, ([0], model.text.encode("great"))))
+    assert model.log_probs(["", "the film is"], ["great", " great"])[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_empty_completion_has_probability_one(model: EdgeModel) -> None:
+    assert model.log_probs(["the film"], [""]) == [0.0]
+
+
+def test_threads_do_not_change_the_numbers(exported_dir: Path, model: EdgeModel) -> None:
+    two = EdgeModel(exported_dir, threads=2)
+    assert joined(Sequences(two).log_probs(PAIRS)) == pytest.approx(joined(Sequences(model).log_probs(PAIRS)), abs=1e-5)
