@@ -1,6 +1,8 @@
 """The command line. Defaults come from the configuration; every expected failure is one line and exit code 1."""
 
+import io
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from edgezo import __version__, terminal
-from edgezo.config import DEFAULT_STEPS, default
-from edgezo.errors import EdgezoError, ExportError
+from edgezo.config import DEFAULT_STEPS, TuneConfig
+from edgezo.errors import ConfigError, EdgezoError, ExportError
 
 app = typer.Typer(
     name="edgezo",
@@ -21,19 +23,31 @@ app = typer.Typer(
 )
 
 EdgeDir = Annotated[Path, typer.Argument(metavar="DIR", help="Edge model directory made by `edgezo export`.")]
+
+
+def setting(field: str, *, text: str | None = None, shown: str | None = None) -> Any:
+    """The option of one field of `TuneConfig`: its name, its description and its default come from there."""
+    info = TuneConfig.model_fields[field]
+    described = text or f"{info.description}."
+    value = shown or (None if info.default is None or info.is_required() else str(info.default))
+    described = f"{described[0].upper()}{described[1:]}" + (f" [default: {value}]" if value else "")
+    return typer.Option(f"--{field.replace('_', '-')}", show_default=False, help=described)
+
+
 RunDir = Annotated[Path | None, typer.Option("--run", metavar="RUN", help="Use the tuned model of this run directory.")]
-Step = Annotated[str, typer.Option("--step", help="Which step of the run: a number, best (by validation) or last.")]
+Step = Annotated[
+    str | None, typer.Option("--step", show_default=False, help="Step of the run: a number, best (by validation) or last. [default: best]")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, everything else on standard error.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, show_default="all cores", help="Cores to use.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, show_default=False, help="Cores to use. [default: all]")]
 Template = Annotated[
-    str | None, typer.Option("--template", help="Classification prompt with {field} names, as '{sentence} It was'; \\n is a line break.")
+    str | None, setting("template", text="classification prompt with {field} names, as '{sentence} It was'; \\n is a line break.")
 ]
 Labels = Annotated[
-    str | None,
-    typer.Option("--labels", help="Label words: 'terrible,great' in the order of the integer label, or 'neg=terrible,pos=great'."),
+    str | None, setting("labels", text="label words: 'terrible,great' in the order of the integer label, or 'neg=terrible,pos=great'.")
 ]
-LabelField = Annotated[str | None, typer.Option("--label-field", show_default=default("label_field"), help="Field that holds the label.")]
-MaxLength = Annotated[int | None, typer.Option("--max-length", show_default="the model's context", help="Tokens of a row at most.")]
+LabelField = Annotated[str | None, setting("label_field")]
+MaxLength = Annotated[int | None, setting("max_length", text="tokens of a row at most.", shown="the model's context")]
 
 
 @app.callback(invoke_without_command=True)
@@ -93,36 +107,26 @@ def export_command(
 def tune_command(
     directory: EdgeDir,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Run directory to make, or with --resume to continue.")],
-    data: Annotated[str | None, typer.Option("--data", help="Training rows: .jsonl, .csv or .tsv.")] = None,
-    valid: Annotated[str | None, typer.Option("--valid", help="Validation rows; the best state by these is kept.")] = None,
+    data: Annotated[str | None, setting("data")] = None,
+    valid: Annotated[str | None, setting("valid")] = None,
     template: Template = None,
     labels: Labels = None,
     label_field: LabelField = None,
     max_length: MaxLength = None,
-    steps: Annotated[int | None, typer.Option("--steps", show_default=str(DEFAULT_STEPS), help="Steps in all.")] = None,
-    minutes: Annotated[float | None, typer.Option("--minutes", help="Time budget; with --steps whichever ends first.")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", show_default=str(default("lr")), help="Learning rate.")] = None,
-    eps: Annotated[float | None, typer.Option("--eps", show_default=str(default("eps")), help="Perturbation scale.")] = None,
-    batch: Annotated[int | None, typer.Option("--batch", show_default=str(default("batch")), help="Rows of a step.")] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", show_default=str(default("seed")), help="Of noise and data order; 0 is an ordinary seed.")
+    steps: Annotated[int | None, setting("steps", text="steps in all.", shown=f"{DEFAULT_STEPS} unless --minutes is given")] = None,
+    minutes: Annotated[
+        float | None, setting("minutes", text="time budget, evaluation included; with --steps whichever ends first.")
     ] = None,
-    noise: Annotated[str | None, typer.Option("--noise", show_default=default("noise"), help="rademacher or gaussian.")] = None,
-    schedule: Annotated[
-        str | None, typer.Option("--schedule", show_default=default("schedule"), help="Learning rate: constant, linear or cosine.")
-    ] = None,
-    warmup: Annotated[
-        float | None, typer.Option("--warmup", show_default=str(default("warmup")), help="Fraction of the run with a rising learning rate.")
-    ] = None,
-    weight_decay: Annotated[
-        float | None, typer.Option("--weight-decay", show_default=str(default("weight_decay")), help="Decoupled, on matrices alone.")
-    ] = None,
-    eval_every: Annotated[
-        int | None, typer.Option("--eval-every", show_default=str(default("eval_every")), help="Steps between evaluations.")
-    ] = None,
-    eval_rows: Annotated[
-        int | None, typer.Option("--eval-rows", show_default=str(default("eval_rows")), help="Validation rows used for these.")
-    ] = None,
+    lr: Annotated[float | None, setting("lr")] = None,
+    eps: Annotated[float | None, setting("eps")] = None,
+    batch: Annotated[int | None, setting("batch")] = None,
+    seed: Annotated[int | None, setting("seed")] = None,
+    noise: Annotated[str | None, setting("noise", text="distribution of z: rademacher or gaussian.")] = None,
+    schedule: Annotated[str | None, setting("schedule", text="of the learning rate: constant, linear or cosine.")] = None,
+    warmup: Annotated[float | None, setting("warmup")] = None,
+    weight_decay: Annotated[float | None, setting("weight_decay")] = None,
+    eval_every: Annotated[int | None, setting("eval_every")] = None,
+    eval_rows: Annotated[int | None, setting("eval_rows")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML or JSON file of these settings; options override it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue RUN; more --steps or --minutes may be given.")] = False,
     threads: Threads = None,
@@ -162,7 +166,7 @@ def eval_command(
     directory: EdgeDir,
     data: Annotated[str, typer.Option("--data", help="Rows to evaluate on: .jsonl, .csv or .tsv.")],
     run: RunDir = None,
-    step: Step = "best",
+    step: Step = None,
     template: Template = None,
     labels: Labels = None,
     label_field: LabelField = None,
@@ -177,7 +181,7 @@ def eval_command(
         directory,
         data,
         run=run,
-        step=step_choice(step),
+        step=step_choice(step, run),
         threads=threads,
         template=unescape(template),
         labels=labels,
@@ -198,10 +202,12 @@ def generate_command(
     directory: EdgeDir,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue; - reads it from standard input.")],
     run: RunDir = None,
-    step: Step = "best",
+    step: Step = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")] = 64,
-    temperature: Annotated[float | None, typer.Option("--temperature", show_default="greedy", help="Sample at this temperature.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", show_default=False, help="Sample at this temperature. [default: greedy]")
+    ] = None,
     top_k: Annotated[int, typer.Option("--top-k", help="Sample among the k most likely; 0 is all.")] = 0,
     top_p: Annotated[float, typer.Option("--top-p", help="Sample among the most likely that hold this mass.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sampling.")] = 0,
@@ -212,12 +218,13 @@ def generate_command(
     from edgezo.runtime.generate import Sampling, generate
     from edgezo.runtime.model import EdgeModel
 
-    text = sys.stdin.read() if prompt == "-" else prompt
-    model = EdgeModel(directory, threads=threads, run=run, step=step_choice(step))
+    text = read_standard_input() if prompt == "-" else prompt
+    model = EdgeModel(directory, threads=threads, run=run, step=step_choice(step, run))
     if chat:
         text = model.text.chat([{"role": "user", "content": text}], reply=True)
-    sampled = temperature is not None or top_k or top_p < 1
-    pieces = generate(model, text, max_tokens, Sampling(temperature or 1.0, top_k, top_p, seed) if sampled else None)
+    sampled = temperature is not None or top_k != 0 or top_p != 1
+    sampling = Sampling(1.0 if temperature is None else temperature, top_k, top_p, seed) if sampled else None
+    pieces = generate(model, text, max_tokens, sampling)
     if as_json:
         terminal.print_json({"prompt": text, "text": "".join(pieces), "step": model.step})
         return
@@ -249,7 +256,9 @@ def inspect_command(
 @app.command("demo")
 def demo_command(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where to put the edge model and the run.")] = Path("demo"),
-    model: Annotated[str | None, typer.Option("--model", show_default="SmolLM2-135M-Instruct", help="Another model to try.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", show_default=False, help="Another model to try. [default: SmolLM2-135M-Instruct]")
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Fewer or more steps than the demo's own.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -270,13 +279,25 @@ def import_export() -> Any:
     return export_model
 
 
-def step_choice(text: str) -> Any:
+def step_choice(text: str | None, run: Path | None) -> Any:
     """`--step` as a number, 'best' or 'last'."""
+    if text is None:
+        return "best"
+    if run is None:
+        raise ConfigError(f"--step {text}: says a step of a run, but no --run is given; add --run RUN or leave --step out")
     if text in {"best", "last"}:
         return text
-    if not text.isdigit():
-        raise typer.BadParameter("a number, best or last is expected", param_hint="--step")
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise ConfigError(f"--step {text!r}: a number, best or last is expected")
     return int(text)
+
+
+def read_standard_input() -> str:
+    """All of standard input as text."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
 
 
 def unescape(text: str | None) -> str | None:
@@ -286,6 +307,9 @@ def unescape(text: str | None) -> str | None:
 
 def main() -> None:
     """Entry point: expected failures in one line, exit code 1; EDGEZO_DEBUG=1 shows the traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a console of another encoding shows ? for what it lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app(prog_name="edgezo")
     except EdgezoError as error:

@@ -26,7 +26,7 @@ class TuneConfig(BaseModel):
     label_field: str = Field("label", description="field that holds the label")
     max_length: int | None = Field(None, gt=1, description="tokens of a row at most; the model's context when unset")
     steps: int | None = Field(None, gt=0, description=f"steps in all; {DEFAULT_STEPS} when neither steps nor minutes is given")
-    minutes: float | None = Field(None, gt=0, description="time budget in minutes, evaluation included")
+    minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time budget in minutes, evaluation included")
     lr: float = Field(2e-5, gt=0, le=1e6, description="learning rate")
     eps: float = Field(1e-3, gt=0, le=1e6, description="perturbation scale")
     batch: int = Field(16, gt=0, description="rows of a step")
@@ -50,49 +50,51 @@ class TuneConfig(BaseModel):
         return self.steps if self.steps is not None or self.minutes is not None else DEFAULT_STEPS
 
 
-def default(field: str) -> Any:
-    """The default of one field of `TuneConfig`."""
-    return TuneConfig.model_fields[field].default
-
-
 def make_config(file: str | os.PathLike[str] | None, options: dict[str, Any]) -> TuneConfig:
     """A configuration from an optional YAML or JSON file and options that override it (None means not given).
 
     Raises:
         ConfigError: the file cannot be read, or a value is unknown or out of range.
     """
-    values = _read(Path(file)) if file is not None else {}
-    values.update({name: value for name, value in options.items() if value is not None})
-    if isinstance(values.get("labels"), str):
+    given = {name: value for name, value in options.items() if value is not None}
+    values = {**(_read(Path(file)) if file is not None else {}), **given}
+    if values.get("labels") is not None:
         values["labels"] = parse_labels(values["labels"])
-    elif isinstance(values.get("labels"), list):
-        values["labels"] = parse_labels(",".join(map(str, values["labels"])))
-    elif isinstance(values.get("labels"), dict):
-        values["labels"] = {str(key): str(word) for key, word in values["labels"].items()}
     try:
         return TuneConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(describe(error, str(file) if file else None)) from None
+        blamed = str(error.errors()[0]["loc"][0]) if error.errors()[0]["loc"] else ""
+        raise ConfigError(describe(error, str(file) if file and blamed not in given else None)) from None
 
 
-def parse_labels(text: str) -> dict[str, str]:
-    """`terrible,great` (words in the order of the integer label) or `neg=terrible,pos=great` (a mapping).
+def parse_labels(given: Any) -> dict[str, str]:
+    """Label as written in the data to label word.
+
+    Args:
+        given: `terrible,great` or a list (words in the order of the integer label), `neg=terrible,pos=great` or a mapping.
 
     Raises:
-        ConfigError: a word is missing or given twice, or the two forms are mixed.
+        ConfigError: a word is missing or given twice, or two forms are mixed.
     """
-    parts = [part.strip() for part in text.split(",")]
-    mapped = [part.split("=", 1) for part in parts if "=" in part]
-    if mapped and len(mapped) != len(parts):
-        raise ConfigError(f"--labels {text!r}: mixes words and label=word; use one form")
-    labels = {key.strip(): word.strip() for key, word in mapped} if mapped else {str(index): word for index, word in enumerate(parts)}
-    if len(labels) != len(parts) or not all(labels.values()) or len(set(labels.values())) != len(labels):
-        raise ConfigError(f"--labels {text!r}: every label needs one word of its own")
+    if isinstance(given, str):
+        parts = [part.strip() for part in given.split(",")]
+        mapped = ["=" in part for part in parts]
+        if any(mapped) and not all(mapped):
+            raise ConfigError(f"--labels {given!r}: mixes words and label=word; use one form")
+        pairs = [part.split("=", 1) for part in parts] if any(mapped) else list(enumerate(parts))
+    elif isinstance(given, list | dict):
+        pairs = list(given.items() if isinstance(given, dict) else enumerate(given))
+    else:
+        raise ConfigError(f"--labels {given!r}: a {type(given).__name__}; give words, or label=word pairs")
+    labels = {str(key).strip(): "" if word is None else str(word).strip() for key, word in pairs}
+    words = list(labels.values())
+    if len(labels) != len(pairs) or not all(labels) or not all(words) or len(set(words)) != len(words):
+        raise ConfigError(f"--labels {given!r}: every label needs one word of its own")
     return labels
 
 
 def describe(error: ValidationError, file: str | None = None) -> str:
-    """The first problem of a validation in one line."""
+    """The first problem of a validation in one line; `file` is where the value came from, None for an option."""
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     shown = f"--{name.replace('_', '-')}" if file is None else f"{file}: {name}"
@@ -113,8 +115,16 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"{path}: not readable as {'JSON' if path.suffix == '.json' else 'YAML'} ({first})") from None
+        raise ConfigError(f"{path}: not readable as {'JSON' if path.suffix == '.json' else 'YAML'} ({_reason(error)})") from None
+    if values is None:
+        raise ConfigError(f"{path}: empty; write settings as name: value")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds a {type(values).__name__}, not settings by name")
     return values
+
+
+def _reason(error: Exception) -> str:
+    """What a parser says, in one line, with the line it stopped at."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem}, line {error.problem_mark.line + 1}"
+    return (str(error).splitlines() or [type(error).__name__])[0]

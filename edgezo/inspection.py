@@ -71,7 +71,7 @@ def _run(path: Path) -> dict[str, Any]:
     return {
         **facts,
         **{
-            name: value if not isinstance(value, dict) else [f"{key}={word}" for key, word in value.items()]
+            {"steps": "steps_asked"}.get(name, name): [f"{key}={word}" for key, word in value.items()] if isinstance(value, dict) else value
             for name, value in changed.items()
         },
     }

@@ -28,14 +28,16 @@ def stdout() -> Console:
 
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object, alone on standard output."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+    ascii_only = (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8"
+    sys.stdout.write(json.dumps(value, ensure_ascii=ascii_only, allow_nan=False) + "\n")
 
 
 def print_rows(rows: list[tuple[str, str]]) -> None:
-    """Names and values, aligned; values are never cut."""
+    """Names and values, aligned, one line each; values are never cut."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        sys.stdout.write(f"{name.ljust(width)}  {value}\n")
+        shown = value.replace("\n", "\\n")
+        sys.stdout.write(f"{name.ljust(width)}  {shown}\n")
 
 
 def evaluation_text(evaluation: "Evaluation") -> str:

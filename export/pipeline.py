@@ -93,7 +93,10 @@ def _tokenizer_facts(source: Source, template: str | None, special: dict[str, st
     tokenizer = source.tokenizer
     eos = list(dict.fromkeys([*([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []), *source.generation_eos]))
     # the embedding may have no row for a token that was added to the tokenizer alone
-    bos, pad = (token if token is not None and token < source.origin.vocab_size else None for token in (tokenizer.bos_token_id, tokenizer.pad_token_id))
+    bos, pad = (
+        token if token is not None and token < source.origin.vocab_size else None
+        for token in (tokenizer.bos_token_id, tokenizer.pad_token_id)
+    )
     return TokenizerFacts(
         file="tokenizer.json",
         bos_token_id=bos,

@@ -36,10 +36,19 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     try:
         rows = list(reader(path))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {_first_bad_byte(path)}); save it as UTF-8") from None
     if not rows:
         raise DataError(f"{path}: no rows in it")
     return rows
+
+
+def _first_bad_byte(path: Path) -> int:
+    """Position in the file; the reader's own error counts from its buffer."""
+    try:
+        path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start
+    return 0
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -68,16 +77,23 @@ def _read_table(path: Path) -> Iterator[Row]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         # quotes are ordinary characters in the TSV files of the field (GLUE and others)
         reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tab else csv.reader(file, strict=True)
+        first = 1  # line a row begins at; a quoted cell may hold line breaks
         try:
-            header = next(reader, [])
+            header = next(reader, None)
+            if header == []:
+                raise DataError(f"{path}:1: empty line; remove it")
+            if header is None:
+                return
             if len(set(header)) != len(header) or not all(name.strip() for name in header):
                 raise DataError(f"{path}:1: the header needs a distinct name for every column, found {header}")
+            first = reader.line_num + 1
             for cells in reader:
-                place = f"{path}:{reader.line_num}"
+                place = f"{path}:{first}"
                 if len(cells) != len(header):
                     raise DataError(
                         f"{place}: {len(cells)} cells, the header has {len(header)}" if cells else f"{place}: empty line; remove it"
                     )
                 yield Row(dict(zip(header, cells, strict=True)), place)
+                first = reader.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: malformed ({error})") from None
+            raise DataError(f"{path}:{first}: malformed ({error})") from None

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from edgezo.errors import ConfigError, DataError
+from edgezo.errors import ConfigError, DataError, NonFiniteLossError
 from edgezo.runtime.model import EdgeModel
 
 
@@ -27,11 +27,14 @@ def generate(model: EdgeModel, prompt: str, max_tokens: int = 64, sampling: Samp
     Raises:
         DataError: the prompt is empty or fills the context.
         ConfigError: a sampling setting is out of range.
+        NonFiniteLossError: the model gives no finite logits.
     """
     if sampling is not None and not (sampling.temperature > 0 and sampling.top_k >= 0 and 0 < sampling.top_p <= 1):
         raise ConfigError(
             f"temperature must be above 0, top-k at least 0 and top-p in (0, 1]; got {sampling.temperature}, {sampling.top_k}, {sampling.top_p}"
         )
+    if sampling is not None and sampling.seed < 0:
+        raise ConfigError(f"the sampling seed must be at least 0; got {sampling.seed}")
     facts, graph, context = model.manifest.tokenizer, model.manifest.generation, model.manifest.origin.context_length
     tokens = model.text.encode(prompt) or ([facts.bos_token_id] if facts.bos_token_id is not None else [])
     if not tokens:
@@ -50,6 +53,8 @@ def generate(model: EdgeModel, prompt: str, max_tokens: int = 64, sampling: Samp
             "hidden_rows": np.array([len(new) - 1], np.int64),
         }
         logits, *present = model.generation.run(outputs, {**{name: feeds[name] for name in graph.inputs}, **past})
+        if not np.isfinite(logits[0].max()):  # NaN passes through max
+            raise NonFiniteLossError("the model's logits are NaN or infinite; export it again, or tune with a smaller --lr")
         token = int(logits[0].argmax()) if random is None or sampling is None else _sample(logits[0], sampling, random)
         if token in facts.eos_token_ids:
             break
@@ -67,11 +72,13 @@ def generate(model: EdgeModel, prompt: str, max_tokens: int = 64, sampling: Samp
 
 
 def _sample(logits: npt.NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
-    wide = logits.astype(np.float64) / sampling.temperature
+    wide = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # -inf is the right score of the others at a temperature near 0
+        wide = (wide - wide.max()) / sampling.temperature
     order = np.argsort(-wide, kind="stable")
     if sampling.top_k:
         order = order[: sampling.top_k]
-    probability = np.exp(wide[order] - wide[order[0]])
+    probability = np.exp(wide[order])
     probability /= probability.sum()
     # keep the smallest head whose mass reaches top_p
     kept = int(np.searchsorted(np.cumsum(probability), sampling.top_p)) + 1

@@ -26,7 +26,7 @@ def prove_live(model: EdgeModel, weights: MutableWeights) -> None:
 
     Raises:
         DeadTensorError: names the tensors that are not live.
-        NonFiniteLossError: the base itself gives no finite scores.
+        NonFiniteLossError: the base, or the base perturbed by eps, gives no finite scores.
     """
     names = list(model.tunable)
     path = model.directory / model.manifest.scoring.file
@@ -49,6 +49,9 @@ def prove_live(model: EdgeModel, weights: MutableWeights) -> None:
     changed_in_place = _scores(session, feeds)
     weights.add(PROBE, weights.eps, -1)
     weights.flush()
+    for scores, where, advice in ((base, "theta", "export the model again"), (changed_at_load, "theta + eps z", "try a smaller --eps")):
+        if not np.isfinite(scores).all():
+            raise NonFiniteLossError(f"the log-probabilities at {where} are NaN or infinite before the first step; {advice}")
     if np.array_equal(changed_in_place, changed_at_load) and not np.array_equal(changed_in_place, base):
         return
     dead = [name for name in names if np.array_equal(_changed_alone(model, name, feeds, session), base)]
@@ -71,10 +74,7 @@ def _changed_alone(model: EdgeModel, name: str, feeds: dict[str, Array], session
 
 
 def _scores(session: Session, feeds: dict[str, Array]) -> Array:
-    scores = session.run(["log_probs"], feeds)[0]
-    if not np.isfinite(scores).all():
-        raise NonFiniteLossError("the model's log-probabilities are NaN or infinite before any tuning; export the model again")
-    return scores
+    return session.run(["log_probs"], feeds)[0]
 
 
 def _probe_feeds(model: EdgeModel) -> dict[str, Array]:

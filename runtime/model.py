@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edgezo.errors import EdgeModelError
+from edgezo.errors import DataError, EdgeModelError
 from edgezo.manifest import Graph, Manifest, StoredFile, Tensor, read_manifest, verify_file, verify_size
 from edgezo.runtime.session import Session
 from edgezo.runtime.text import TextCodec
@@ -91,11 +91,29 @@ class EdgeModel:
         return "".join(generate(self, prompt, max_tokens, sampling))
 
     def log_probs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """log p(completion | prompt) of each pair, summed over the completion's tokens, in nats."""
+        """log p(completion | prompt) of each pair, summed over the completion's tokens, in nats; an empty completion has 0.
+
+        Raises:
+            DataError: a prompt is empty and the model has no beginning-of-text token.
+        """
         from edgezo.runtime.scoring import Sequences
 
-        pairs = [self.text.split(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        return [float(sum(scores)) for scores in Sequences(self).log_probs(pairs)]
+        pairs = [self._pair(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        found = iter(Sequences(self).log_probs([pair for pair in pairs if pair[1]]))
+        return [float(next(found).sum()) if pair[1] else 0.0 for pair in pairs]
+
+    def _pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        if not completion:
+            return [], []
+        head, tail = self.text.split(prompt, completion)
+        if not head:
+            if self.text.facts.bos_token_id is None:
+                raise DataError("a prompt is empty and this model has no beginning-of-text token; give some text")
+            head = [self.text.facts.bos_token_id]
+        context = self.manifest.origin.context_length
+        if len(head) + len(tail) > context:
+            raise DataError(f"prompt and completion have {len(head) + len(tail)} tokens, the model's context is {context}; shorten them")
+        return head, tail
 
     def _session(self, graph: Graph) -> Session:
         session = Session(self.directory / graph.file, self.weights, self.threads)

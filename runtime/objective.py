@@ -1,11 +1,13 @@
 """Losses and metrics of examples under the present weights."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from edgezo.errors import NonFiniteLossError
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.tasks import Example
 
@@ -48,10 +50,16 @@ def batch_loss(sequences: Sequences, examples: Sequence[Example]) -> float:
 
 
 def evaluate(sequences: Sequences, examples: Sequence[Example]) -> Evaluation:
-    """Loss and metrics over all examples."""
+    """Loss and metrics over all examples.
+
+    Raises:
+        NonFiniteLossError: the loss is NaN or infinite.
+    """
     scores, tokens = _scores(sequences, examples)
     gold = np.array([example.gold for example in examples])
     loss = _loss(scores, tokens, gold.tolist())
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(f"the loss over {len(examples)} rows is {loss}; export the model again, or tune with a smaller --lr")
     if len(scores[0]) == 1:
         return Evaluation(len(examples), loss, None, None, float(np.exp(min(loss, 700.0))))
     predicted = np.array([int(np.argmax(row)) for row in scores])

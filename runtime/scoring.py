@@ -47,6 +47,8 @@ class Sequences:
         Returns:
             For each pair float64 [completion tokens], in nats.
         """
+        if not pairs:
+            return []
         layout = _lay_out(pairs)
         scores = np.empty(len(layout.scored))
         targets = np.array(layout.scored, np.int64).reshape(-1, 2)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from edgezo.errors import DataError
 from edgezo.runtime.data import Row
 from edgezo.runtime.scoring import Pair
-from edgezo.runtime.text import TextCodec
+from edgezo.runtime.text import TextCodec, TextError
 
 Kind = Literal["classification", "completion", "chat", "text"]
 
@@ -61,13 +61,7 @@ def find_task(rows: Sequence[Row], template: str | None, labels: dict[str, str] 
     first = rows[0]
     if template is not None:
         _check_template(template, first)
-        if labels is None:
-            found = {str(row.fields.get(label_field, "")).strip() for row in rows}
-            if not all(word and not word.lstrip("-").isdigit() for word in found):
-                raise DataError(
-                    f"{first.place}: labels are numbers or missing in field {label_field!r}; give their words with --labels word0,word1,..."
-                )
-            labels = {word: word for word in sorted(found)}
+        labels = labels or {word: word for word in sorted({_label_word(row, label_field) for row in rows})}
         if len(labels) < 2:
             raise DataError(f"{first.place}: one label only ({', '.join(labels)}); classification needs two")
         return Task("classification", template, labels, label_field)
@@ -84,6 +78,16 @@ def find_task(rows: Sequence[Row], template: str | None, labels: dict[str, str] 
     )
 
 
+def _label_word(row: Row, label_field: str) -> str:
+    """The label of a row as a word of its own, where no --labels say otherwise."""
+    label = _label(row, label_field)
+    if label.lstrip("-").isdigit():
+        raise DataError(
+            f"{row.place}: label {label} in field {label_field!r} is a number; give the words of the labels with --labels word0,word1,..."
+        )
+    return label
+
+
 def make_examples(rows: Sequence[Row], task: Task, text: TextCodec, max_length: int) -> Examples:
     """Tokenise rows.
 
@@ -96,8 +100,12 @@ def make_examples(rows: Sequence[Row], task: Task, text: TextCodec, max_length: 
     """
     examples, truncated = [], 0
     for row in rows:
-        pairs, gold = _pairs(row, task, text)
-        kept = [_fit(pair, row, task, text, max_length) for pair in pairs]
+        try:
+            pairs, gold = _pairs(row, task, text)
+        except TextError as error:
+            raise DataError(f"{row.place}: {error}") from None
+        longest = max(len(completion) for _, completion in pairs)  # candidates are compared after the same prompt
+        kept = [_fit(pair, longest, row, task, text, max_length) for pair in pairs]
         truncated += any(len(new[0]) + len(new[1]) < len(old[0]) + len(old[1]) for new, old in zip(kept, pairs, strict=True))
         examples.append(Example(kept, gold, row.place))
     return Examples(examples, truncated)
@@ -136,32 +144,42 @@ def _start(prompt: list[int], completion: list[int], row: Row, text: TextCodec) 
     return prompt, completion
 
 
-def _fit(pair: Pair, row: Row, task: Task, text: TextCodec, max_length: int) -> Pair:
+def _fit(pair: Pair, longest: int, row: Row, task: Task, text: TextCodec, max_length: int) -> Pair:
+    """Cut the prompt (of a plain text its end) so that it and `longest` completion tokens have `max_length` at most."""
     prompt, completion = pair
-    if len(prompt) + len(completion) <= max_length:
+    if len(prompt) + longest <= max_length:
         return pair
     if task.kind == "text":
         return prompt, completion[: max_length - len(prompt)]
     special = prompt[:1] if prompt[:1] == [text.facts.bos_token_id] else []
-    room = max_length - len(completion) - len(special)
+    room = max_length - longest - len(special)
     if room < 1:
         raise DataError(
-            f"{row.place}: the completion alone has {len(completion)} tokens, at most {max_length} fit with its prompt; shorten it or raise --max-length"
+            f"{row.place}: the completion alone has {longest} tokens, at most {max_length} fit with its prompt; shorten it or raise --max-length"
         )
     return special + prompt[-room:], completion
 
 
 def _gold(row: Row, task: Task) -> int:
-    if task.label_field not in row.fields:
-        raise DataError(
-            f"{row.place}: no field {task.label_field!r}; it has {', '.join(map(repr, row.fields))} (--label-field names the label's field)"
-        )
-    label = str(row.fields[task.label_field]).strip()
+    label = _label(row, task.label_field)
     if label in task.labels:
         return list(task.labels).index(label)
     if label in task.words:
         return task.words.index(label)
     raise DataError(f"{row.place}: label {label!r} is not in the list {', '.join(task.labels)}; add it with --labels or mend the row")
+
+
+def _label(row: Row, label_field: str) -> str:
+    """The label as written in the data."""
+    if label_field not in row.fields:
+        raise DataError(
+            f"{row.place}: no field {label_field!r}; it has {', '.join(map(repr, row.fields))} (--label-field names the label's field)"
+        )
+    value = row.fields[label_field]
+    label = "" if value is None else str(value).strip()
+    if not label:
+        raise DataError(f"{row.place}: field {label_field!r}: it is empty; every row needs a label")
+    return label
 
 
 def _check_template(template: str, first: Row) -> None:

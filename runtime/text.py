@@ -17,6 +17,10 @@ from edgezo.manifest import TokenizerFacts
 Message = dict[str, str]
 
 
+class TextError(DataError):
+    """A text that cannot be encoded or rendered; who read it from a file adds the place."""
+
+
 class TextCodec:
     """The tokenizer of an edge model.
 
@@ -38,7 +42,10 @@ class TextCodec:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`; with the special tokens the model's tokenizer puts around a text, unless `special` is False."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        except (TypeError, UnicodeEncodeError):
+            raise TextError(f"{text[:40]!r}: half a surrogate pair in it, which is no UTF-8 text; save it as UTF-8") from None
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -59,7 +66,8 @@ class TextCodec:
         """Render messages with the model's chat template; `reply` opens the assistant's turn.
 
         Raises:
-            DataError: the model has no chat template, or its template refuses the messages.
+            DataError: the model has no chat template.
+            TextError: its template refuses the messages.
         """
         if self._template is None:
             raise DataError("this model has no chat template, so rows of messages cannot be used; use prompt and completion")
@@ -69,8 +77,9 @@ class TextCodec:
                 .from_string(self._template)
                 .render(messages=list(messages), add_generation_prompt=reply, **self.facts.special_tokens)
             )
-        except jinja2.TemplateError as error:
-            raise DataError(f"the model's chat template refuses these messages: {error}") from error
+        except Exception as error:  # a template is a program: besides jinja2's own errors it raises whatever its operations raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise TextError(f"the model's chat template refuses these messages: {reason}") from error
         return text
 
 

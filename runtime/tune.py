@@ -15,7 +15,7 @@ from edgezo.config import TuneConfig
 from edgezo.errors import RunError
 from edgezo.runtime.data import read_rows
 from edgezo.runtime.estimator import Estimate, two_sided
-from edgezo.runtime.journal import Journal, StepRecord
+from edgezo.runtime.journal import Journal, StepRecord, read_journal
 from edgezo.runtime.liveness import prove_live
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
@@ -166,7 +166,7 @@ def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bo
     if previous is None:
         refuse_existing(output, RunError, "continue it with --resume or choose another directory")
     reporter.stage("reading data")
-    train, valid = _read_data(model, config, reporter)
+    config, train, valid = _read_data(model, config, reporter)
     header = journal_header(
         config,
         base_id(model.manifest),
@@ -177,12 +177,11 @@ def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bo
     if previous is not None:
         check_base(previous, model)
         _check_same(previous, config, header)
-    weights = mutable_weights(model, config)
-    reporter.stage(f"proving {len(model.tunable)} tensors live")
-    prove_live(model, weights)
-    try:
-        journal = _open_journal(output, config, header, previous)
-        with journal:
+    with _run_directory(output, previous):
+        weights = mutable_weights(model, config)
+        reporter.stage(f"proving {len(model.tunable)} tensors live")
+        prove_live(model, weights)
+        with _open_journal(output, config, header, previous) as journal:
             tuner = Tuner(model, config, output, train, valid, weights, journal, reporter)
             if previous is not None:
                 reporter.stage(f"rebuilding step {len(previous.records)} from the journal")
@@ -190,25 +189,54 @@ def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bo
                 tuner.first_step, tuner.spent_seconds = len(previous.records), previous.seconds
                 tuner.evaluations = dict(previous.evaluations)
             return tuner.loop()
+
+
+@contextmanager
+def _run_directory(output: Path, previous: Run | None) -> Iterator[None]:
+    """Make the directory before the work begins; when that fails before the first step, take it away again."""
+    made = previous is None and not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(
-            f"{output}: cannot be written ({error.strerror or error}); whole steps so far are kept, go on with --resume when it can be written"
-        ) from error
+        raise RunError(f"{output}: cannot be written ({error.strerror or error}); choose another directory") from error
+    try:
+        yield
+    except BaseException as error:
+        kept = previous is not None or _has_steps(output / JOURNAL)
+        if not kept:
+            for name in (CONFIG, JOURNAL, METRICS):
+                (output / name).unlink(missing_ok=True)
+            if made:
+                output.rmdir()
+        if isinstance(error, OSError):
+            advice = "whole steps so far are kept, go on with --resume when it can be written" if kept else "choose another directory"
+            raise RunError(f"{output}: cannot be written ({error.strerror or error}); {advice}") from error
+        raise
 
 
-def _read_data(model: EdgeModel, config: TuneConfig, reporter: Reporter) -> tuple[Examples, Examples | None]:
+def _has_steps(journal: Path) -> bool:
+    try:
+        return bool(read_journal(journal).records)
+    except RunError:  # none, or a header that a full disk cut
+        return False
+
+
+def _read_data(model: EdgeModel, config: TuneConfig, reporter: Reporter) -> tuple[TuneConfig, Examples, Examples | None]:
+    """The examples, and the configuration with the labels that were found: they are the run's from now on."""
     rows = read_rows(config.data)
     task = find_task(rows, config.template, config.labels, config.label_field)
+    if task.labels:
+        config = config.model_copy(update={"labels": dict(task.labels)})
     limit = row_limit(model, config)
     train = make_examples(rows, task, model.text, limit)
     if train.truncated:
         reporter.stage(f"{train.truncated} of {len(rows)} training rows were cut to {limit} tokens")
     if config.valid is None:
-        return train, None
+        return config, train, None
     chosen = read_rows(config.valid)
     spread = max(1, len(chosen) / config.eval_rows)  # every k-th row, so that a sorted file is sampled evenly
     chosen = [chosen[int(i * spread)] for i in range(min(len(chosen), config.eval_rows))]
-    return train, make_examples(chosen, task, model.text, limit)
+    return config, train, make_examples(chosen, task, model.text, limit)
 
 
 def row_limit(model: EdgeModel, config: TuneConfig) -> int:
@@ -220,13 +248,17 @@ def row_limit(model: EdgeModel, config: TuneConfig) -> int:
 def _open_journal(output: Path, config: TuneConfig, header: dict[str, Any], previous: Run | None) -> Journal:
     if previous is not None:
         return Journal.reopen(output / JOURNAL, previous.whole_bytes)
-    output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / CONFIG, (config.model_dump_json(indent=1) + "\n").encode())
     return Journal.create(output / JOURNAL, header)
 
 
 def _check_same(previous: Run, config: TuneConfig, header: dict[str, Any]) -> None:
     """A resumed run may get more steps or minutes; what its weights depend on must stay."""
+    made = len(previous.records)
+    if config.steps is not None and config.steps < made:
+        raise RunError(
+            f"{previous.directory}: has {made} steps, --steps {config.steps} asks for fewer; give more, or use --step {config.steps} with eval and generate"
+        )
     may_change = {"steps", "minutes", "eval_every", "eval_rows", "data", "valid"}
     old, new = previous.config.model_dump(), config.model_dump()
     for name in old:

@@ -66,7 +66,7 @@ class MutableWeights:
         for tensor in self.tensors:
             if not np.shares_memory(tensor.flat, tensors[tensor.name]):
                 raise ValueError(f"{tensor.name}: not C-contiguous, cannot be changed in place")
-            self._fit(tensor)
+            self._fit(tensor, "export the model again")
         self._pending: dict[Direction, dict[float, int]] = {}
         self._shares = self._share_out()
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
@@ -116,13 +116,13 @@ class MutableWeights:
                 self.flush()
                 tensor.bound = _largest(tensor.flat)
                 if tensor.bound + self.reach > 2.0**tensor.exponent:
-                    self._fit(tensor)
+                    self._fit(tensor, "use a smaller --lr")
 
-    def _fit(self, tensor: _Tensor) -> None:
+    def _fit(self, tensor: _Tensor, advice: str) -> None:
         """Choose the grid with a quarter of headroom and round the values to it."""
         tensor.bound = _largest(tensor.flat)
         if not math.isfinite(tensor.bound):
-            raise NonFiniteLossError(f"{tensor.name}: holds NaN or infinity; use a smaller --lr, or export the model again")
+            raise NonFiniteLossError(f"{tensor.name}: holds NaN or infinity; {advice}")
         tensor.exponent = math.ceil(math.log2(1.25 * tensor.bound + self.reach))
         inverse, quantum = np.float32(1 / tensor.quantum), np.float32(tensor.quantum)
         for part in _parts(tensor.flat):

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from edgezo import cli
-from edgezo.config import CONFIG_BYTES_LIMIT, DEFAULT_STEPS, TuneConfig, default, make_config, parse_labels
+from edgezo.config import CONFIG_BYTES_LIMIT, DEFAULT_STEPS, TuneConfig, make_config, parse_labels
 from edgezo.errors import ConfigError
 
 Write = Callable[[str, str], Path]
 FIELDS = list(TuneConfig.model_fields)
+DEFAULTS = {name: field.default for name, field in TuneConfig.model_fields.items()}
 
 
 @pytest.fixture
@@ -58,20 +59,20 @@ def test_tune_has_no_other_options_than_the_fields_and_how_to_run(option_help: d
     assert set(option_help) == {field.replace("_", "-") for field in FIELDS} | others
 
 
-@pytest.mark.parametrize("field", [field for field in FIELDS if default(field) is not None and field != "data"])
+@pytest.mark.parametrize("field", [field for field in FIELDS if DEFAULTS[field] is not None and field != "data"])
 def test_help_says_the_default_of_the_configuration(option_help: dict[str, str], field: str) -> None:
-    said = re.search(r"\[default: \(?([^)\]]*)\)?\]", option_help[field.replace("_", "-")])
+    said = re.search(r"\[default: ([^\]]*)\]", option_help[field.replace("_", "-")])
     assert said is not None
-    assert type(default(field))(said[1]) == default(field)
+    assert type(DEFAULTS[field])(said[1]) == DEFAULTS[field]
 
 
-@pytest.mark.parametrize("field", [field for field in FIELDS if default(field) is None and field not in {"steps", "max_length"}])
+@pytest.mark.parametrize("field", [field for field in FIELDS if DEFAULTS[field] is None and field not in {"steps", "max_length"}])
 def test_help_says_no_default_where_there_is_none(option_help: dict[str, str], field: str) -> None:
     assert "default" not in option_help[field.replace("_", "-")]
 
 
 def test_help_says_the_steps_of_a_run_without_steps_and_minutes(option_help: dict[str, str]) -> None:
-    assert f"[default: ({DEFAULT_STEPS})]" in option_help["steps"]
+    assert f"[default: {DEFAULT_STEPS} unless --minutes is given]" in option_help["steps"]
     assert make_config(None, {"data": "x"}).total_steps == DEFAULT_STEPS
 
 
@@ -108,7 +109,7 @@ def test_every_option_reaches_the_run(
     data = write_rows([{"body": "a film", "sentiment": 0}, {"body": "a plot", "sentiment": 1}])
     values = {field: data if value == "DATA" else value for field, value in NEITHER_DEFAULT.items()}
     assert set(values) == set(FIELDS)
-    assert not [field for field in FIELDS if values[field] == default(field)]
+    assert not [field for field in FIELDS if values[field] == DEFAULTS[field]]
     options = [part for field, value in values.items() for part in (f"--{field.replace('_', '-')}", option_text(value))]
     monkeypatch.setattr("sys.argv", ["edgezo", "tune", str(exported_dir), "-o", str(tmp_path / "run"), *options])
     with pytest.raises(SystemExit) as caught:

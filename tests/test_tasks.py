@@ -107,10 +107,21 @@ def test_string_labels_of_the_data_are_their_own_words_in_sorted_order() -> None
     assert task.labels == {"money": "money", "travel": "travel"}
 
 
-@pytest.mark.parametrize("label", [0, "1", -1, "", " "])
+@pytest.mark.parametrize("label", [0, "1", -1])
 def test_number_labels_without_words_are_refused(label: Any) -> None:
-    message = refusal(task_of, {"text": "a", "label": label}, {"text": "b", "label": "x"}, template="{text}:")
-    assert message == "rows.jsonl:1: labels are numbers or missing in field 'label'; give their words with --labels word0,word1,..."
+    message = refusal(task_of, {"text": "b", "label": "x"}, {"text": "a", "label": label}, template="{text}:")
+    expected = f"label {label} in field 'label' is a number; give the words of the labels with --labels word0,word1,..."
+    assert message == f"rows.jsonl:2: {expected}"
+
+
+@pytest.mark.parametrize("label", ["", " ", None])
+@pytest.mark.parametrize("labels", [None, WORDS])
+def test_an_empty_label_is_refused_by_its_place(text: TextCodec, label: Any, labels: dict[str, str] | None) -> None:
+    def make() -> None:
+        rows = make_rows({"text": "a", "label": "great"}, {"text": "b", "label": label})
+        make_examples(rows, find_task(rows, "{text}", labels, "label"), text, 128)
+
+    assert refusal(make) == "rows.jsonl:2: field 'label': it is empty; every row needs a label"
 
 
 def test_a_missing_label_is_refused_at_its_own_row() -> None:
@@ -176,7 +187,7 @@ def test_a_label_that_is_another_label_s_word_keeps_its_own_meaning(text: TextCo
     assert classified(text, {"text": "a", "label": "1"}, labels={"1": "0", "0": "1"}).gold == 0
 
 
-@pytest.mark.parametrize("label", [2, "Great", "", None])
+@pytest.mark.parametrize("label", [2, "Great"])
 def test_a_label_outside_the_list_is_refused_by_its_place(text: TextCodec, label: Any) -> None:
     rows = make_rows({"text": "a", "label": 1}, {"text": "b", "label": label})
     message = refusal(make_examples, rows, find_task(rows, "{text}", WORDS, "label"), text, 128)
