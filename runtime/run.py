@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +14,7 @@ from edgezo.config import TuneConfig, describe
 from edgezo.errors import RunError
 from edgezo.manifest import Manifest
 from edgezo.runtime import noise
-from edgezo.runtime.journal import StepRecord, read_journal
+from edgezo.runtime.journal import Journal, StepRecord, read_journal
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.objective import Evaluation, best_step
@@ -123,6 +125,59 @@ def load_tuned(model: EdgeModel, directory: str | os.PathLike[str], step: StepCh
     return chosen
 
 
+@contextmanager
+def run_directory(output: Path, previous: Run | None) -> Iterator[None]:
+    """Make the directory before the work begins; when that fails before the first step, take it away again."""
+    made = previous is None and not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{output}: cannot be written ({error.strerror or error}); choose another directory") from error
+    try:
+        yield
+    except BaseException as error:
+        kept = previous is not None or _has_steps(output / JOURNAL)
+        if not kept:
+            for name in (CONFIG, JOURNAL, METRICS):
+                (output / name).unlink(missing_ok=True)
+            if made:
+                output.rmdir()
+        if isinstance(error, OSError):
+            advice = "whole steps so far are kept, go on with --resume when it can be written" if kept else "choose another directory"
+            raise RunError(f"{output}: cannot be written ({error.strerror or error}); {advice}") from error
+        raise
+
+
+def open_journal(output: Path, config: TuneConfig, header: dict[str, Any], previous: Run | None) -> Journal:
+    """The journal to append to: a new one, or that of the run to continue."""
+    if previous is not None:
+        return Journal.reopen(output / JOURNAL, previous.whole_bytes)
+    write_atomically(output / CONFIG, (config.model_dump_json(indent=1) + "\n").encode())
+    return Journal.create(output / JOURNAL, header)
+
+
+def check_same(previous: Run, config: TuneConfig, header: dict[str, Any]) -> None:
+    """Refuse to continue a run with other settings: it may get more steps or minutes; what its weights depend on must stay."""
+    made = len(previous.records)
+    if config.steps is not None and config.steps < made:
+        raise RunError(
+            f"{previous.directory}: has {made} steps, --steps {config.steps} asks for fewer; give more, or use --step {config.steps} with eval and generate"
+        )
+    may_change = {"steps", "minutes", "eval_every", "eval_rows", "data", "valid"}
+    old, new = previous.config.model_dump(), config.model_dump()
+    for name in old:
+        if name not in may_change and old[name] != new[name]:
+            raise RunError(
+                f"{previous.directory}: --{name.replace('_', '-')} {new[name]!r} differs from the run's {old[name]!r}; a resumed run keeps it, start a new run to change it"
+            )
+    for name, path in (("data", config.data), ("valid", config.valid), ("tokenizer", "the tokenizer")):
+        found, recorded = header[name], previous.header.get(name)
+        if found != recorded:
+            raise RunError(
+                f"{path}: is not the {name} the run was started with (SHA-256 {str(found)[:12]}, the run has {str(recorded)[:12]}); give the same or start a new run"
+            )
+
+
 def write_summary(directory: Path, summary: dict[str, Any]) -> None:
     """Write summary.json whole or not at all."""
     write_atomically(directory / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
@@ -142,3 +197,10 @@ def _read_metrics(path: Path, steps: int) -> tuple[dict[int, Evaluation], float]
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
     return evaluations, seconds
+
+
+def _has_steps(journal: Path) -> bool:
+    try:
+        return bool(read_journal(journal).records)
+    except RunError:  # none, or a header that a full disk cut
+        return False

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, TextIO
 
 from edgezo.config import TuneConfig
 from edgezo.errors import RunError
-from edgezo.runtime.data import read_rows
+from edgezo.runtime.data import Row, read_rows
 from edgezo.runtime.estimator import Estimate, two_sided
-from edgezo.runtime.journal import Journal, StepRecord, read_journal
+from edgezo.runtime.journal import Journal, StepRecord
 from edgezo.runtime.liveness import prove_live
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
@@ -23,22 +23,22 @@ from edgezo.runtime.objective import Evaluation, batch_loss, best_step, evaluate
 from edgezo.runtime.optimizer import schedule_factor, sgd_step
 from edgezo.runtime.order import DataOrder
 from edgezo.runtime.run import (
-    CONFIG,
-    JOURNAL,
     METRICS,
-    Run,
     base_id,
     check_base,
+    check_same,
     journal_header,
     mutable_weights,
+    open_journal,
     read_run,
     replay,
+    run_directory,
     write_summary,
 )
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.tasks import Example, Examples, find_task, make_examples
 from edgezo.runtime.weights import MutableWeights
-from edgezo.storage import refuse_existing, sha256_file, write_atomically
+from edgezo.storage import refuse_existing, sha256_file
 
 
 class StepReport(NamedTuple):
@@ -176,12 +176,12 @@ def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bo
     )
     if previous is not None:
         check_base(previous, model)
-        _check_same(previous, config, header)
-    with _run_directory(output, previous):
+        check_same(previous, config, header)
+    with run_directory(output, previous):
         weights = mutable_weights(model, config)
         reporter.stage(f"proving {len(model.tunable)} tensors live")
         prove_live(model, weights)
-        with _open_journal(output, config, header, previous) as journal:
+        with open_journal(output, config, header, previous) as journal:
             tuner = Tuner(model, config, output, train, valid, weights, journal, reporter)
             if previous is not None:
                 reporter.stage(f"rebuilding step {len(previous.records)} from the journal")
@@ -191,36 +191,6 @@ def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bo
             return tuner.loop()
 
 
-@contextmanager
-def _run_directory(output: Path, previous: Run | None) -> Iterator[None]:
-    """Make the directory before the work begins; when that fails before the first step, take it away again."""
-    made = previous is None and not output.exists()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{output}: cannot be written ({error.strerror or error}); choose another directory") from error
-    try:
-        yield
-    except BaseException as error:
-        kept = previous is not None or _has_steps(output / JOURNAL)
-        if not kept:
-            for name in (CONFIG, JOURNAL, METRICS):
-                (output / name).unlink(missing_ok=True)
-            if made:
-                output.rmdir()
-        if isinstance(error, OSError):
-            advice = "whole steps so far are kept, go on with --resume when it can be written" if kept else "choose another directory"
-            raise RunError(f"{output}: cannot be written ({error.strerror or error}); {advice}") from error
-        raise
-
-
-def _has_steps(journal: Path) -> bool:
-    try:
-        return bool(read_journal(journal).records)
-    except RunError:  # none, or a header that a full disk cut
-        return False
-
-
 def _read_data(model: EdgeModel, config: TuneConfig, reporter: Reporter) -> tuple[TuneConfig, Examples, Examples | None]:
     """The examples, and the configuration with the labels that were found: they are the run's from now on."""
     rows = read_rows(config.data)
@@ -228,50 +198,25 @@ def _read_data(model: EdgeModel, config: TuneConfig, reporter: Reporter) -> tupl
     if task.labels:
         config = config.model_copy(update={"labels": dict(task.labels)})
     limit = row_limit(model, config)
-    train = make_examples(rows, task, model.text, limit)
-    if train.truncated:
-        reporter.stage(f"{train.truncated} of {len(rows)} training rows were cut to {limit} tokens")
+
+    def make(kind: str, rows: list[Row]) -> Examples:
+        made = make_examples(rows, task, model.text, limit)
+        if made.truncated:
+            reporter.stage(f"{made.truncated} of {len(rows)} {kind} rows were cut to {limit} tokens")
+        return made
+
+    train = make("training", rows)
     if config.valid is None:
         return config, train, None
     chosen = read_rows(config.valid)
     spread = max(1, len(chosen) / config.eval_rows)  # every k-th row, so that a sorted file is sampled evenly
-    chosen = [chosen[int(i * spread)] for i in range(min(len(chosen), config.eval_rows))]
-    return config, train, make_examples(chosen, task, model.text, limit)
+    return config, train, make("validation", [chosen[int(i * spread)] for i in range(min(len(chosen), config.eval_rows))])
 
 
 def row_limit(model: EdgeModel, config: TuneConfig) -> int:
     """Tokens a row may have: --max-length, at most the model's context."""
     context = model.manifest.origin.context_length
     return min(config.max_length or context, context)
-
-
-def _open_journal(output: Path, config: TuneConfig, header: dict[str, Any], previous: Run | None) -> Journal:
-    if previous is not None:
-        return Journal.reopen(output / JOURNAL, previous.whole_bytes)
-    write_atomically(output / CONFIG, (config.model_dump_json(indent=1) + "\n").encode())
-    return Journal.create(output / JOURNAL, header)
-
-
-def _check_same(previous: Run, config: TuneConfig, header: dict[str, Any]) -> None:
-    """A resumed run may get more steps or minutes; what its weights depend on must stay."""
-    made = len(previous.records)
-    if config.steps is not None and config.steps < made:
-        raise RunError(
-            f"{previous.directory}: has {made} steps, --steps {config.steps} asks for fewer; give more, or use --step {config.steps} with eval and generate"
-        )
-    may_change = {"steps", "minutes", "eval_every", "eval_rows", "data", "valid"}
-    old, new = previous.config.model_dump(), config.model_dump()
-    for name in old:
-        if name not in may_change and old[name] != new[name]:
-            raise RunError(
-                f"{previous.directory}: --{name.replace('_', '-')} {new[name]!r} differs from the run's {old[name]!r}; a resumed run keeps it, start a new run to change it"
-            )
-    for name, path in (("data", config.data), ("valid", config.valid), ("tokenizer", "the tokenizer")):
-        found, recorded = header[name], previous.header.get(name)
-        if found != recorded:
-            raise RunError(
-                f"{path}: is not the {name} the run was started with (SHA-256 {str(found)[:12]}, the run has {str(recorded)[:12]}); give the same or start a new run"
-            )
 
 
 def _tokenizer_hash(model: EdgeModel) -> str:
