@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgezo.api import evaluate as evaluate
+    from edgezo.api import export_model as export_model
     from edgezo.api import tune as tune
+    from edgezo.config import Sampling as Sampling
     from edgezo.config import TuneConfig as TuneConfig
     from edgezo.errors import EdgezoError as EdgezoError
-    from edgezo.export import export_model as export_model
     from edgezo.runtime.model import EdgeModel as EdgeModel
+    from edgezo.runtime.tune import Reporter as Reporter
 
 __version__ = "0.1.0"
 
@@ -28,12 +30,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "EdgeModel": "edgezo.runtime.model",
     "EdgezoError": "edgezo.errors",
+    "Reporter": "edgezo.runtime.tune",
+    "Sampling": "edgezo.config",
     "TuneConfig": "edgezo.config",
     "evaluate": "edgezo.api",
-    "export_model": "edgezo.export",
+    "export_model": "edgezo.api",
     "tune": "edgezo.api",
 }
-__all__ = ["EdgeModel", "EdgezoError", "TuneConfig", "__version__", "evaluate", "export_model", "tune"]
+__all__ = ["EdgeModel", "EdgezoError", "Reporter", "Sampling", "TuneConfig", "__version__", "evaluate", "export_model", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,10 +1,12 @@
 """The Python API behind the commands: one function each, settings by the names of `TuneConfig`."""
 
 import os
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.config import TuneConfig, make_config
-from edgezo.errors import ConfigError
+from edgezo.errors import ConfigError, ExportError
 from edgezo.runtime.data import read_rows
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Evaluation
@@ -15,6 +17,9 @@ from edgezo.runtime.tasks import find_task, make_examples
 from edgezo.runtime.tune import Reporter, TuneResult, row_limit
 from edgezo.runtime.tune import tune as tune_model
 
+if TYPE_CHECKING:
+    from edgezo.export import ExportResult
+
 PathLike = str | os.PathLike[str]
 
 
@@ -24,6 +29,29 @@ class EvalResult(NamedTuple):
     evaluation: Evaluation
     step: int | None
     truncated: int
+
+
+def export_model(
+    model: str,
+    output: PathLike,
+    *,
+    tunable: str = "all",
+    revision: str | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> "ExportResult":
+    """`edgezo.export.export_model`, or one line on how to get the workstation half.
+
+    Raises:
+        ExportError: a package of the extra `export` is missing; and all that `edgezo.export.export_model` raises.
+    """
+    try:
+        from edgezo.export import export_model as export
+
+        return export(model, Path(output), tunable=tunable, revision=revision, progress=progress)
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f"exporting needs the package {error.name!r}; install the workstation half with: pip install 'edgezo[export]'"
+        ) from None
 
 
 def tune(
@@ -71,6 +99,11 @@ def evaluate(
     """Evaluate an edge model, or with `run` the tuned one, on a data file.
 
     Args:
+        directory: edge model made by `export_model`.
+        data: .jsonl, .csv or .tsv rows.
+        run: run directory whose tuned model to evaluate; None for the base.
+        step: of the run: a number, "best" (by validation) or "last".
+        threads: cores to use; all of this process when None.
         settings: template, labels, label_field and max_length; those of the run where not given.
 
     Raises:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from edgezo import __version__, terminal
-from edgezo.config import DEFAULT_STEPS, TuneConfig
-from edgezo.errors import ConfigError, EdgezoError, ExportError
+from edgezo.config import DEFAULT_STEPS, MAX_TOKENS, Sampling, TuneConfig
+from edgezo.errors import ConfigError, EdgezoError
 
 app = typer.Typer(
     name="edgezo",
@@ -22,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+DRAW = Sampling()
 EdgeDir = Annotated[Path, typer.Argument(metavar="DIR", help="Edge model directory made by `edgezo export`.")]
 
 
@@ -71,10 +72,11 @@ def export_command(
     as_json: Json = False,
 ) -> None:
     """Export a model to an edge model, checked against its source (needs edgezo[export])."""
-    export_model = import_export()
+    from edgezo.api import export_model
+
     with terminal.stages() as progress:
         result = export_model(model, output, tunable=tunable, revision=revision, progress=progress)
-    manifest, checked = result.manifest, result.manifest.verification
+    manifest, checked = result.manifest, result.verification
     size = sum(file.bytes for file in manifest.files.values())
     if as_json:
         terminal.print_json(
@@ -134,16 +136,13 @@ def tune_command(
 ) -> None:
     """Tune an edge model in place of its weights, forward passes only; Ctrl-C finishes the step and saves."""
     from edgezo import api
-    from edgezo.config import make_config
-    from edgezo.runtime.run import read_run
 
     settings: dict[str, Any] = {
         "data": data, "valid": valid, "template": unescape(template), "labels": labels, "label_field": label_field, "max_length": max_length,
         "steps": steps, "minutes": minutes, "lr": lr, "eps": eps, "batch": batch, "seed": seed, "noise": noise, "schedule": schedule,
         "warmup": warmup, "weight_decay": weight_decay, "eval_every": eval_every, "eval_rows": eval_rows,
     }  # fmt: skip
-    total = (steps or read_run(output).config.total_steps) if resume else make_config(config, settings).total_steps
-    with terminal.tuning(total) as reporter:
+    with terminal.tuning() as reporter:
         result = api.tune(directory, output, resume=resume, config=config, threads=threads, reporter=reporter, **settings)
     if as_json:
         shown = {name: value._asdict() if hasattr(value, "_asdict") else value for name, value in result._asdict().items()}
@@ -154,7 +153,8 @@ def tune_command(
             rows.append(("before", terminal.evaluation_text(result.before)))
         if result.best is not None:
             rows.append((f"step {result.best_step}", f"{terminal.evaluation_text(result.best)}, kept as best"))
-        ask = f"edgezo tune {directory} -o {output} --resume" + ("" if result.ended == "interrupted" else " --steps MORE")
+        more = {"interrupted": "", "finished": " --steps MORE", "out of time": " --minutes MORE"}[result.ended]
+        ask = f"edgezo tune {directory} -o {output} --resume{more}"
         rows += [("use it", f"edgezo generate {directory} --run {output} --prompt '...'"), ("go on", ask)]
         terminal.print_rows(rows)
     if result.ended == "interrupted":
@@ -204,27 +204,27 @@ def generate_command(
     run: RunDir = None,
     step: Step = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")] = 64,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")] = MAX_TOKENS,
     temperature: Annotated[
         float | None, typer.Option("--temperature", show_default=False, help="Sample at this temperature. [default: greedy]")
     ] = None,
-    top_k: Annotated[int, typer.Option("--top-k", help="Sample among the k most likely; 0 is all.")] = 0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Sample among the most likely that hold this mass.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sampling.")] = 0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Sample among the k most likely; 0 is all.")] = DRAW.top_k,
+    top_p: Annotated[float, typer.Option("--top-p", help="Sample among the most likely that hold this mass.")] = DRAW.top_p,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sampling.")] = DRAW.seed,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Write text with the base or, with --run, the tuned model."""
-    from edgezo.runtime.generate import Sampling, generate
+    from edgezo.runtime.generate import generate
     from edgezo.runtime.model import EdgeModel
 
     text = read_standard_input() if prompt == "-" else prompt
     model = EdgeModel(directory, threads=threads, run=run, step=step_choice(step, run))
     if chat:
         text = model.text.chat([{"role": "user", "content": text}], reply=True)
-    sampled = temperature is not None or top_k != 0 or top_p != 1
-    sampling = Sampling(1.0 if temperature is None else temperature, top_k, top_p, seed) if sampled else None
-    pieces = generate(model, text, max_tokens, sampling)
+    sampling = Sampling(DRAW.temperature if temperature is None else temperature, top_k, top_p, seed)
+    greedy = temperature is None and sampling._replace(seed=DRAW.seed) == DRAW
+    pieces = generate(model, text, max_tokens, None if greedy else sampling, special=not chat)
     if as_json:
         terminal.print_json({"prompt": text, "text": "".join(pieces), "step": model.step})
         return
@@ -265,18 +265,8 @@ def demo_command(
     """Export the default model, tune it to sort short personal notes, and show what it learned."""
     from edgezo.demo import run_demo
 
-    run_demo(output, model, steps, as_json)
-
-
-def import_export() -> Any:
-    """The workstation half, or one line on how to get it."""
-    try:
-        from edgezo.export import export_model
-    except ModuleNotFoundError as error:
-        raise ExportError(
-            f"exporting needs the package {error.name!r}; install the workstation half with: pip install 'edgezo[export]'"
-        ) from None
-    return export_model
+    if not run_demo(output, model, steps, as_json):
+        raise typer.Exit(130)
 
 
 def step_choice(text: str | None, run: Path | None) -> Any:
@@ -312,15 +302,11 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         app(prog_name="edgezo")
-    except EdgezoError as error:
+    except (EdgezoError, OSError) as error:
         if os.environ.get("EDGEZO_DEBUG"):
             raise
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(1)
-    except OSError as error:
-        if os.environ.get("EDGEZO_DEBUG"):
-            raise
-        sys.stderr.write(f"error: {error.filename or ''}: {error.strerror or error}\n")
+        told = f"{error.filename or ''}: {error.strerror or error}" if isinstance(error, OSError) else error
+        sys.stderr.write(f"error: {told}\n")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

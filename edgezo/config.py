@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -12,6 +12,18 @@ from edgezo.errors import ConfigError
 
 CONFIG_BYTES_LIMIT = 1 << 20
 DEFAULT_STEPS = 500
+
+
+MAX_TOKENS = 64  # of a generated text
+
+
+class Sampling(NamedTuple):
+    """How to draw a token: p_i ~ exp(logit_i / temperature) over the `top_k` most likely (0: all) that make up `top_p` of the mass."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
 
 
 class TuneConfig(BaseModel):
@@ -57,7 +69,7 @@ def make_config(file: str | os.PathLike[str] | None, options: dict[str, Any]) ->
         ConfigError: the file cannot be read, or a value is unknown or out of range.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    values = {**(_read(Path(file)) if file is not None else {}), **given}
+    values = {**(read_settings(Path(file)) if file is not None else {}), **given}
     if values.get("labels") is not None:
         values["labels"] = parse_labels(values["labels"])
     try:
@@ -86,6 +98,8 @@ def parse_labels(given: Any) -> dict[str, str]:
         pairs = list(given.items() if isinstance(given, dict) else enumerate(given))
     else:
         raise ConfigError(f"--labels {given!r}: a {type(given).__name__}; give words, or label=word pairs")
+    if any(isinstance(part, bool) for pair in pairs for part in pair):
+        raise ConfigError(f"--labels {given!r}: YAML reads yes, no, on and off as true and false; put them in quotes")
     labels = {str(key).strip(): "" if word is None else str(word).strip() for key, word in pairs}
     words = list(labels.values())
     if len(labels) != len(pairs) or not all(labels) or not all(words) or len(set(words)) != len(words):
@@ -106,7 +120,12 @@ def describe(error: ValidationError, file: str | None = None) -> str:
     return f"{shown} {first['input']!r}: {message[0].lower()}{message[1:]}" if name else message
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """Settings by name from a YAML or JSON file, not yet checked.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
     if path.stat().st_size > CONFIG_BYTES_LIMIT:

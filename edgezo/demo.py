@@ -7,7 +7,6 @@ from typing import Any
 
 from edgezo import terminal
 from edgezo.errors import EdgezoError
-from edgezo.storage import refuse_existing
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEMPLATE = "Note: {text}\nTopic:"
@@ -16,18 +15,22 @@ SETTINGS: dict[str, Any] = {"steps": 200, "lr": 4e-5, "batch": 16, "eval_every":
 NOTE = "Grandma's blood pressure pills are running out, call the pharmacy before Friday."
 
 
-def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) -> None:
-    """Export, measure, tune, measure again, generate; prints a table and what to try next.
+def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) -> bool:
+    """Export, measure, tune, measure again, generate; prints a table and what to try next. Goes on where an earlier one stopped.
+
+    Returns:
+        False when Ctrl-C stopped it.
 
     Raises:
         EdgezoError: whatever a stage raises.
     """
     from edgezo import api
-    from edgezo.cli import import_export
     from edgezo.runtime.model import EdgeModel
+    from edgezo.runtime.run import JOURNAL
 
     edge, run = output / "edge", output / "run"
-    refuse_existing(run, EdgezoError, "remove it or give another -o")
+    if model is not None and edge.exists():
+        raise EdgezoError(f"{edge}: exists already, --model {model} would not be used; give another -o")
     say = terminal.stderr().print
     with as_file(files("edgezo.demo_data")) as data:
         if (edge / "manifest.json").is_file():
@@ -36,19 +39,19 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
             source = model or default_model()
             say(f"1. Export {Path(source).name} to an edge model")
             with terminal.stages() as progress:
-                import_export()(source, edge, progress=progress)
+                api.export_model(source, edge, progress=progress)
         say("2. Zero-shot: sort notes into five topics by the likelihood of the topic's name")
         words: dict[str, Any] = {"template": TEMPLATE, "labels": ",".join(f"{topic}={topic}" for topic in TOPICS)}
         before = api.evaluate(edge, data / "test.jsonl", **words).evaluation
         say(f"  {terminal.evaluation_text(before)}")
         settings = {**SETTINGS, **({"steps": steps} if steps else {})}
         say(f"3. Tune all parameters with forward passes alone: {settings['steps']} steps of {settings['batch']} notes")
-        with terminal.tuning(settings["steps"]) as reporter:
-            result = api.tune(
-                edge, run, data=str(data / "train.jsonl"), valid=str(data / "validation.jsonl"), reporter=reporter, **words, **settings
-            )
+        rows = {"data": str(data / "train.jsonl"), "valid": str(data / "validation.jsonl")}
+        with terminal.tuning() as reporter:
+            result = api.tune(edge, run, resume=(run / JOURNAL).is_file(), reporter=reporter, **rows, **words, **settings)
         if result.ended == "interrupted":
-            raise EdgezoError(f"interrupted after {result.steps} steps; go on with: edgezo tune {edge} -o {run} --resume")
+            say(f"stopped after {result.steps} steps; go on with: edgezo demo -o {output}")
+            return False
         say("4. Rebuild the best state from base and journal, and measure it")
         after = api.evaluate(edge, data / "test.jsonl", run=run).evaluation
         tuned = EdgeModel(edge, run=run)
@@ -58,20 +61,21 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
         terminal.print_json(
             {"before": before.as_dict(), "after": after.as_dict(), "steps": result.steps, "best_step": result.best_step, "generated": text}
         )
-        return
+        return True
     _table(before.accuracy or 0.0, after.accuracy or 0.0, before.loss, after.loss, result.best_step, (run / "journal.bin").stat().st_size)
     terminal.stdout().print(f"\n  {NOTE}\n  Topic: {text}\n")
     terminal.print_rows(
         [
             (
                 "Try next",
-                f"edgezo generate {edge} --run {run} --max-tokens 1 --prompt $'Note: Train to Lyon at nine, seat by the window\\nTopic:'",
+                f"printf 'Note: Train to Lyon at nine, window seat\\nTopic:' | edgezo generate {edge} --run {run} --max-tokens 1 --prompt -",
             ),
             ("", f"edgezo generate {edge} --chat --prompt 'Why is the sky blue?'"),
             ("", f"edgezo inspect {run}"),
             ("", f"edgezo tune {edge} --data YOUR.jsonl --template '{{text}} Topic:' -o my-run"),
         ]
     )
+    return True
 
 
 def default_model() -> str:

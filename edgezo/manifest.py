@@ -207,7 +207,8 @@ def _check(manifest: Manifest, path: Path) -> None:
         if name not in manifest.files:
             refuse(f"file {name!r} is used but not listed under files")
     facts, vocabulary = manifest.tokenizer, manifest.origin.vocab_size
-    for kind, token in (("pad_token_id", facts.pad_token_id), ("bos_token_id", facts.bos_token_id)):
+    ends = [("eos_token_ids", token) for token in facts.eos_token_ids]
+    for kind, token in (("pad_token_id", facts.pad_token_id), ("bos_token_id", facts.bos_token_id), *ends):
         if token is not None and not 0 <= token < vocabulary:
             refuse(f"{kind} {token} is outside the vocabulary of {vocabulary}")
     seen: set[str] = set()

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -44,9 +44,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def refuse_existing(path: Path, error: type[EdgezoError], advice: str) -> None:
-    """Raise `error` when `path` exists and is not an empty directory."""
-    if path.is_dir() and not any(path.iterdir()):
+def refuse_existing(path: Path, error: type[EdgezoError], advice: str, besides: Container[str] = ()) -> None:
+    """Raise `error` when `path` exists and is not an empty directory; files named in `besides` do not count."""
+    if path.is_dir() and all(entry.name in besides for entry in path.iterdir()):
         return
     if path.exists() or path.is_symlink():
         raise error(f"{path}: exists already; {advice}")

@@ -2,12 +2,12 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
     from edgezo.runtime.objective import Evaluation
@@ -18,12 +18,12 @@ LINES_PER_RUN = 20  # progress lines of a run whose output is a file or pipe
 
 def stderr() -> Console:
     """A console on today's standard error (tests replace it)."""
-    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    return Console(file=sys.stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def stdout() -> Console:
     """A console on today's standard output."""
-    return Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -51,13 +51,14 @@ def evaluation_text(evaluation: "Evaluation") -> str:
 
 
 @contextmanager
-def stages(quiet: bool = False) -> Iterator[Any]:
+def stages() -> Iterator[Callable[[str], None]]:
     """Show one stage after another; yields the function to call at the start of each."""
     console = stderr()
-    if quiet or not console.is_terminal:
-        yield (lambda text: None) if quiet else lambda text: console.print(f"  {text}")
+    if not console.is_terminal:
+        yield lambda text: console.print(f"  {text}")
         return
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True) as progress:
+    columns = (SpinnerColumn(), _column("description"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting")
 
         def show(text: str) -> None:
@@ -68,51 +69,49 @@ def stages(quiet: bool = False) -> Iterator[Any]:
 
 
 @contextmanager
-def tuning(total_steps: int | None) -> Iterator["Reporter"]:
+def tuning() -> Iterator["Reporter"]:
     """Progress of a run: a live bar on a terminal, some lines elsewhere."""
     from edgezo.runtime.tune import Reporter
 
     console = stderr()
     live = console.is_terminal
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn() if total_steps else TextColumn("{task.percentage:.0f} %"),
-    ]
-    with Progress(
-        *columns,
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not live,
-    ) as progress:
-        task = progress.add_task("starting", total=total_steps or 1.0, note="")
+    columns = (_column("description"), BarColumn(), _column("fields[count]"), _column("fields[note]"), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, disable=not live) as progress:
+        task = progress.add_task("starting", total=1.0, count="", note="")
+        say = (progress.console if live else console).print
+        total: int | None = None
         shown = 0.0
         smooth: float | None = None
+
+        def begin(step: int, total_steps: int | None) -> None:
+            nonlocal total
+            total = total_steps
 
         def stage(text: str) -> None:
             progress.update(task, description=text)
             if not live and text != "evaluating":
-                console.print(f"  {text}")
+                say(f"  {text}")
 
         def step(report: "StepReport") -> None:
             nonlocal shown, smooth
             smooth = report.estimate.loss if smooth is None else 0.95 * smooth + 0.05 * report.estimate.loss
             note = f"loss {smooth:.4f}  {report.step_seconds:.2f} s/step"
-            progress.update(task, description="tuning", completed=report.step if total_steps else report.progress, note=note)
+            count = f"{report.step}/{total}" if total else f"step {report.step}"
+            progress.update(task, description="tuning", completed=report.progress, count=count, note=note)
             if not live and (report.progress - shown >= 1 / LINES_PER_RUN or report.progress >= 1):
                 shown = report.progress
                 left = report.seconds / report.progress * (1 - report.progress) if report.progress < 1 else 0.0
-                console.print(f"  step {report.step}  {note}  {_clock(left)} left")
+                say(f"  step {report.step}  {note}  {_clock(left)} left")
 
         def evaluation(number: int, found: "Evaluation", best: bool) -> None:
-            (progress.console if live else console).print(
-                f"  step {number}: {evaluation_text(found)}{'  best so far' if best and number else ''}"
-            )
+            say(f"  step {number}: {evaluation_text(found)}{'  best so far' if best and number else ''}")
 
-        yield Reporter(stage=stage, step=step, evaluation=evaluation)
+        yield Reporter(stage=stage, notice=lambda text: say(f"  {text}"), begin=begin, step=step, evaluation=evaluation)
+
+
+def _column(name: str) -> TextColumn:
+    """Text of a task as it is: a path may hold what markup would read as a style."""
+    return TextColumn(f"{{task.{name}}}", markup=False)
 
 
 def _clock(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """`edgezo export`: source, graphs, weight files, tokenizer, manifest, check; the directory appears whole or not at all."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,7 @@ from edgezo.export.graphs import attach_weights, generation_graph, scoring_graph
 from edgezo.export.source import Source, load_source, save_tokenizer
 from edgezo.export.verify import verify
 from edgezo.export.weights import plan_tensors, write_weights
-from edgezo.manifest import Manifest, StoredFile, TokenizerFacts
+from edgezo.manifest import Manifest, StoredFile, TokenizerFacts, Verification
 from edgezo.storage import directory_in_the_making, refuse_existing, sha256_file
 
 Progress = Callable[[str], None]
@@ -21,10 +21,11 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export made: the directory, its manifest and the seconds it took."""
+    """What an export made: the directory, its manifest, how it compares with its source, and the seconds it took."""
 
     directory: Path
     manifest: Manifest
+    verification: Verification
     export_seconds: float
 
 
@@ -86,22 +87,24 @@ def export_model(
         raise ExportError(
             f"{output}: cannot be written ({error.strerror or error}); nothing was kept, free space or choose another directory"
         ) from error
-    return ExportResult(output, manifest, time.monotonic() - started)
+    return ExportResult(output, manifest, checked, time.monotonic() - started)
 
 
 def _tokenizer_facts(source: Source, template: str | None, special: dict[str, str]) -> TokenizerFacts:
     tokenizer = source.tokenizer
-    eos = list(dict.fromkeys([*([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []), *source.generation_eos]))
-    # the embedding may have no row for a token that was added to the tokenizer alone
-    bos, pad = (
-        token if token is not None and token < source.origin.vocab_size else None
-        for token in (tokenizer.bos_token_id, tokenizer.pad_token_id)
-    )
+    vocabulary = source.origin.vocab_size
+
+    def known(tokens: Iterable[int | None]) -> list[int]:
+        """The embedding may have no row for a token that was added to the tokenizer alone."""
+        return list(dict.fromkeys(token for token in tokens if token is not None and token < vocabulary))
+
+    eos = known([tokenizer.eos_token_id, *source.generation_eos])
+    bos = known([tokenizer.bos_token_id])
     return TokenizerFacts(
         file="tokenizer.json",
-        bos_token_id=bos,
+        bos_token_id=bos[0] if bos else None,
         eos_token_ids=eos,
-        pad_token_id=pad if pad is not None else next((token for token in eos if token < source.origin.vocab_size), 0),
+        pad_token_id=known([tokenizer.pad_token_id, *eos, 0])[0],
         special_tokens=special,
         chat_template=template,
     )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from edgezo.errors import DataError
 
-LINE_BYTES_LIMIT = 1 << 24
+LINE_LIMIT = 1 << 24  # characters
 
 
 class Row(NamedTuple):
@@ -54,11 +54,11 @@ def _first_bad_byte(path: Path) -> int:
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with open(path, encoding="utf-8-sig") as file:
         number = 0
-        while line := file.readline(LINE_BYTES_LIMIT + 1):
+        while line := file.readline(LINE_LIMIT + 1):
             number += 1
             place = f"{path}:{number}"
-            if len(line) > LINE_BYTES_LIMIT:
-                raise DataError(f"{place}: line longer than {LINE_BYTES_LIMIT} characters")
+            if len(line) > LINE_LIMIT:
+                raise DataError(f"{place}: line longer than {LINE_LIMIT} characters")
             if not line.strip():
                 raise DataError(f"{place}: empty line; remove it")
             try:
@@ -72,7 +72,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def _read_table(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(min(LINE_BYTES_LIMIT, sys.maxsize))
+    csv.field_size_limit(min(LINE_LIMIT, sys.maxsize))
     tab = path.suffix.lower() == ".tsv"
     with open(path, encoding="utf-8-sig", newline="") as file:
         # quotes are ordinary characters in the TSV files of the field (GLUE and others)

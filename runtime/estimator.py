@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 from edgezo.errors import NonFiniteLossError
 from edgezo.runtime.noise import Direction
 
+LARGEST_FLOAT32 = 3.4028235e38  # a journal holds projected gradients as float32
 Loss = Callable[[], float]
 
 
@@ -46,7 +47,7 @@ def two_sided(parameters: Parameters, loss: Loss, direction: Direction, eps: flo
         eps: perturbation scale, > 0, a multiple of every tensor's grid (`MutableWeights.eps`).
 
     Raises:
-        NonFiniteLossError: a loss was NaN or infinite.
+        NonFiniteLossError: a loss was NaN or infinite, or the projected gradient is no float32.
         Exception: whatever `loss` raised.
 
     References:
@@ -71,4 +72,8 @@ def two_sided(parameters: Parameters, loss: Loss, direction: Direction, eps: flo
         parameters.flush()
         raise
     parameters.add(direction, eps, -offset)
-    return Estimate((losses[0] - losses[1]) / (2 * eps), losses[0], losses[1])
+    projected_grad = (losses[0] - losses[1]) / (2 * eps)
+    if abs(projected_grad) > LARGEST_FLOAT32:
+        parameters.flush()
+        raise NonFiniteLossError(f"step {direction.step}: the projected gradient is {projected_grad:g}; try a larger --eps")
+    return Estimate(projected_grad, losses[0], losses[1])

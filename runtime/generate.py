@@ -1,28 +1,26 @@
 """Text from the generation graph, token by token with a KV cache."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from edgezo.config import MAX_TOKENS, Sampling
 from edgezo.errors import ConfigError, DataError, NonFiniteLossError
 from edgezo.runtime.model import EdgeModel
 
 
-class Sampling(NamedTuple):
-    """How to draw a token: p_i ~ exp(logit_i / temperature) over the `top_k` most likely (0: all) that make up `top_p` of the mass."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-def generate(model: EdgeModel, prompt: str, max_tokens: int = 64, sampling: Sampling | None = None) -> Iterator[str]:
+def generate(
+    model: EdgeModel, prompt: str, max_tokens: int = MAX_TOKENS, sampling: Sampling | None = None, *, special: bool = True
+) -> Iterator[str]:
     """Yield the continuation of `prompt` piece by piece, until an end-of-text token, `max_tokens`, or the model's context is full.
 
-    Greedy (the most likely token, the first of equals) unless `sampling` is given.
+    Args:
+        model: the edge model, at its present weights.
+        prompt: text to continue.
+        max_tokens: tokens to write at most.
+        sampling: how to draw; None is greedy, the most likely token, the first of equals.
+        special: whether the tokenizer puts its special tokens around the prompt; False for a rendered chat, which has them.
 
     Raises:
         DataError: the prompt is empty or fills the context.
@@ -36,7 +34,7 @@ def generate(model: EdgeModel, prompt: str, max_tokens: int = 64, sampling: Samp
     if sampling is not None and sampling.seed < 0:
         raise ConfigError(f"the sampling seed must be at least 0; got {sampling.seed}")
     facts, graph, context = model.manifest.tokenizer, model.manifest.generation, model.manifest.origin.context_length
-    tokens = model.text.encode(prompt) or ([facts.bos_token_id] if facts.bos_token_id is not None else [])
+    tokens = model.text.encode(prompt, special) or ([facts.bos_token_id] if facts.bos_token_id is not None else [])
     if not tokens:
         raise DataError("the prompt is empty and this model has no beginning-of-text token; give some text")
     if len(tokens) >= context:

@@ -114,6 +114,8 @@ def read_journal(path: Path) -> JournalContents:
         header = json.loads(data[12 : 12 + length])
     except (ValueError, RecursionError):
         raise RunError(f"{path}: the header is not JSON; the run cannot be used") from None
+    if not isinstance(header, dict):
+        raise RunError(f"{path}: the header is a JSON {type(header).__name__}, not an object; the run cannot be used")
     records: list[StepRecord] = []
     position = start
     while position + STEP.size <= len(data):

@@ -7,6 +7,9 @@ keep its old value and break the equality. The cost is one more session and thre
 What the proof cannot tell is a tensor whose changes reach the scores multiplied by nothing but zero: both sessions agree on it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 
 from edgezo.errors import DeadTensorError, NonFiniteLossError
@@ -34,21 +37,15 @@ def prove_live(model: EdgeModel, weights: MutableWeights) -> None:
     if dead:
         raise _refusal(model, dead, "nothing in the scoring graph uses them")
     feeds = _probe_feeds(model)
-    weights.add(PROBE, weights.eps)
-    weights.flush()
-    changed_at_load = _scores(model.fresh_scoring(), feeds)
-    weights.add(PROBE, weights.eps, -1)
-    weights.flush()
+    with _perturbed(weights):
+        changed_at_load = _scores(model.fresh_scoring(), feeds)
     session = model.scoring
     dead = [name for name in names if name not in session.mutable]
     if dead:
         raise _refusal(model, dead, "they are constants of the scoring graph, not overridable initializers")
     base = _scores(session, feeds)
-    weights.add(PROBE, weights.eps)
-    weights.flush()
-    changed_in_place = _scores(session, feeds)
-    weights.add(PROBE, weights.eps, -1)
-    weights.flush()
+    with _perturbed(weights):
+        changed_in_place = _scores(session, feeds)
     for scores, where, advice in ((base, "theta", "export the model again"), (changed_at_load, "theta + eps z", "try a smaller --eps")):
         if not np.isfinite(scores).all():
             raise NonFiniteLossError(f"the log-probabilities at {where} are NaN or infinite before the first step; {advice}")
@@ -59,6 +56,18 @@ def prove_live(model: EdgeModel, weights: MutableWeights) -> None:
         fresh = {name: _changed_alone(model, name, feeds, None) for name in names}
         dead = [name for name in names if not np.array_equal(_changed_alone(model, name, feeds, session), fresh[name])]
     raise _refusal(model, dead or names, "the engine does not see their changes")
+
+
+@contextmanager
+def _perturbed(weights: MutableWeights) -> Iterator[None]:
+    """theta + eps z inside, theta again afterwards."""
+    weights.add(PROBE, weights.eps)
+    weights.flush()
+    try:
+        yield
+    finally:
+        weights.add(PROBE, weights.eps, -1)
+        weights.flush()
 
 
 def _changed_alone(model: EdgeModel, name: str, feeds: dict[str, Array], session: Session | None) -> Array:

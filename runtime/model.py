@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from edgezo.config import MAX_TOKENS, Sampling
 from edgezo.errors import DataError, EdgeModelError
 from edgezo.manifest import Graph, Manifest, StoredFile, Tensor, read_manifest, verify_file, verify_size
 from edgezo.runtime.session import Session
@@ -18,7 +19,6 @@ from edgezo.runtime.weights import default_threads
 from edgezo.storage import CHUNK_BYTES
 
 if TYPE_CHECKING:
-    from edgezo.runtime.generate import Sampling
     from edgezo.runtime.run import StepChoice
 
 Array = npt.NDArray[Any]
@@ -84,8 +84,14 @@ class EdgeModel:
         """A new session of the scoring graph, loaded from the weights as they are now."""
         return self._session(self.manifest.scoring)
 
-    def generate(self, prompt: str, max_tokens: int = 64, sampling: "Sampling | None" = None) -> str:
-        """Continue `prompt`; greedy unless `sampling` is given. Returns the new text alone."""
+    def generate(self, prompt: str, max_tokens: int = MAX_TOKENS, sampling: Sampling | None = None) -> str:
+        """Continue `prompt` by at most `max_tokens` tokens; greedy unless `sampling` is given. Returns the new text alone.
+
+        Raises:
+            DataError: the prompt is empty or fills the context.
+            ConfigError: a sampling setting is out of range.
+            NonFiniteLossError: the model gives no finite logits.
+        """
         from edgezo.runtime.generate import generate
 
         return "".join(generate(self, prompt, max_tokens, sampling))

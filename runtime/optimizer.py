@@ -1,4 +1,4 @@
-"""ZO-SGD: theta <- (1 - lr * weight_decay) theta - lr * projected_grad * z, and the learning-rate schedules."""
+"""ZO-SGD: theta <- (1 - lr * weight_decay) (theta - lr * projected_grad * z), and the learning-rate schedules."""
 
 import math
 from typing import Literal, Protocol
@@ -8,17 +8,14 @@ from edgezo.runtime.noise import Direction
 Schedule = Literal["constant", "linear", "cosine"]
 
 
-class Settling(Protocol):
-    """Parameters whose step can be ended (`MutableWeights`)."""
+class Updatable(Protocol):
+    """Parameters that take updates (`MutableWeights`)."""
 
-    def add(self, direction: Direction, scale: float, times: int = 1) -> None:
-        """theta += times * scale * z(direction)."""
-
-    def settle(self, direction: Direction, update: float, decay: float = 0.0) -> None:
-        """End the step."""
+    def update(self, direction: Direction, scale: float, decay: float = 0.0) -> None:
+        """theta <- (1 - decay) (theta + scale * z(direction))."""
 
 
-def sgd_step(parameters: Settling, direction: Direction, projected_grad: float, lr: float, weight_decay: float = 0.0) -> None:
+def sgd_step(parameters: Updatable, direction: Direction, projected_grad: float, lr: float, weight_decay: float = 0.0) -> None:
     """Apply one update from its scalars; tuning and replay both call this and nothing else.
 
     Args:
@@ -31,10 +28,7 @@ def sgd_step(parameters: Settling, direction: Direction, projected_grad: float, 
     References:
         Malladi et al. 2023, arXiv 2305.17333, algorithm 1; Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization.
     """
-    update = -lr * projected_grad
-    if update:
-        parameters.add(direction, update)
-    parameters.settle(direction, update, lr * weight_decay)
+    parameters.update(direction, -lr * projected_grad, lr * weight_decay)
 
 
 def schedule_factor(schedule: Schedule, progress: float, warmup: float = 0.0) -> float:

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from edgezo.config import TuneConfig, describe
-from edgezo.errors import RunError
+from edgezo.config import TuneConfig, describe, read_settings
+from edgezo.errors import ConfigError, RunError
 from edgezo.manifest import Manifest
 from edgezo.runtime import noise
 from edgezo.runtime.journal import Journal, StepRecord, read_journal
@@ -20,8 +21,10 @@ from edgezo.runtime.noise import Direction
 from edgezo.runtime.objective import Evaluation, best_step
 from edgezo.runtime.optimizer import sgd_step
 from edgezo.runtime.weights import MutableWeights
-from edgezo.storage import write_atomically
+from edgezo.storage import refuse_existing, sha256_file, write_atomically
 
+LOCK = ".lock"
+MAY_CHANGE = {"data", "valid", "steps", "minutes", "eval_every"}  # on resume; data files are compared by their content
 CONFIG, JOURNAL, METRICS, SUMMARY = "config.json", "journal.bin", "metrics.jsonl", "summary.json"
 REPLAY_GROUP = 8  # steps added to a block while it lies in cache; each holds a 1.3 MB table
 StepChoice = int | Literal["best", "last"]
@@ -60,14 +63,18 @@ def base_id(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def journal_header(config: TuneConfig, base: str, data_sha256: str, valid_sha256: str | None, tokenizer_sha256: str) -> dict[str, Any]:
-    """The header of a run's journal: all that the weights, besides the records, depend on."""
+def journal_header(manifest: Manifest, config: TuneConfig) -> dict[str, Any]:
+    """The header of a run's journal: what the run was made from.
+
+    The weights depend on `base`, `noise`, the records, and of `config` on seed, eps, noise and weight_decay.
+    """
+    text = (manifest.tokenizer.file, manifest.tokenizer.chat_template)
     return {
-        "base": base,
+        "base": base_id(manifest),
         "config": config.model_dump(),
-        "data": data_sha256,
-        "valid": valid_sha256,
-        "tokenizer": tokenizer_sha256,
+        "data": sha256_file(Path(config.data)),
+        "valid": sha256_file(Path(config.valid)) if config.valid else None,
+        "tokenizer": hashlib.sha256("".join(manifest.files[name].sha256 for name in text if name).encode()).hexdigest(),
         "noise": noise.SPECIFICATION_VERSION,
     }
 
@@ -87,6 +94,7 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
         raise RunError(f"{directory}: its noise is of specification {header.get('noise')!r}, this edgezo has {noise.SPECIFICATION_VERSION}")
     try:
         config = TuneConfig.model_validate(header.get("config"))
+        config = TuneConfig.model_validate({**config.model_dump(), **_changed_settings(directory / CONFIG)})
     except ValidationError as error:
         raise RunError(f"{directory}: {describe(error, JOURNAL)}") from None
     evaluations, seconds = _read_metrics(directory / METRICS, len(contents.records))
@@ -126,33 +134,56 @@ def load_tuned(model: EdgeModel, directory: str | os.PathLike[str], step: StepCh
 
 
 @contextmanager
-def run_directory(output: Path, previous: Run | None) -> Iterator[None]:
-    """Make the directory before the work begins; when that fails before the first step, take it away again."""
-    made = previous is None and not output.exists()
+def held_run(output: Path, resume: bool) -> Iterator[Run | None]:
+    """Hold a run directory: the new one is made, and taken away again when work fails before its first step.
+
+    The lock is the system's own on an open file, so it ends with its process, however that ends.
+
+    Yields:
+        What the directory holds, read under the lock; None for a new run.
+
+    Raises:
+        RunError: it exists already, or holds no run to resume; another process has it; it cannot be written.
+    """
+    advice = "continue it with --resume or choose another directory"
+    if resume:
+        read_run(output)
+    else:
+        refuse_existing(output, RunError, advice, besides={LOCK})
+    made = not output.exists()
+    lock = FileLock(output / LOCK)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise RunError(f"{output}: another process is tuning this run; wait until it ends or stop it") from None
     except OSError as error:
         raise RunError(f"{output}: cannot be written ({error.strerror or error}); choose another directory") from error
+    kept = True
     try:
-        yield
-    except BaseException as error:
-        kept = previous is not None or _has_steps(output / JOURNAL)
-        if not kept:
-            for name in (CONFIG, JOURNAL, METRICS):
-                (output / name).unlink(missing_ok=True)
-            if made:
-                output.rmdir()
-        if isinstance(error, OSError):
-            advice = "whole steps so far are kept, go on with --resume when it can be written" if kept else "choose another directory"
-            raise RunError(f"{output}: cannot be written ({error.strerror or error}); {advice}") from error
-        raise
+        if not resume:
+            refuse_existing(output, RunError, advice, besides={LOCK})
+        kept = resume
+        yield read_run(output) if resume else None
+        kept = True
+    except OSError as error:
+        kept = resume or _has_steps(output / JOURNAL)
+        advice = "whole steps so far are kept, go on with --resume when it can be written" if kept else "choose another directory"
+        raise RunError(f"{output}: cannot be written ({error.strerror or error}); {advice}") from error
+    finally:
+        kept = kept or _has_steps(output / JOURNAL)
+        lock.release()
+        for name in () if kept else (LOCK, CONFIG, JOURNAL, METRICS):
+            (output / name).unlink(missing_ok=True)
+        if made and not kept:
+            output.rmdir()
 
 
 def open_journal(output: Path, config: TuneConfig, header: dict[str, Any], previous: Run | None) -> Journal:
-    """The journal to append to: a new one, or that of the run to continue."""
+    """The journal to append to: a new one, or that of the run to continue, with the settings that hold from now on."""
+    write_atomically(output / CONFIG, (config.model_dump_json(indent=1) + "\n").encode())
     if previous is not None:
         return Journal.reopen(output / JOURNAL, previous.whole_bytes)
-    write_atomically(output / CONFIG, (config.model_dump_json(indent=1) + "\n").encode())
     return Journal.create(output / JOURNAL, header)
 
 
@@ -163,18 +194,18 @@ def check_same(previous: Run, config: TuneConfig, header: dict[str, Any]) -> Non
         raise RunError(
             f"{previous.directory}: has {made} steps, --steps {config.steps} asks for fewer; give more, or use --step {config.steps} with eval and generate"
         )
-    may_change = {"steps", "minutes", "eval_every", "eval_rows", "data", "valid"}
     old, new = previous.config.model_dump(), config.model_dump()
     for name in old:
-        if name not in may_change and old[name] != new[name]:
+        if name not in MAY_CHANGE and old[name] != new[name]:
             raise RunError(
                 f"{previous.directory}: --{name.replace('_', '-')} {new[name]!r} differs from the run's {old[name]!r}; a resumed run keeps it, start a new run to change it"
             )
-    for name, path in (("data", config.data), ("valid", config.valid), ("tokenizer", "the tokenizer")):
+    files = (("data", config.data, "data"), ("valid", config.valid, "validation data"), ("tokenizer", "the edge model", "tokenizer"))
+    for name, path, shown in files:
         found, recorded = header[name], previous.header.get(name)
         if found != recorded:
             raise RunError(
-                f"{path}: is not the {name} the run was started with (SHA-256 {str(found)[:12]}, the run has {str(recorded)[:12]}); give the same or start a new run"
+                f"{path}: is not the {shown} the run was started with (SHA-256 {str(found)[:12]}, the run has {str(recorded)[:12]}); give the same or start a new run"
             )
 
 
@@ -197,6 +228,17 @@ def _read_metrics(path: Path, steps: int) -> tuple[dict[int, Evaluation], float]
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
     return evaluations, seconds
+
+
+def _changed_settings(path: Path) -> dict[str, Any]:
+    """Those settings in config.json that a resume may have changed; the rest is the journal's."""
+    if not path.is_file():
+        return {}
+    try:
+        values = read_settings(path)
+    except ConfigError as error:
+        raise RunError(f"{error}; delete the file to go on with the settings the run was started with") from None
+    return {name: value for name, value in values.items() if name in MAY_CHANGE}
 
 
 def _has_steps(journal: Path) -> bool:

@@ -24,21 +24,18 @@ from edgezo.runtime.optimizer import schedule_factor, sgd_step
 from edgezo.runtime.order import DataOrder
 from edgezo.runtime.run import (
     METRICS,
-    base_id,
     check_base,
     check_same,
+    held_run,
     journal_header,
     mutable_weights,
     open_journal,
-    read_run,
     replay,
-    run_directory,
     write_summary,
 )
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.tasks import Example, Examples, find_task, make_examples
 from edgezo.runtime.weights import MutableWeights
-from edgezo.storage import refuse_existing, sha256_file
 
 
 class StepReport(NamedTuple):
@@ -69,6 +66,8 @@ class Reporter:
     """What the loop tells as it goes; every callback may be left out."""
 
     stage: Callable[[str], None] = lambda text: None
+    notice: Callable[[str], None] = lambda text: None
+    begin: Callable[[int, int | None], None] = lambda step, total_steps: None
     step: Callable[[StepReport], None] = lambda report: None
     evaluation: Callable[[int, Evaluation, bool], None] = lambda step, evaluation, best: None
 
@@ -94,11 +93,16 @@ class Tuner:
         config, sequences = self.config, Sequences(self.model)
         order = DataOrder([_length(example) for example in self.train.examples], config.batch, config.seed)
         started = time.monotonic() - self.spent_seconds
-        step, ended = self.first_step, "finished"
+        step = self.first_step
         with _stop_signals() as stopping, _append_lines(self.directory / METRICS) as metrics:
-            if step == 0:
-                self._evaluate(0, sequences, metrics, started)
-            while (progress := self._progress(step, time.monotonic() - started)) < 1:
+            self.reporter.begin(step, config.total_steps)
+            while True:
+                progress = self._progress(step, time.monotonic() - started)
+                if step not in self.evaluations and (step % config.eval_every == 0 or progress >= 1):
+                    self._evaluate(step, sequences, metrics, started)
+                if progress >= 1:
+                    ended = "finished" if step == config.total_steps else "out of time"
+                    break
                 if stopping.is_set():
                     ended = "interrupted"
                     break
@@ -114,11 +118,8 @@ class Tuner:
                 report = StepReport(step, estimate, record.learning_rate, now - begun, now - started, self._progress(step, now - started))
                 _write_step(metrics, report)
                 self.reporter.step(report)
-                if step % config.eval_every == 0 or report.progress >= 1:
-                    self._evaluate(step, sequences, metrics, started)
-            else:
-                ended = "finished" if step == config.total_steps else "out of time"
         self.weights.flush()
+        self.model.step = step
         return self._finish(step, ended, time.monotonic() - started)
 
     def _progress(self, step: int, seconds: float) -> float:
@@ -155,29 +156,23 @@ def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bo
         model: from `EdgeModel(directory)`; its weights are changed in place.
         config: what to do.
         output: run directory to make, or with `resume` to continue.
-        resume: go on after the last step in `output`; only steps, minutes and eval_every may differ from the run's own.
+        resume: go on after the last step in `output`; only steps, minutes and eval_every, and the places of the data files, may differ from
+            the run's own.
 
     Raises:
         EdgezoError: bad data, a run that cannot be continued, a dead tensor, a loss that is not finite. The run directory
             then holds all whole steps.
     """
     reporter, output = reporter or Reporter(), Path(output)
-    previous = read_run(output) if resume else None
-    if previous is None:
-        refuse_existing(output, RunError, "continue it with --resume or choose another directory")
-    reporter.stage("reading data")
-    config, train, valid = _read_data(model, config, reporter)
-    header = journal_header(
-        config,
-        base_id(model.manifest),
-        sha256_file(Path(config.data)),
-        sha256_file(Path(config.valid)) if config.valid else None,
-        _tokenizer_hash(model),
-    )
-    if previous is not None:
-        check_base(previous, model)
-        check_same(previous, config, header)
-    with run_directory(output, previous):
+    if model.step is not None:
+        raise RunError(f"{output}: the model given is tuned already; tune starts from the base, open the edge model anew without run=")
+    with held_run(output, resume) as previous:
+        reporter.stage("reading data")
+        config, train, valid = _read_data(model, config, reporter)
+        header = journal_header(model.manifest, config)
+        if previous is not None:
+            check_base(previous, model)
+            check_same(previous, config, header)
         weights = mutable_weights(model, config)
         reporter.stage(f"proving {len(model.tunable)} tensors live")
         prove_live(model, weights)
@@ -202,7 +197,7 @@ def _read_data(model: EdgeModel, config: TuneConfig, reporter: Reporter) -> tupl
     def make(kind: str, rows: list[Row]) -> Examples:
         made = make_examples(rows, task, model.text, limit)
         if made.truncated:
-            reporter.stage(f"{made.truncated} of {len(rows)} {kind} rows were cut to {limit} tokens")
+            reporter.notice(f"{made.truncated} of {len(rows)} {kind} rows were cut to {limit} tokens")
         return made
 
     train = make("training", rows)
@@ -217,10 +212,6 @@ def row_limit(model: EdgeModel, config: TuneConfig) -> int:
     """Tokens a row may have: --max-length, at most the model's context."""
     context = model.manifest.origin.context_length
     return min(config.max_length or context, context)
-
-
-def _tokenizer_hash(model: EdgeModel) -> str:
-    return model.manifest.files[model.manifest.tokenizer.file].sha256
 
 
 def _length(example: Example) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgezo.errors import ConfigError, NonFiniteLossError
+from edgezo.errors import ConfigError, EdgezoError, NonFiniteLossError
 from edgezo.runtime import noise
 from edgezo.runtime.noise import BLOCK, Direction, Distribution, Floats
 
@@ -61,6 +61,7 @@ class MutableWeights:
     ) -> None:
         self.distribution = distribution
         self.threads = threads or default_threads()
+        self._asked_eps = eps
         self.reach = 4 * eps * noise.largest(distribution)
         self.tensors = [_Tensor(name, noise.tensor_id(name), array.reshape(-1), array.ndim > 1) for name, array in tensors.items()]
         for tensor in self.tensors:
@@ -70,12 +71,8 @@ class MutableWeights:
         self._pending: dict[Direction, dict[float, int]] = {}
         self._shares = self._share_out()
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
-        coarse = max(self.tensors, key=lambda tensor: tensor.exponent)
-        self.eps = round(eps / coarse.quantum) * coarse.quantum
-        if self.eps == 0:
-            raise ConfigError(
-                f"eps {eps:g} is below the float32 resolution {coarse.quantum:g} of {coarse.name}; use a larger --eps or leave the tensor out at export"
-            )
+        self.eps = 0.0
+        self._choose_eps(ConfigError, "use a larger --eps or leave the tensor out at export")
 
     def add(self, direction: Direction, scale: float, times: int = 1) -> None:
         """theta += times * q_d(scale * z), deferred to the next `flush`; q_d rounds to the grid (docs/noise.md).
@@ -101,22 +98,51 @@ class MutableWeights:
         }
         self._parallel(lambda tensor, first, last: _add_windows(tensor, first, last, tables[tensor.exponent]))
 
-    def settle(self, direction: Direction, update: float, decay: float = 0.0) -> None:
-        """End a step whose update was `update` * z: decay, and coarsen the grid of a tensor whose values may outgrow it.
+    def update(self, direction: Direction, scale: float, decay: float = 0.0) -> None:
+        """End a step: theta += q_d(scale * z), then decay, then coarsen the grid of a tensor whose values may outgrow it.
 
-        Both depend on theta and the step's scalars alone, never on how the step was computed: a replay does the same.
+        The result depends on theta and the step's scalars alone, never on how the step was computed: a replay does the same.
+
+        Args:
+            direction: names z.
+            scale: -lr * projected_grad.
+            decay: lr * weight_decay, in [0, 1).
+
+        Raises:
+            NonFiniteLossError: a weight became NaN or infinite, or outgrew the resolution that eps needs.
         """
-        moved = abs(update) * noise.largest(self.distribution)
+        moved = abs(scale) * noise.largest(self.distribution)
+        for tensor in self.tensors:
+            tensor.bound += moved + tensor.quantum
+        outgrown = any(self._outgrown(tensor) for tensor in self.tensors)
+        if outgrown:  # sums with the restore would leave the range that is exact: the restore first, alone, as in a replay
+            self.flush()
+        if scale:
+            self.add(direction, scale)
         if decay:
             self.flush()
             self._decay(direction, decay)
+        if outgrown:
+            self.flush()
+            self._coarsen()
+
+    def _outgrown(self, tensor: _Tensor) -> bool:
+        return tensor.bound + self.reach > 2.0**tensor.exponent
+
+    def _coarsen(self) -> None:
         for tensor in self.tensors:
-            tensor.bound += moved + tensor.quantum
-            if tensor.bound + self.reach > 2.0**tensor.exponent:
-                self.flush()
+            if self._outgrown(tensor):
                 tensor.bound = _largest(tensor.flat)
-                if tensor.bound + self.reach > 2.0**tensor.exponent:
+                if not tensor.bound + self.reach <= 2.0**tensor.exponent:
                     self._fit(tensor, "use a smaller --lr")
+        self._choose_eps(NonFiniteLossError, "the weights grew too large; use a smaller --lr or a larger --eps")
+
+    def _choose_eps(self, error: type[EdgezoError], advice: str) -> None:
+        """The multiple of the coarsest grid, and so of every grid, next to the eps that was asked for."""
+        coarse = max(self.tensors, key=lambda tensor: tensor.exponent)
+        self.eps = round(self._asked_eps / coarse.quantum) * coarse.quantum
+        if not self.eps:
+            raise error(f"eps {self._asked_eps:g} is below the float32 resolution {coarse.quantum:g} of {coarse.name}; {advice}")
 
     def _fit(self, tensor: _Tensor, advice: str) -> None:
         """Choose the grid with a quarter of headroom and round the values to it."""

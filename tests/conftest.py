@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny Llama, exported once a session."""
+"""Shared fixtures: a tiny Llama, exported once a test run."""
 
 import json
 import shutil

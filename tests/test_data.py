@@ -240,7 +240,7 @@ def test_the_byte_that_is_not_utf8_is_counted_from_the_start_of_the_file(write: 
 
 
 def test_a_line_at_the_limit_is_read_and_a_longer_one_refused(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "LINE_BYTES_LIMIT", 20)
+    monkeypatch.setattr(data, "LINE_LIMIT", 20)
     assert fields(write("fits.jsonl", b'{"a": 1}\n{"a": "%s"}\n' % (b"x" * 10))) == [{"a": 1}, {"a": "x" * 10}]
     path = write("long.jsonl", b'{"a": 1}\n{"a": "%s"}\n' % (b"x" * 12))
     assert refusal(path) == f"{path}:2: line longer than 20 characters"
@@ -248,7 +248,7 @@ def test_a_line_at_the_limit_is_read_and_a_longer_one_refused(write: Write, monk
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
 def test_a_table_cell_longer_than_the_limit_is_refused(write: Write, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(data, "LINE_BYTES_LIMIT", 20)
+    monkeypatch.setattr(data, "LINE_LIMIT", 20)
     path = write(name, b"a\n" + b"x" * 20 + b"\n" + b"x" * 21 + b"\n")
     assert refusal(path) == f"{path}:3: malformed (field larger than field limit (20))"
 
