@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from edgezo.errors import ConfigError
+from edgezo.errors import ConfigError, first_line
 
 CONFIG_BYTES_LIMIT = 1 << 20
 DEFAULT_STEPS = 500
@@ -146,4 +146,4 @@ def _reason(error: Exception) -> str:
     """What a parser says, in one line, with the line it stopped at."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem}, line {error.problem_mark.line + 1}"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)

@@ -11,7 +11,7 @@ from edgezo.errors import EdgezoError
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEMPLATE = "Note: {text}\nTopic:"
 TOPICS = ("family", "health", "money", "travel", "work")
-SETTINGS: dict[str, Any] = {"steps": 200, "lr": 4e-5, "batch": 16, "eval_every": 50, "seed": 0}
+SETTINGS: dict[str, Any] = {"steps": 700, "lr": 4e-5, "batch": 8, "eval_every": 100, "seed": 0}
 NOTE = "Grandma's blood pressure pills are running out, call the pharmacy before Friday."
 
 
@@ -46,7 +46,7 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
         say(f"  {terminal.evaluation_text(before)}")
         settings = {**SETTINGS, **({"steps": steps} if steps else {})}
         say(f"3. Tune all parameters with forward passes alone: {settings['steps']} steps of {settings['batch']} notes")
-        rows = {"data": str(data / "train.jsonl"), "valid": str(data / "validation.jsonl")}
+        rows: dict[str, Any] = {"data": str(data / "train.jsonl"), "valid": str(data / "validation.jsonl")}
         with terminal.tuning() as reporter:
             result = api.tune(edge, run, resume=(run / JOURNAL).is_file(), reporter=reporter, **rows, **words, **settings)
         if result.ended == "interrupted":

@@ -43,3 +43,9 @@ class DeadTensorError(EdgezoError):
 
 class NonFiniteLossError(EdgezoError):
     """The loss was NaN or infinite; the weights were put back before raising."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line of at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

@@ -8,10 +8,10 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper, version_converter
 
-from edgezo.errors import ExportError
+from edgezo.errors import ExportError, first_line
 from edgezo.export.graphs import Decoder, Weight, opset
 from edgezo.export.quiet import quiet
-from edgezo.export.source import Source, first_line, sizes
+from edgezo.export.source import Source, sizes
 from edgezo.manifest import Origin
 
 OLDEST_OPSET = 15  # the first whose Shape takes start and end
@@ -159,7 +159,7 @@ class _Reference:
             elif value.name == "attention_mask":
                 feeds[value.name] = np.ones_like(tokens)
             elif value.name == "position_ids":
-                feeds[value.name] = np.tile(np.arange(length), (batch, 1))
+                feeds[value.name] = np.tile(np.arange(length, dtype=np.int64), (batch, 1))
             elif value.name.startswith("past_key_values."):
                 feeds[value.name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), np.float32)
             else:

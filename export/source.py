@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgezo.errors import ConfigError, ExportError
+from edgezo.errors import ConfigError, ExportError, first_line
 from edgezo.export.graphs import Decoder
 from edgezo.export.quiet import quiet
 from edgezo.manifest import Origin
@@ -183,9 +183,3 @@ def _license(location: str, gguf_file: str | None) -> str | None:
         if line.startswith("license:"):
             return line.split(":", 1)[1].strip() or None
     return None
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another library says, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

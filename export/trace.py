@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import torch
 
-from edgezo.errors import ExportError
+from edgezo.errors import ExportError, first_line
 from edgezo.export.graphs import Decoder, Weight
 from edgezo.export.quiet import quiet
 
@@ -105,9 +105,8 @@ def _trace(model: Any, config: Any) -> tuple[onnx.ModelProto, list[str]]:
                 training=torch.onnx.TrainingMode.PRESERVE,
                 dynamo=False,
             )
-        except Exception as error:  # the exporter raises many kinds; its first line says which operator
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ExportError(f"{model.config.model_type}: torch could not trace the model: {line}") from error
+        except Exception as error:  # the exporter raises many kinds; the first line says which operator
+            raise ExportError(f"{model.config.model_type}: torch could not trace the model: {first_line(error)}") from error
         finally:
             model.training = False
         return onnx.load(path), list(inputs)

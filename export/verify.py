@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from edgezo.errors import ExportError
+from edgezo.errors import ExportError, first_line
 from edgezo.export.source import Source
 from edgezo.manifest import Graph, Verification
 
@@ -57,7 +57,7 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ExportError(
-            f"{path.name}: onnxruntime {onnxruntime.__version__} cannot load the exported graph: {str(error).splitlines()[0]}"
+            f"{path.name}: onnxruntime {onnxruntime.__version__} cannot load the exported graph: {first_line(error)}"
         ) from error
 
 
@@ -68,13 +68,13 @@ def _score(directory: Path, graph: Graph, probes: list[npt.NDArray[np.int64]]) -
     ids, mask = np.zeros((len(probes), width), np.int64), np.zeros((len(probes), width), np.int64)
     for row, tokens in enumerate(probes):
         ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
-    rows = np.concatenate([row * width + np.arange(len(tokens) - 1) for row, tokens in enumerate(probes)])
+    rows = np.concatenate([row * width + np.arange(len(tokens) - 1, dtype=np.int64) for row, tokens in enumerate(probes)])
     feeds = {
         "input_ids": ids,
         "attention_mask": mask,
-        "position_ids": np.tile(np.arange(width), (len(probes), 1)),
+        "position_ids": np.tile(np.arange(width, dtype=np.int64), (len(probes), 1)),
         "hidden_rows": rows,
-        "pair_rows": np.arange(len(rows)),
+        "pair_rows": np.arange(len(rows), dtype=np.int64),
         "pair_targets": np.concatenate([tokens[1:] for tokens in probes]),
     }
     result = session.run(["log_probs"], {name: feeds[name] for name in graph.inputs})[0]
@@ -111,8 +111,8 @@ def _greedy_edge(directory: Path, graph: Graph, prompt: npt.NDArray[np.int64]) -
         feeds = {
             "input_ids": new[None],
             "attention_mask": np.ones((1, seen + len(new)), np.int64),
-            "position_ids": np.arange(seen, seen + len(new))[None],
-            "hidden_rows": np.array([len(new) - 1]),
+            "position_ids": np.arange(seen, seen + len(new), dtype=np.int64)[None],
+            "hidden_rows": np.array([len(new) - 1], np.int64),
         }
         logits, *present = session.run(names, {**{name: feeds[name] for name in graph.inputs}, **past})
         generated.append(int(logits[0].argmax()))

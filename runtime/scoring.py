@@ -9,7 +9,7 @@ import numpy.typing as npt
 from edgezo.runtime.model import Array, EdgeModel
 
 BATCH_TOKENS = 2048  # padded tokens of one forward; beyond it a forward gains no speed, only memory
-BATCH_LOGITS_BYTES = 1 << 26  # logits of one forward, float32 [hidden rows, vocabulary]
+BATCH_LOGITS_BYTES = 1 << 28  # logits of one forward at most, float32 [hidden rows, vocabulary]
 
 Pair = tuple[list[int], list[int]]  # token ids of prompt and completion
 
@@ -77,6 +77,9 @@ class Sequences:
                 rows, held, longest = [], 0, len(layout.sequences[sequence])
             rows += rows_of[sequence]
             held += 1
+            while len(rows) > self.batch_hidden:  # one long text: its forward runs again for every part of its hidden rows
+                yield np.array(rows[: self.batch_hidden])
+                rows = rows[self.batch_hidden :]
         if rows:
             yield np.array(rows)
 

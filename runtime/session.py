@@ -11,7 +11,7 @@ from typing import Any
 import numpy.typing as npt
 import onnxruntime
 
-from edgezo.errors import EdgeModelError
+from edgezo.errors import EdgeModelError, first_line
 
 Array = npt.NDArray[Any]
 
@@ -39,7 +39,7 @@ class Session:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the engine's own exception classes are not importable in every version
-            raise EdgeModelError(f"{path}: onnxruntime {onnxruntime.__version__} cannot load it: {_first_line(error)}") from error
+            raise EdgeModelError(f"{path}: onnxruntime {onnxruntime.__version__} cannot load it: {first_line(error)}") from error
 
     @property
     def mutable(self) -> set[str]:
@@ -65,9 +65,5 @@ class Session:
         try:
             result: list[Array] = self._session.run(outputs, dict(feeds))
         except Exception as error:
-            raise EdgeModelError(f"{self._path}: onnxruntime {onnxruntime.__version__} cannot run it: {_first_line(error)}") from error
+            raise EdgeModelError(f"{self._path}: onnxruntime {onnxruntime.__version__} cannot run it: {first_line(error)}") from error
         return result
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

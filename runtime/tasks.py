@@ -23,7 +23,6 @@ class Example(NamedTuple):
 
     pairs: list[Pair]
     gold: int
-    place: str
 
 
 class Task(NamedTuple):
@@ -107,7 +106,7 @@ def make_examples(rows: Sequence[Row], task: Task, text: TextCodec, max_length: 
         longest = max(len(completion) for _, completion in pairs)  # candidates are compared after the same prompt
         kept = [_fit(pair, longest, row, task, text, max_length) for pair in pairs]
         truncated += any(len(new[0]) + len(new[1]) < len(old[0]) + len(old[1]) for new, old in zip(kept, pairs, strict=True))
-        examples.append(Example(kept, gold, row.place))
+        examples.append(Example(kept, gold))
     return Examples(examples, truncated)
 
 
@@ -184,12 +183,14 @@ def _label(row: Row, label_field: str) -> str:
 
 def _check_template(template: str, first: Row) -> None:
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        fields = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise DataError(f"--template {template!r}: {error}; write a brace of the text as {{{{ or }}}}") from None
-    if not names:
+    if not fields:
         raise DataError(f"--template {template!r}: names no field; write for example '{{{next(iter(first.fields), 'text')}}} It was'")
-    for name in names:
+    for name, spec, conversion in fields:
+        if spec or conversion:
+            raise DataError(f"--template {template!r}: field {name!r} has a format; fields are put in as they are, write {{{name}}}")
         if name not in first.fields:
             raise DataError(
                 f"--template {template!r}: field {name!r} does not exist; {first.place} has {', '.join(map(repr, first.fields))}"

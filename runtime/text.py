@@ -11,7 +11,7 @@ import jinja2.ext
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
-from edgezo.errors import DataError, EdgeModelError
+from edgezo.errors import DataError, EdgeModelError, first_line
 from edgezo.manifest import TokenizerFacts
 
 Message = dict[str, str]
@@ -78,8 +78,7 @@ class TextCodec:
                 .render(messages=list(messages), add_generation_prompt=reply, **self.facts.special_tokens)
             )
         except Exception as error:  # a template is a program: besides jinja2's own errors it raises whatever its operations raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise TextError(f"the model's chat template refuses these messages: {reason}") from error
+            raise TextError(f"the model's chat template refuses these messages: {first_line(error)}") from error
         return text
 
 

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from filelock import FileLock
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import edgezo
 from edgezo import cli
@@ -192,9 +195,10 @@ def test_resume_goes_on_to_more_steps(command: Command, run: str) -> None:
     assert len(read_run(run).records) == 6
 
 
-def test_resume_to_fewer_steps_than_made_does_not_say_out_of_time(command: Command, run: str) -> None:
+def test_resume_to_fewer_steps_than_made_is_refused(command: Command, run: str) -> None:
+    expected = f"error: {run}: has 4 steps, --steps 2 asks for fewer; give more, or use --step 2 with eval and generate"
     found = command("tune", "edge", "-o", run, "--resume", "--steps", "2", "--threads", "1")
-    assert "out of time" not in found.out
+    assert (found.code, found.out, found.err.splitlines()[-1]) == (1, "", expected)
     assert len(read_run(run).records) == 4
 
 
@@ -282,6 +286,21 @@ def test_generate_writes_to_a_pipe_that_cannot_take_every_character(command: Com
 def test_generate_puts_the_prompt_into_the_chat_template(command: Command) -> None:
     found = one_object(command("generate", "edge", "--prompt", "hello", "--chat", "--max-tokens", "2", "--json").out)
     assert found["prompt"] == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_chat_gets_no_second_beginning_of_text(command: Command, tmp_path: Path) -> None:
+    """The template writes the special tokens; a tokenizer that opens texts itself must not do so again."""
+    path = tmp_path / "edge" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    expected = one_object(command("generate", "edge", "--prompt", "hello", "--chat", "--max-tokens", "5", "--json").out)
+    tokenizer.post_processor = TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    tokenizer.save(str(path))
+    manifest = read_manifest(tmp_path / "edge")
+    changed = StoredFile(bytes=path.stat().st_size, sha256=sha256_file(path))
+    manifest.model_copy(update={"files": {**manifest.files, path.name: changed}}).write(tmp_path / "edge")
+    assert one_object(command("generate", "edge", "--prompt", "hello", "--chat", "--max-tokens", "5", "--json").out) == expected
+    plain = one_object(command("generate", "edge", "--prompt", expected["prompt"], "--max-tokens", "5", "--json").out)
+    assert plain["text"] != expected["text"]
 
 
 def test_generate_with_a_run_is_the_tuned_model(command: Command) -> None:
@@ -544,14 +563,41 @@ def test_a_step_the_run_does_not_have(refusal: Callable[..., str], run: str, arg
 
 
 @pytest.mark.parametrize("step", ["first", "-1", "1.5", "²", "9" * 5000])
-def test_a_step_that_is_no_number(command: Command, run: str, step: str) -> None:
-    found = command("eval", "edge", *TASK, "--run", run, "--step", step)
-    assert found.code in {1, 2}
-    assert "Traceback" not in found.err
+def test_a_step_that_is_no_number(refusal: Callable[..., str], run: str, step: str) -> None:
+    assert refusal("eval", "edge", *TASK, "--run", run, "--step", step) == f"--step {step!r}: a number, best or last is expected"
 
 
 def test_a_step_without_a_run(refusal: Callable[..., str]) -> None:
-    assert "--run" in refusal("eval", "edge", *TASK, "--step", "3")
+    expected = "--step 3: says a step of a run, but no --run is given; add --run RUN or leave --step out"
+    assert refusal("eval", "edge", *TASK, "--step", "3") == expected
+
+
+def test_more_steps_of_a_resumed_run_hold_when_it_is_resumed_again(command: Command, tmp_path: Path, run: str) -> None:
+    assert command("tune", "edge", "-o", run, "--resume", "--steps", "9").code == 0
+    journal = tmp_path / run / "journal.bin"
+    journal.write_bytes(journal.read_bytes()[: -16 * 3])  # as if killed three steps before the end
+    assert command("tune", "edge", "-o", run, "--resume").code == 0
+    assert len(read_run(run).records) == 9
+
+
+def test_a_run_that_another_process_tunes_is_refused(refusal: Callable[..., str], command: Command, tmp_path: Path, run: str) -> None:
+    expected = "another process is tuning this run; wait until it ends or stop it"
+    with FileLock(tmp_path / run / ".lock"):
+        assert refusal("tune", "edge", "-o", run, "--resume", "--steps", "9") == f"{run}: {expected}"
+    (tmp_path / "begun").mkdir()
+    with FileLock(tmp_path / "begun" / ".lock"):
+        assert refusal("tune", "edge", "-o", "begun", *TASK, "--steps", "1") == f"begun: {expected}"
+    assert command("tune", "edge", "-o", run, "--resume", "--steps", "5").code == 0
+    assert command("tune", "edge", "-o", "begun", *TASK, "--steps", "1").code == 0, "a lock that nobody holds is none"
+
+
+def test_export_without_the_workstation_half_says_how_to_get_it(refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "edgezo.export.trace", raising=False)
+    monkeypatch.setitem(sys.modules, "optimum.exporters.onnx", None)
+    monkeypatch.setitem(sys.modules, "edgezo.export.pipeline", None)
+    monkeypatch.delitem(sys.modules, "edgezo.export", raising=False)
+    expected = "exporting needs the package 'edgezo.export.pipeline'; install the workstation half with: pip install 'edgezo[export]'"
+    assert refusal("export", "anything", "-o", "other") == expected
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,13 @@ def test_labels_of_a_file_are_checked_like_the_option(write: Write, written: str
     assert "every label needs one word of its own" in refusal(write("run.yaml", f"data: x\nlabels: {written}\n"))
 
 
+@pytest.mark.parametrize("written", ["[no, yes]", "{0: no, 1: yes}", "{no: bad, yes: good}"])
+def test_labels_that_yaml_reads_as_truth_values_are_refused(write: Write, written: str) -> None:
+    assert "YAML reads yes, no, on and off as true and false; put them in quotes" in refusal(
+        write("run.yaml", f"data: x\nlabels: {written}\n")
+    )
+
+
 def test_missing_data_is_said_by_its_option() -> None:
     assert refusal(None) == "--data: not given; it is needed"
 

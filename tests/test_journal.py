@@ -1,13 +1,16 @@
 """The journal keeps whole steps, and says what happened to others."""
 
+import struct
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgezo.errors import RunError
-from edgezo.runtime.journal import STEP, Journal, StepRecord, read_journal
+from edgezo.runtime.journal import MAGIC, STEP, Journal, StepRecord, read_journal
 
 HEADER = {"base": "0" * 64, "config": {"lr": 0.5}}
 
@@ -25,10 +28,19 @@ def test_what_was_appended_is_read(tmp_path: Path) -> None:
     assert contents.whole_bytes == (tmp_path / "j").stat().st_size
 
 
-def test_append_returns_the_values_as_stored() -> None:
-    import numpy as np
+def test_append_returns_the_values_as_stored(tmp_path: Path) -> None:
+    with Journal.create(tmp_path / "j", HEADER) as journal:
+        stored = journal.append(StepRecord(0.1, 0.2, 0.3))
+    assert stored == StepRecord(*np.float32([0.1, 0.2, 0.3]).tolist()) != StepRecord(0.1, 0.2, 0.3)
+    assert read_journal(tmp_path / "j").records == [stored]
 
-    assert StepRecord(*np.float32([0.1, 0.2, 0.3]).tolist()) == StepRecord(*STEP.unpack(STEP.pack(0.1, 0.2, 0.3, 0))[:3])
+
+def test_a_header_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    body = b"[1]"
+    start = MAGIC + struct.pack("<I", len(body)) + body
+    (tmp_path / "j").write_bytes(start + struct.pack("<I", zlib.crc32(start)))
+    with pytest.raises(RunError, match="the header is a JSON list, not an object"):
+        read_journal(tmp_path / "j")
 
 
 def test_ten_thousand_steps_stay_under_200_kilobytes(tmp_path: Path) -> None:

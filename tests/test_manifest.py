@@ -322,10 +322,10 @@ def test_graph_inputs_that_are_not_the_graphs_own_are_refused(edge_dir: Path, gr
         use(EdgeModel(edge_dir, threads=1), graph)
 
 
-def test_a_padding_token_outside_the_vocabulary_is_refused(edge_dir: Path) -> None:
-    edit(edge_dir, lambda raw: raw["tokenizer"].update(pad_token_id=320))
-    with pytest.raises(EdgezoError):
-        use(EdgeModel(edge_dir, threads=1), "scoring")
+@pytest.mark.parametrize(("field", "value"), [("pad_token_id", 320), ("bos_token_id", 320), ("eos_token_ids", [1, 320])])
+def test_a_special_token_outside_the_vocabulary_is_refused(edge_dir: Path, field: str, value: Any) -> None:
+    edit(edge_dir, lambda raw: raw["tokenizer"].update({field: value}))
+    assert refusal(edge_dir) == f"/manifest.json: {field} 320 is outside the vocabulary of 320; export the model again"
 
 
 @pytest.mark.parametrize("graph", ["scoring", "generation"])

@@ -147,6 +147,8 @@ def test_one_label_alone_is_refused() -> None:
         ("{{text}}", "--template '{{text}}': names no field; write for example '{text} It was'"),
         ("{sentence} It was", "--template '{sentence} It was': field 'sentence' does not exist; rows.jsonl:1 has 'text', 'label'"),
         ("{}", "--template '{}': field '' does not exist; rows.jsonl:1 has 'text', 'label'"),
+        ("{text!r}", "--template '{text!r}': field 'text' has a format; fields are put in as they are, write {text}"),
+        ("{text:>9}", "--template '{text:>9}': field 'text' has a format; fields are put in as they are, write {text}"),
         ("{text.upper}", "--template '{text.upper}': field 'text.upper' does not exist; rows.jsonl:1 has 'text', 'label'"),
     ],
 )
@@ -212,7 +214,6 @@ def test_every_label_word_is_a_candidate_after_a_space(text: TextCodec) -> None:
     prompt = text.encode("the film It was")
     assert example.pairs == [(prompt, text.encode(" terrible")), (prompt, text.encode(" great"))]
     assert [len(completion) for _, completion in example.pairs] == [3, 2]
-    assert example.place == "rows.jsonl:1"
 
 
 @pytest.mark.parametrize("ending", ["\n", " ", "\t"])

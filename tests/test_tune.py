@@ -96,6 +96,26 @@ def test_the_best_state_is_the_one_with_the_best_validation(exported_dir: Path, 
     assert found.loss == pytest.approx(-scores[result.best_step][1], rel=1e-5)
 
 
+def test_an_evaluation_that_was_lost_is_made_when_the_run_goes_on(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    whole = edgezo.tune(exported_dir, tmp_path / "run", data=reviews, valid=reviews, steps=10, **SETTINGS)
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    assert "valid" in lines[-1]
+    path.write_text("\n".join(lines[:-1]) + "\n")  # as if killed before the last evaluation
+    again = edgezo.tune(exported_dir, tmp_path / "run", resume=True)
+    assert (again.best_step, again.best) == (whole.best_step, whole.best)
+
+
+def test_a_tuned_model_is_not_tuned_again(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    model = EdgeModel(exported_dir)
+    config = make_config(None, {"data": reviews, "steps": 1, **SETTINGS})
+    tune(model, config, tmp_path / "run")
+    for tuned in (model, EdgeModel(exported_dir, run=tmp_path / "run")):
+        with pytest.raises(RunError, match="the model given is tuned already"):
+            tune(tuned, config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_minutes_end_a_run(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
     result = edgezo.tune(exported_dir, tmp_path / "run", data=reviews, minutes=0.02, **SETTINGS)
     assert result.ended == "out of time"

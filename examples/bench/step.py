@@ -38,7 +38,7 @@ def make_feeds(model: EdgeModel, rows: int, tokens: int) -> dict[str, Array]:
         "pair_rows": np.repeat(np.arange(rows), 2),
         "pair_targets": np.tile([10, 20], rows),
     }
-    return {name: feeds[name] for name in model.manifest.scoring.inputs}
+    return {name: feeds[name].astype(np.int64) for name in model.manifest.scoring.inputs}
 
 
 def make_step(model: EdgeModel, weights: MutableWeights, feeds: dict[str, Array]) -> Callable[[int], None]:
@@ -91,6 +91,7 @@ def measure_memory(edge: Path) -> dict[str, float]:
         receive, send = context.Pipe(duplex=False)
         process = context.Process(target=_peak, args=(str(edge), name, send))
         process.start()
+        send.close()  # else the parent would wait forever for a child that died
         peaks[name] = float(receive.recv())
         process.join()
     return {"inference_peak_bytes": peaks["inference"], "tune_peak_bytes": peaks["tune"], "ratio": peaks["tune"] / peaks["inference"]}
