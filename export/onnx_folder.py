@@ -58,8 +58,11 @@ def _parameter_names(config: Any) -> dict[str, list[str]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with quiet(), torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config)
+    try:
+        with quiet(), torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise ExportError(f"config.json beside model.onnx: transformers cannot make a model of it: {first_line(error)}") from error
     first = {id(parameter): name for name, parameter in network.named_parameters()}
     names: dict[str, list[str]] = {name: [] for name in first.values()}
     for name, parameter in network.named_parameters(remove_duplicate=False):

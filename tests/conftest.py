@@ -12,9 +12,16 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
+import torch
 
 from edgezo.export import export_model
 from edgezo.runtime.model import EdgeModel
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> None:
+    """Tiny matrices gain nothing from more, and wait for each other on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -42,12 +42,6 @@ class Exported:
         return {name: parameter.detach().numpy() for name, parameter in self.model.named_parameters()}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_torch_thread() -> None:
-    """Tiny matrices gain nothing from more, and wait for each other on a busy machine."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session", params=tiny.CONFIGS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("architecture")

@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 import tiny
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -25,12 +24,6 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.weights import MutableWeights
 
 FUZZING = settings(max_examples=150, deadline=None, derandomize=True)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_torch_thread() -> None:
-    """Tiny matrices gain nothing from more, and wait for each other on a busy machine."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", params=tiny.CONFIGS)
