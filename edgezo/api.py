@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from edgezo.config import TuneConfig, make_config
 from edgezo.errors import ConfigError, ExportError
 from edgezo.runtime.data import read_rows
+from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.objective import Evaluation
 from edgezo.runtime.objective import evaluate as evaluate_examples
 from edgezo.runtime.run import StepChoice, read_run
 from edgezo.runtime.scoring import Sequences

@@ -145,7 +145,7 @@ def tune_command(
     with terminal.tuning() as reporter:
         result = api.tune(directory, output, resume=resume, config=config, threads=threads, reporter=reporter, **settings)
     if as_json:
-        shown = {name: value._asdict() if hasattr(value, "_asdict") else value for name, value in result._asdict().items()}
+        shown = {name: value.as_dict() if hasattr(value, "as_dict") else value for name, value in result._asdict().items()}
         terminal.print_json({**shown, "directory": str(result.directory)})
     else:
         rows = [("run", f"{output}, {result.steps} steps, {result.ended}, {result.seconds:.0f} s")]

@@ -69,7 +69,7 @@ def make_config(file: str | os.PathLike[str] | None, options: dict[str, Any]) ->
         ConfigError: the file cannot be read, or a value is unknown or out of range.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    values = {**(read_settings(Path(file)) if file is not None else {}), **given}
+    values = {**(_read_settings(Path(file)) if file is not None else {}), **given}
     if values.get("labels") is not None:
         values["labels"] = parse_labels(values["labels"])
     try:
@@ -120,12 +120,7 @@ def describe(error: ValidationError, file: str | None = None) -> str:
     return f"{shown} {first['input']!r}: {message[0].lower()}{message[1:]}" if name else message
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Settings by name from a YAML or JSON file, not yet checked.
-
-    Raises:
-        ConfigError: it cannot be read, or holds something else.
-    """
+def _read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
     if path.stat().st_size > CONFIG_BYTES_LIMIT:

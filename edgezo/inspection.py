@@ -62,7 +62,7 @@ def _run(path: Path) -> dict[str, Any]:
         "seconds": round(run.seconds, 1),
         "base": run.header.get("base"),
     }
-    facts["journal_bytes"] = run.whole_bytes
+    facts["journal_bytes"] = run.journal.whole_bytes
     for step in dict.fromkeys([0, run.best_step, len(run.records)]):
         if step in run.evaluations:
             facts[f"valid_at_step_{step}"] = [f"{name} {value:.4g}" for name, value in run.evaluations[step].as_dict().items()]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from edgezo.runtime.objective import Evaluation
+    from edgezo.runtime.evaluation import Evaluation
     from edgezo.runtime.tune import Reporter, StepReport
 
 LINES_PER_RUN = 20  # progress lines of a run whose output is a file or pipe

@@ -4,22 +4,33 @@
 4 bytes   header length n, little-endian
 n bytes   header, JSON in UTF-8
 4 bytes   CRC-32 of all before
-16 bytes  a step: projected_grad, learning rate, loss (float32), CRC-32 of these 12 bytes continued from the last CRC
+records   kind (1 byte), payload, CRC-32 of kind and payload continued from the last CRC (4 bytes)
 """
 
 import json
+import math
 import os
 import struct
+import time
 import zlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from edgezo.errors import RunError
+from edgezo.runtime.evaluation import Evaluation
 
 MAGIC = b"EDGEZOJ1"
 HEADER_BYTES_LIMIT = 1 << 20
-STEP = struct.Struct("<fffI")
+SETTINGS_BYTES_LIMIT = 1 << 16
+STEP, EVALUATION, SETTINGS = b"S", b"E", b"C"
+STEP_PAYLOAD = struct.Struct("<fff")
+EVALUATION_PAYLOAD = struct.Struct("<IIddd?")
+LENGTH = struct.Struct("<I")
+CHECKSUM = struct.Struct("<I")
+STEP_BYTES = 1 + STEP_PAYLOAD.size + CHECKSUM.size
+EVALUATION_BYTES = 1 + EVALUATION_PAYLOAD.size + CHECKSUM.size
+SYNC_SECONDS = 5.0  # at most this much work is lost with the power; one sync takes 1 to 100 ms by the disk
 
 
 class StepRecord(NamedTuple):
@@ -31,11 +42,21 @@ class StepRecord(NamedTuple):
 
 
 class JournalContents(NamedTuple):
-    """What a journal file holds: its header, its whole records, and the bytes these take."""
+    """What a journal file holds.
+
+    header: as written at the start. records: the steps. evaluations: by step. best_step: the last one marked as best, None without marks.
+    settings: those changed since the start. whole_bytes: bytes up to the last whole record; torn_bytes: what follows.
+    checksum: of the last whole record, where the next one goes on.
+    """
 
     header: dict[str, Any]
     records: list[StepRecord]
+    evaluations: dict[int, Evaluation]
+    best_step: int | None
+    settings: dict[str, Any]
     whole_bytes: int
+    torn_bytes: int
+    checksum: int
 
 
 class Journal:
@@ -44,45 +65,64 @@ class Journal:
     def __init__(self, path: Path, checksum: int) -> None:
         self._checksum = checksum
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by close()
+        self._synced = time.monotonic()
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> "Journal":
         """Start a journal; refuses an existing file."""
         body = json.dumps(header, ensure_ascii=False, sort_keys=True).encode()
-        start = MAGIC + struct.pack("<I", len(body)) + body
+        start = MAGIC + LENGTH.pack(len(body)) + body
         checksum = zlib.crc32(start)
         with open(path, "xb") as file:
-            file.write(start + struct.pack("<I", checksum))
+            file.write(start + CHECKSUM.pack(checksum))
             file.flush()
             os.fsync(file.fileno())
         return cls(path, checksum)
 
     @classmethod
-    def reopen(cls, path: Path, whole_bytes: int) -> "Journal":
+    def reopen(cls, path: Path, contents: JournalContents) -> "Journal":
         """Continue after the last whole record; a torn one behind it is cut off."""
         with open(path, "r+b") as file:
-            file.truncate(whole_bytes)
-            file.seek(whole_bytes - 4)
-            (checksum,) = struct.unpack("<I", file.read(4))
-        return cls(path, checksum)
+            file.truncate(contents.whole_bytes)
+            os.fsync(file.fileno())
+        return cls(path, contents.checksum)
 
     def append(self, record: StepRecord) -> StepRecord:
         """Append one step and return it as stored: the update must use the stored values."""
-        body = struct.pack("<fff", *record)
-        self._checksum = zlib.crc32(body, self._checksum)
-        data = body + struct.pack("<I", self._checksum)
-        if self._file.write(data) != len(data):
-            raise OSError(28, "no space left for a whole record")
-        return StepRecord(*struct.unpack("<fff", body))
+        payload = STEP_PAYLOAD.pack(*record)
+        self._write(STEP, payload)
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self.sync()
+        return StepRecord(*STEP_PAYLOAD.unpack(payload))
+
+    def mark(self, step: int, evaluation: Evaluation, best: bool) -> None:
+        """Append what an evaluation of step `step` found, and whether it is the best so far; synced."""
+        numbers = [math.nan if value is None else value for value in (evaluation.accuracy, evaluation.macro_f1)]
+        self._write(EVALUATION, EVALUATION_PAYLOAD.pack(step, evaluation.rows, evaluation.loss, *numbers, best))
+        self.sync()
+
+    def change(self, settings: dict[str, Any]) -> None:
+        """Append settings that hold from here on; synced."""
+        body = json.dumps(settings, ensure_ascii=False, sort_keys=True).encode()
+        self._write(SETTINGS, LENGTH.pack(len(body)) + body)
+        self.sync()
 
     def sync(self) -> None:
         """Make all records survive a loss of power."""
         os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
 
     def close(self) -> None:
         """Sync and close."""
         self.sync()
         self._file.close()
+
+    def _write(self, kind: bytes, payload: bytes) -> None:
+        checksum = zlib.crc32(kind + payload, self._checksum)
+        data = kind + payload + CHECKSUM.pack(checksum)
+        if self._file.write(data) != len(data):
+            raise OSError(28, "no space left for a whole record")
+        self._checksum = checksum
 
     def __enter__(self) -> "Journal":
         return self
@@ -94,39 +134,85 @@ class Journal:
 def read_journal(path: Path) -> JournalContents:
     """Read a journal up to its last whole record.
 
+    A torn end is left out: a record that is cut, or the last one with a wrong checksum, or zeros up to the end of the file (what
+    some file systems leave after a loss of power).
+
     Raises:
-        RunError: missing, of another format, a damaged header, or a damaged record with whole ones behind it.
+        RunError: missing, of another format, a damaged header, or a damaged record with others behind it.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise RunError(f"{path}: no readable journal ({error.strerror}); give a run directory made by edgezo tune") from None
+    header, position, checksum = _read_header(path, data)
+    contents = JournalContents(header, [], {}, None, {}, position, len(data) - position, checksum)
+    written = len(data.rstrip(b"\0"))
+    while position < len(data):
+        size = _record_bytes(data, position)
+        end = position + size
+        stored = CHECKSUM.unpack_from(data, end - CHECKSUM.size)[0] if size > 0 and end <= len(data) else None
+        checksum = zlib.crc32(data[position : end - CHECKSUM.size], checksum)
+        if stored != checksum:
+            if position >= written or (size > 0 and end >= written):
+                break
+            raise RunError(
+                f"{path}: the record after step {len(contents.records)} was changed (checksum differs) and others follow it; restore the file from a copy"
+            )
+        contents = _with_record(path, contents, data[position : end - CHECKSUM.size], end, checksum)
+        position = end
+    return contents._replace(torn_bytes=len(data) - position)
+
+
+def _read_header(path: Path, data: bytes) -> tuple[dict[str, Any], int, int]:
+    """Header, the position behind it and its checksum."""
     if data[: len(MAGIC)] != MAGIC:
         raise RunError(f"{path}: not a journal of version 1 (starts with {data[:8]!r})")
-    (length,) = struct.unpack_from("<I", data, 8) if len(data) >= 12 else (HEADER_BYTES_LIMIT + 1,)
-    start = 12 + length + 4
-    if length > HEADER_BYTES_LIMIT or start > len(data):
+    (length,) = LENGTH.unpack_from(data, 8) if len(data) >= 12 else (HEADER_BYTES_LIMIT + 1,)
+    end = 12 + length
+    if length > HEADER_BYTES_LIMIT or end + CHECKSUM.size > len(data):
         raise RunError(f"{path}: the header is cut off; the run cannot be used")
-    checksum = zlib.crc32(data[: 12 + length])
-    if struct.unpack_from("<I", data, 12 + length)[0] != checksum:
+    checksum = zlib.crc32(data[:end])
+    if CHECKSUM.unpack_from(data, end)[0] != checksum:
         raise RunError(f"{path}: the header was changed (checksum differs); the run cannot be used")
+    return _json_object(path, data[12:end], "the header"), end + CHECKSUM.size, checksum
+
+
+def _record_bytes(data: bytes, position: int) -> int:
+    """Size of the record at `position` with kind and checksum; 0 for a kind that does not exist."""
+    kind = data[position : position + 1]
+    if kind == STEP:
+        return STEP_BYTES
+    if kind == EVALUATION:
+        return EVALUATION_BYTES
+    if kind == SETTINGS:
+        body = data[position + 1 : position + 1 + LENGTH.size]
+        length = LENGTH.unpack(body)[0] if len(body) == LENGTH.size else SETTINGS_BYTES_LIMIT
+        return 1 + LENGTH.size + length + CHECKSUM.size if length <= SETTINGS_BYTES_LIMIT else 0
+    return 0
+
+
+def _with_record(path: Path, contents: JournalContents, record: bytes, end: int, checksum: int) -> JournalContents:
+    """`contents` with one more record, whose checksum was right."""
+    kind, payload = record[:1], record[1:]
+    contents = contents._replace(whole_bytes=end, checksum=checksum)
+    if kind == STEP:
+        contents.records.append(StepRecord(*STEP_PAYLOAD.unpack(payload)))
+        return contents
+    if kind == SETTINGS:
+        return contents._replace(settings={**contents.settings, **_json_object(path, payload[LENGTH.size :], "a change of settings")})
+    step, rows, loss, accuracy, macro_f1, best = EVALUATION_PAYLOAD.unpack(payload)
+    if step > len(contents.records):
+        raise RunError(f"{path}: evaluates step {step} after step {len(contents.records)}; restore the file from a copy")
+    numbers = (None if math.isnan(value) else value for value in (accuracy, macro_f1))
+    contents.evaluations[step] = Evaluation(rows, loss, *numbers)
+    return contents._replace(best_step=step) if best else contents
+
+
+def _json_object(path: Path, body: bytes, what: str) -> dict[str, Any]:
     try:
-        header = json.loads(data[12 : 12 + length])
+        value = json.loads(body)
     except (ValueError, RecursionError):
-        raise RunError(f"{path}: the header is not JSON; the run cannot be used") from None
-    if not isinstance(header, dict):
-        raise RunError(f"{path}: the header is a JSON {type(header).__name__}, not an object; the run cannot be used")
-    records: list[StepRecord] = []
-    position = start
-    while position + STEP.size <= len(data):
-        *values, stored = STEP.unpack_from(data, position)
-        checksum = zlib.crc32(data[position : position + 12], checksum)
-        if checksum != stored:
-            if position + 2 * STEP.size <= len(data):
-                raise RunError(
-                    f"{path}: record of step {len(records) + 1} was changed (checksum differs) and others follow it; restore the file from a copy"
-                )
-            break
-        records.append(StepRecord(*values))
-        position += STEP.size
-    return JournalContents(header, records, position)
+        raise RunError(f"{path}: {what} is not JSON; the run cannot be used") from None
+    if not isinstance(value, dict):
+        raise RunError(f"{path}: {what} is a JSON {type(value).__name__}, not an object; the run cannot be used")
+    return value

@@ -1,43 +1,15 @@
 """Losses and metrics of examples under the present weights."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from edgezo.errors import NonFiniteLossError
+from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.tasks import Example
-
-
-class Evaluation(NamedTuple):
-    """What an evaluation found. `accuracy` and `macro_f1` are None unless rows have candidates; `perplexity` is None if they have."""
-
-    rows: int
-    loss: float
-    accuracy: float | None
-    macro_f1: float | None
-    perplexity: float | None
-
-    def score(self) -> tuple[float, float]:
-        """Larger is better: accuracy first where there is one, then lower loss."""
-        return (self.accuracy or 0.0, -self.loss)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, float | int]) -> "Evaluation":
-        """What `as_dict` gave."""
-        return cls(int(values["rows"]), float(values["loss"]), values.get("accuracy"), values.get("macro_f1"), values.get("perplexity"))
-
-    def as_dict(self) -> dict[str, float | int]:
-        """The fields that hold a number."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
-
-
-def best_step(evaluations: Mapping[int, Evaluation], default: int) -> int:
-    """The step whose evaluation is best, the earliest of equals; `default` when there is none."""
-    return max(evaluations, key=lambda step: (evaluations[step].score(), -step), default=default)
 
 
 def batch_loss(sequences: Sequences, examples: Sequence[Example]) -> float:
@@ -61,9 +33,9 @@ def evaluate(sequences: Sequences, examples: Sequence[Example]) -> Evaluation:
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"the loss over {len(examples)} rows is {loss}; export the model again, or tune with a smaller --lr")
     if len(scores[0]) == 1:
-        return Evaluation(len(examples), loss, None, None, float(np.exp(min(loss, 700.0))))
+        return Evaluation(len(examples), loss)
     predicted = np.array([int(np.argmax(row)) for row in scores])
-    return Evaluation(len(examples), loss, float((predicted == gold).mean()), macro_f1(predicted, gold, len(scores[0])), None)
+    return Evaluation(len(examples), loss, float((predicted == gold).mean()), macro_f1(predicted, gold, len(scores[0])))
 
 
 def macro_f1(predicted: npt.NDArray[np.int64], gold: npt.NDArray[np.int64], classes: int) -> float:

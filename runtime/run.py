@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +12,14 @@ from typing import Any, Literal, NamedTuple
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from edgezo.config import TuneConfig, describe, read_settings
-from edgezo.errors import ConfigError, RunError
+from edgezo.config import TuneConfig, describe
+from edgezo.errors import RunError
 from edgezo.manifest import Manifest
 from edgezo.runtime import noise
-from edgezo.runtime.journal import Journal, StepRecord, read_journal
+from edgezo.runtime.evaluation import Evaluation
+from edgezo.runtime.journal import Journal, JournalContents, StepRecord, read_journal
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
-from edgezo.runtime.objective import Evaluation, best_step
 from edgezo.runtime.optimizer import sgd_step
 from edgezo.runtime.weights import MutableWeights
 from edgezo.storage import refuse_existing, sha256_file, write_atomically
@@ -31,20 +32,32 @@ StepChoice = int | Literal["best", "last"]
 
 
 class Run(NamedTuple):
-    """A run directory as read."""
+    """A run directory as read; `config` has the settings that hold at the end of the journal."""
 
     directory: Path
     config: TuneConfig
-    header: dict[str, Any]
-    records: list[StepRecord]
-    whole_bytes: int
-    evaluations: dict[int, Evaluation]
+    journal: JournalContents
     seconds: float
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The journal's header."""
+        return self.journal.header
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """The scalars of every step."""
+        return self.journal.records
+
+    @property
+    def evaluations(self) -> dict[int, Evaluation]:
+        """Evaluations on the way, by step."""
+        return self.journal.evaluations
 
     @property
     def best_step(self) -> int:
         """The step with the best validation; the last step when there was none."""
-        return best_step(self.evaluations, len(self.records))
+        return len(self.records) if self.journal.best_step is None else self.journal.best_step
 
     def resolve(self, step: StepChoice) -> int:
         """The number of a step given as number, 'best' or 'last'."""
@@ -92,13 +105,14 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     header = contents.header
     if header.get("noise") != noise.SPECIFICATION_VERSION:
         raise RunError(f"{directory}: its noise is of specification {header.get('noise')!r}, this edgezo has {noise.SPECIFICATION_VERSION}")
+    if strange := sorted(contents.settings.keys() - MAY_CHANGE):
+        raise RunError(f"{directory / JOURNAL}: changes {', '.join(strange)} on the way, which no run may")
     try:
-        config = TuneConfig.model_validate(header.get("config"))
-        config = TuneConfig.model_validate({**config.model_dump(), **_changed_settings(directory / CONFIG)})
+        started = TuneConfig.model_validate(header.get("config"))
+        config = TuneConfig.model_validate({**started.model_dump(), **contents.settings})
     except ValidationError as error:
         raise RunError(f"{directory}: {describe(error, JOURNAL)}") from None
-    evaluations, seconds = _read_metrics(directory / METRICS, len(contents.records))
-    return Run(directory, config, header, contents.records, contents.whole_bytes, evaluations, seconds)
+    return Run(directory, config, contents, _seconds_spent(directory / METRICS))
 
 
 def check_base(run: Run, model: EdgeModel) -> None:
@@ -182,9 +196,14 @@ def held_run(output: Path, resume: bool) -> Iterator[Run | None]:
 def open_journal(output: Path, config: TuneConfig, header: dict[str, Any], previous: Run | None) -> Journal:
     """The journal to append to: a new one, or that of the run to continue, with the settings that hold from now on."""
     write_atomically(output / CONFIG, (config.model_dump_json(indent=1) + "\n").encode())
-    if previous is not None:
-        return Journal.reopen(output / JOURNAL, previous.whole_bytes)
-    return Journal.create(output / JOURNAL, header)
+    if previous is None:
+        return Journal.create(output / JOURNAL, header)
+    journal = Journal.reopen(output / JOURNAL, previous.journal)
+    old, new = previous.config.model_dump(), config.model_dump()
+    changed = {name: new[name] for name in sorted(MAY_CHANGE) if new[name] != old[name]}
+    if changed:
+        journal.change(changed)
+    return journal
 
 
 def check_same(previous: Run, config: TuneConfig, header: dict[str, Any]) -> None:
@@ -214,31 +233,17 @@ def write_summary(directory: Path, summary: dict[str, Any]) -> None:
     write_atomically(directory / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
 
 
-def _read_metrics(path: Path, steps: int) -> tuple[dict[int, Evaluation], float]:
-    """Evaluations by step, up to the journal's last, and seconds spent; torn lines are passed over."""
-    evaluations: dict[int, Evaluation] = {}
+def _seconds_spent(path: Path) -> float:
+    """Seconds a run has taken so far, by its metrics; torn lines are passed over."""
     seconds = 0.0
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                entry = json.loads(line)
-                seconds = max(seconds, float(entry.get("seconds", 0.0)))
-                if "valid" in entry and 0 <= int(entry["step"]) <= steps:
-                    evaluations[int(entry["step"])] = Evaluation.from_dict(entry["valid"])
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                found = float(json.loads(line)["seconds"])
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
-    return evaluations, seconds
-
-
-def _changed_settings(path: Path) -> dict[str, Any]:
-    """Those settings in config.json that a resume may have changed; the rest is the journal's."""
-    if not path.is_file():
-        return {}
-    try:
-        values = read_settings(path)
-    except ConfigError as error:
-        raise RunError(f"{error}; delete the file to go on with the settings the run was started with") from None
-    return {name: value for name, value in values.items() if name in MAY_CHANGE}
+            seconds = max(seconds, found) if math.isfinite(found) else seconds
+    return seconds
 
 
 def _has_steps(journal: Path) -> bool:

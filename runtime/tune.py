@@ -15,11 +15,12 @@ from edgezo.config import TuneConfig
 from edgezo.errors import RunError
 from edgezo.runtime.data import Row, read_rows
 from edgezo.runtime.estimator import Estimate, two_sided
+from edgezo.runtime.evaluation import Evaluation, best_step
 from edgezo.runtime.journal import Journal, StepRecord
 from edgezo.runtime.liveness import prove_live
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
-from edgezo.runtime.objective import Evaluation, batch_loss, best_step, evaluate
+from edgezo.runtime.objective import batch_loss, evaluate
 from edgezo.runtime.optimizer import schedule_factor, sgd_step
 from edgezo.runtime.order import DataOrder
 from edgezo.runtime.run import (
@@ -131,12 +132,13 @@ class Tuner:
         if self.valid is None:
             return
         self.weights.flush()
-        self.journal.sync()
         self.reporter.stage("evaluating")
         found = evaluate(sequences, self.valid.examples)
         self.evaluations[step] = found
+        best = best_step(self.evaluations, step) == step
+        self.journal.mark(step, found, best)
         metrics.write(json.dumps({"step": step, "valid": found.as_dict(), "seconds": round(time.monotonic() - started, 3)}) + "\n")
-        self.reporter.evaluation(step, found, best_step(self.evaluations, step) == step)
+        self.reporter.evaluation(step, found, best)
 
     def _finish(self, step: int, ended: str, seconds: float) -> TuneResult:
         best = best_step(self.evaluations, step)

@@ -23,6 +23,7 @@ import edgezo
 from edgezo import cli
 from edgezo.errors import DataError
 from edgezo.manifest import StoredFile, read_manifest
+from edgezo.runtime.journal import EVALUATION_BYTES, STEP_BYTES
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.run import read_run
 from edgezo.storage import sha256_file
@@ -166,7 +167,7 @@ def test_tune_as_json_is_one_object(command: Command) -> None:
     found = one_object(command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "2", "--json").out)
     assert set(found) == {"directory", "steps", "ended", "best_step", "before", "best", "seconds"}
     assert (found["directory"], found["steps"], found["ended"]) == ("run", 2, "finished")
-    assert set(found["before"]) == {"rows", "loss", "accuracy", "macro_f1", "perplexity"}
+    assert set(found["before"]) == {"rows", "loss", "accuracy", "macro_f1"}
     assert found["before"]["rows"] == 16
 
 
@@ -403,7 +404,7 @@ def test_inspect_shows_a_template_with_a_line_break_on_one_line(command: Command
 
 def test_inspect_shows_the_steps_that_were_made_not_those_that_were_asked_for(command: Command, tmp_path: Path, run: str) -> None:
     journal = tmp_path / run / "journal.bin"
-    journal.write_bytes(journal.read_bytes()[:-16])  # as if stopped before the last step
+    journal.write_bytes(journal.read_bytes()[: -EVALUATION_BYTES - STEP_BYTES])  # as if stopped before the last step
     assert one_object(command("inspect", run, "--json").out)["steps"] == 3
 
 
@@ -575,7 +576,7 @@ def test_a_step_without_a_run(refusal: Callable[..., str]) -> None:
 def test_more_steps_of_a_resumed_run_hold_when_it_is_resumed_again(command: Command, tmp_path: Path, run: str) -> None:
     assert command("tune", "edge", "-o", run, "--resume", "--steps", "9").code == 0
     journal = tmp_path / run / "journal.bin"
-    journal.write_bytes(journal.read_bytes()[: -16 * 3])  # as if killed three steps before the end
+    journal.write_bytes(journal.read_bytes()[: -EVALUATION_BYTES - 3 * STEP_BYTES])  # as if killed three steps before the end
     assert command("tune", "edge", "-o", run, "--resume").code == 0
     assert len(read_run(run).records) == 9
 

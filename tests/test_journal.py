@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgezo.errors import RunError
-from edgezo.runtime.journal import MAGIC, STEP, Journal, StepRecord, read_journal
+from edgezo.runtime.evaluation import Evaluation
+from edgezo.runtime.journal import MAGIC, STEP_BYTES, Journal, StepRecord, read_journal
 
 HEADER = {"base": "0" * 64, "config": {"lr": 0.5}}
 
@@ -35,6 +36,30 @@ def test_append_returns_the_values_as_stored(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "j").records == [stored]
 
 
+def test_marks_and_changes_of_settings_are_read(tmp_path: Path) -> None:
+    found = [Evaluation(9, 1.5, 0.25, 0.125), Evaluation(9, 0.1, None, None), Evaluation(9, 2.5, 0.0, 0.0)]
+    with Journal.create(tmp_path / "j", HEADER) as journal:
+        journal.mark(0, found[0], best=True)
+        journal.append(StepRecord(1.0, 0.5, 0.25))
+        journal.mark(1, found[1], best=True)
+        journal.change({"steps": 9, "eval_every": 2})
+        journal.change({"steps": 12})
+        journal.append(StepRecord(2.0, 0.5, 0.25))
+        journal.mark(2, found[2], best=False)
+    contents = read_journal(tmp_path / "j")
+    assert contents.evaluations == dict(enumerate(found))
+    assert contents.best_step == 1
+    assert contents.settings == {"steps": 12, "eval_every": 2}
+    assert [record.projected_grad for record in contents.records] == [1.0, 2.0]
+
+
+def test_an_evaluation_of_a_step_to_come_is_refused(tmp_path: Path) -> None:
+    with Journal.create(tmp_path / "j", HEADER) as journal:
+        journal.mark(1, Evaluation(9, 1.5), best=True)
+    with pytest.raises(RunError, match="evaluates step 1 after step 0"):
+        read_journal(tmp_path / "j")
+
+
 def test_a_header_that_is_no_object_is_refused(tmp_path: Path) -> None:
     body = b"[1]"
     start = MAGIC + struct.pack("<I", len(body)) + body
@@ -48,14 +73,14 @@ def test_ten_thousand_steps_stay_under_200_kilobytes(tmp_path: Path) -> None:
     assert (tmp_path / "j").stat().st_size < 200_000
 
 
-@pytest.mark.parametrize("torn", range(1, STEP.size))
+@pytest.mark.parametrize("torn", range(1, STEP_BYTES))
 def test_a_torn_last_record_is_left_out_and_cut_off_when_reopened(tmp_path: Path, torn: int) -> None:
     path = tmp_path / "j"
     records = write(path, 4)
     path.write_bytes(path.read_bytes()[:-torn])
     contents = read_journal(path)
     assert contents.records == records[:3]
-    with Journal.reopen(path, contents.whole_bytes) as journal:
+    with Journal.reopen(path, contents) as journal:
         again = journal.append(records[3])
     assert read_journal(path).records == [*records[:3], again]
 
@@ -63,17 +88,34 @@ def test_a_torn_last_record_is_left_out_and_cut_off_when_reopened(tmp_path: Path
 def test_a_last_record_of_garbage_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "j"
     records = write(path, 4)
-    path.write_bytes(path.read_bytes()[: -STEP.size] + bytes(STEP.size))
+    path.write_bytes(path.read_bytes()[:-STEP_BYTES] + b"S" + bytes(STEP_BYTES - 1))
     assert read_journal(path).records == records[:3]
+
+
+def test_zeros_in_place_of_the_last_record_and_more_are_left_out(tmp_path: Path) -> None:
+    records = write(tmp_path / "j", 4)
+    data = (tmp_path / "j").read_bytes()
+    (tmp_path / "j").write_bytes(data[: 6 - STEP_BYTES] + bytes(4096))
+    assert read_journal(tmp_path / "j").records == records[:3]
+
+
+@pytest.mark.parametrize("count", [1, STEP_BYTES, 5000])
+def test_zeros_at_the_end_are_left_out(tmp_path: Path, count: int) -> None:
+    """Some file systems keep the length of a write whose bytes a loss of power took."""
+    records = write(tmp_path / "j", 4)
+    with open(tmp_path / "j", "ab") as file:
+        file.write(bytes(count))
+    contents = read_journal(tmp_path / "j")
+    assert (contents.records, contents.torn_bytes) == (records, count)
 
 
 def test_a_changed_record_with_others_behind_it_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "j"
     write(path, 4)
     data = bytearray(path.read_bytes())
-    data[-3 * STEP.size] ^= 1
+    data[-3 * STEP_BYTES] ^= 1
     path.write_bytes(data)
-    with pytest.raises(RunError, match=r"record of step 2 was changed \(checksum differs\) and others follow it"):
+    with pytest.raises(RunError, match=r"the record after step 1 was changed \(checksum differs\) and others follow it"):
         read_journal(path)
 
 
@@ -81,9 +123,9 @@ def test_records_cannot_change_places(tmp_path: Path) -> None:
     path = tmp_path / "j"
     write(path, 4)
     data = path.read_bytes()
-    size = STEP.size
+    size = STEP_BYTES
     path.write_bytes(data[: -2 * size] + data[-size:] + data[-2 * size : -size])
-    with pytest.raises(RunError, match="record of step 3 was changed"):
+    with pytest.raises(RunError, match="the record after step 2 was changed"):
         read_journal(path)
 
 

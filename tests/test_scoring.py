@@ -1,5 +1,6 @@
 """Log-probabilities, losses and metrics are those of the source model, however the work is cut into forwards."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import tiny
 import torch
 
 from edgezo.runtime import scoring
+from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.objective import Evaluation, batch_loss, evaluate, macro_f1
+from edgezo.runtime.objective import batch_loss, evaluate, macro_f1
 from edgezo.runtime.scoring import Pair, Sequences
 from edgezo.runtime.tasks import Example
 
@@ -163,14 +165,14 @@ def test_accuracy_is_whole_when_gold_is_what_the_model_prefers(model: EdgeModel,
 
 
 def test_as_dict_leaves_out_what_there_is_not() -> None:
-    assert Evaluation(3, 1.5, None, None, 4.5).as_dict() == {"rows": 3, "loss": 1.5, "perplexity": 4.5}
-    assert Evaluation(3, 1.5, 0.0, 0.0, None).as_dict() == {"rows": 3, "loss": 1.5, "accuracy": 0.0, "macro_f1": 0.0}
+    assert Evaluation(3, 1.5).as_dict() == {"rows": 3, "loss": 1.5, "perplexity": math.exp(1.5)}
+    assert Evaluation(3, 1.5, 0.0, 0.0).as_dict() == {"rows": 3, "loss": 1.5, "accuracy": 0.0, "macro_f1": 0.0}
 
 
 def test_a_better_accuracy_beats_a_lower_loss() -> None:
-    assert Evaluation(9, 2.0, 0.8, 0.8, None).score() > Evaluation(9, 1.0, 0.7, 0.9, None).score()
-    assert Evaluation(9, 1.0, 0.8, 0.1, None).score() > Evaluation(9, 2.0, 0.8, 0.9, None).score()
-    assert Evaluation(9, 1.0, None, None, 2.7).score() > Evaluation(9, 2.0, None, None, 7.4).score()
+    assert Evaluation(9, 2.0, 0.8, 0.8).score() > Evaluation(9, 1.0, 0.7, 0.9).score()
+    assert Evaluation(9, 1.0, 0.8, 0.1).score() > Evaluation(9, 2.0, 0.8, 0.9).score()
+    assert Evaluation(9, 1.0).score() > Evaluation(9, 2.0).score()
 
 
 def plain_macro_f1(predicted: list[int], gold: list[int]) -> float:
