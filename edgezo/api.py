@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from edgezo.config import TuneConfig, make_config
 from edgezo.errors import ConfigError, ExportError
 from edgezo.runtime.data import read_rows
+from edgezo.runtime.dataset import row_limit
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import evaluate as evaluate_examples
 from edgezo.runtime.run import StepChoice, read_run
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.tasks import find_task, make_examples
-from edgezo.runtime.tune import Reporter, TuneResult, row_limit
+from edgezo.runtime.tune import Reporter, TuneResult
 from edgezo.runtime.tune import tune as tune_model
 
 if TYPE_CHECKING:

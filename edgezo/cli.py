@@ -2,16 +2,30 @@
 
 import io
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from edgezo import __version__, terminal
-from edgezo.config import DEFAULT_STEPS, MAX_TOKENS, Sampling, TuneConfig
+from edgezo import __version__, run_commands, terminal
+from edgezo.config import DEFAULT_STEPS, MAX_TOKENS, Sampling
 from edgezo.errors import ConfigError, EdgezoError
+from edgezo.options import (
+    EdgeDir,
+    Json,
+    LabelField,
+    Labels,
+    MaxLength,
+    Output,
+    RunDir,
+    Step,
+    Template,
+    Threads,
+    setting,
+    step_of_run,
+    unescape,
+)
 
 app = typer.Typer(
     name="edgezo",
@@ -23,32 +37,6 @@ app = typer.Typer(
 )
 
 DRAW = Sampling()
-EdgeDir = Annotated[Path, typer.Argument(metavar="DIR", help="Edge model directory made by `edgezo export`.")]
-
-
-def setting(field: str, *, text: str | None = None, shown: str | None = None) -> Any:
-    """The option of one field of `TuneConfig`: its name, its description and its default come from there."""
-    info = TuneConfig.model_fields[field]
-    described = text or f"{info.description}."
-    value = shown or (None if info.default is None or info.is_required() else str(info.default))
-    described = f"{described[0].upper()}{described[1:]}" + (f" [default: {value}]" if value else "")
-    return typer.Option(f"--{field.replace('_', '-')}", show_default=False, help=described)
-
-
-RunDir = Annotated[Path | None, typer.Option("--run", metavar="RUN", help="Use the tuned model of this run directory.")]
-Step = Annotated[
-    str | None, typer.Option("--step", show_default=False, help="Step of the run: a number, best (by validation) or last. [default: best]")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, everything else on standard error.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, show_default=False, help="Cores to use. [default: all]")]
-Template = Annotated[
-    str | None, setting("template", text="classification prompt with {field} names, as '{sentence} It was'; \\n is a line break.")
-]
-Labels = Annotated[
-    str | None, setting("labels", text="label words: 'terrible,great' in the order of the integer label, or 'neg=terrible,pos=great'.")
-]
-LabelField = Annotated[str | None, setting("label_field")]
-MaxLength = Annotated[int | None, setting("max_length", text="tokens of a row at most.", shown="the model's context")]
 
 
 @app.callback(invoke_without_command=True)
@@ -64,7 +52,7 @@ def export_command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Hub id, Hugging Face folder, .gguf file, or folder with an optimum model.onnx.")
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Edge model directory to make.")],
+    output: Output,
     tunable: Annotated[
         str, typer.Option("--tunable", help="all, or a regular expression over weight names: 'norm', 'self_attn', 'layers\\.2[0-9]\\.'.")
     ] = "all",
@@ -181,7 +169,7 @@ def eval_command(
         directory,
         data,
         run=run,
-        step=step_choice(step, run),
+        step=step_of_run(step, run),
         threads=threads,
         template=unescape(template),
         labels=labels,
@@ -219,7 +207,7 @@ def generate_command(
     from edgezo.runtime.model import EdgeModel
 
     text = read_standard_input() if prompt == "-" else prompt
-    model = EdgeModel(directory, threads=threads, run=run, step=step_choice(step, run))
+    model = EdgeModel(directory, threads=threads, run=run, step=step_of_run(step, run))
     if chat:
         text = model.text.chat([{"role": "user", "content": text}], reply=True)
     sampling = Sampling(DRAW.temperature if temperature is None else temperature, top_k, top_p, seed)
@@ -241,16 +229,7 @@ def inspect_command(
     """Show what an edge model or run directory holds, and check its files."""
     from edgezo.inspection import inspect_path
 
-    facts = inspect_path(path)
-    if as_json:
-        terminal.print_json(facts)
-    else:
-        terminal.print_rows(
-            [
-                (name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else str(value))
-                for name, value in facts.items()
-            ]
-        )
+    terminal.print_facts(inspect_path(path), as_json)
 
 
 @app.command("demo")
@@ -269,17 +248,10 @@ def demo_command(
         raise typer.Exit(130)
 
 
-def step_choice(text: str | None, run: Path | None) -> Any:
-    """`--step` as a number, 'best' or 'last'."""
-    if text is None:
-        return "best"
-    if run is None:
-        raise ConfigError(f"--step {text}: says a step of a run, but no --run is given; add --run RUN or leave --step out")
-    if text in {"best", "last"}:
-        return text
-    if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise ConfigError(f"--step {text!r}: a number, best or last is expected")
-    return int(text)
+app.command("replay")(run_commands.replay_command)
+app.command("merge")(run_commands.merge_command)
+app.command("verify")(run_commands.verify_command)
+app.command("diff")(run_commands.diff_command)
 
 
 def read_standard_input() -> str:
@@ -288,11 +260,6 @@ def read_standard_input() -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise ConfigError(f"standard input: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-
-
-def unescape(text: str | None) -> str | None:
-    """A shell cannot easily give a line break: \\n and \\t in a template are read as such."""
-    return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def main() -> None:

@@ -43,6 +43,7 @@ def _edge_model(path: Path) -> dict[str, Any]:
         "tied": tied or ["nothing"],
         "layers": 1 + max((tensor.layer for tensor in manifest.tensors if tensor.layer is not None), default=-1),
         "chat_template": "yes" if manifest.tokenizer.chat_template else "no",
+        "tuned": [f"step {run.step} of the run with journal {run.journal[:12]}, share {run.weight:g}" for run in manifest.tuned] or "no",
         "bytes": sum(file.bytes for file in manifest.files.values()),
         "files_intact": len(manifest.files),
         "largest_log_prob_difference": checked.largest_log_prob_difference if checked else "not checked",

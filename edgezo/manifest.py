@@ -100,6 +100,15 @@ class Verification(Record):
     onnxruntime: str
 
 
+class Tuned(Record):
+    """A run whose changes are in the weights: identity of its base, SHA-256 of its journal, the step, and its share in an average."""
+
+    base: str
+    journal: str = Field(pattern="^[0-9a-f]{64}$")
+    step: int = Field(ge=0)
+    weight: float = Field(allow_inf_nan=False)
+
+
 class StoredFile(Record):
     """Size and SHA-256 of one file."""
 
@@ -119,6 +128,7 @@ class Manifest(Record):
     generation: Graph
     tensors: list[Tensor]
     verification: Verification | None = None
+    tuned: list[Tuned] = []
     files: dict[str, StoredFile]
 
     @property

@@ -3,13 +3,14 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from edgezo.errors import EdgezoError
 
 CHUNK_BYTES = 1 << 23
+PART = ".part"  # ends the name of a file that is being written
 NAME_BYTES_LIMIT = 255  # of a file name, on every system in use
 
 
@@ -31,7 +32,7 @@ def is_plain_name(name: str) -> bool:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path` through a temporary file, fsync and rename; a failed write leaves the old file."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -42,11 +43,22 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+    _sync_directory(path.parent)
 
 
-def refuse_existing(path: Path, error: type[EdgezoError], advice: str, besides: Container[str] = ()) -> None:
-    """Raise `error` when `path` exists and is not an empty directory; files named in `besides` do not count."""
-    if path.is_dir() and all(entry.name in besides for entry in path.iterdir()):
+def _sync_directory(path: Path) -> None:
+    """Make a rename survive a loss of power, where the system can (Windows cannot open a directory)."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def refuse_existing(path: Path, error: type[EdgezoError], advice: str, leftover: Callable[[str], bool] = lambda name: False) -> None:
+    """Raise `error` when `path` exists and is not an empty directory; files whose name is a `leftover` do not count."""
+    if path.is_dir() and all(leftover(entry.name) for entry in path.iterdir()):
         return
     if path.exists() or path.is_symlink():
         raise error(f"{path}: exists already; {advice}")

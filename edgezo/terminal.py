@@ -40,6 +40,22 @@ def print_rows(rows: list[tuple[str, str]]) -> None:
         sys.stdout.write(f"{name.ljust(width)}  {shown}\n")
 
 
+def print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    """Facts as a JSON object, or one line a fact."""
+    if as_json:
+        print_json(facts)
+    else:
+        print_rows([(name.replace("_", " "), _fact_text(value)) for name, value in facts.items()])
+
+
+def _fact_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_fact_text(part)}" for name, part in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(_fact_text(part) for part in value) or "none"
+    return "none" if value is None else str(value)
+
+
 def evaluation_text(evaluation: "Evaluation") -> str:
     """An evaluation in a few words."""
     parts = [f"loss {evaluation.loss:.4f}"]

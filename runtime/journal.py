@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from edgezo.errors import RunError
 from edgezo.runtime.evaluation import Evaluation
+from edgezo.storage import write_atomically
 
 MAGIC = b"EDGEZOJ1"
 HEADER_BYTES_LIMIT = 1 << 20
@@ -73,10 +74,9 @@ class Journal:
         body = json.dumps(header, ensure_ascii=False, sort_keys=True).encode()
         start = MAGIC + LENGTH.pack(len(body)) + body
         checksum = zlib.crc32(start)
-        with open(path, "xb") as file:
-            file.write(start + CHECKSUM.pack(checksum))
-            file.flush()
-            os.fsync(file.fileno())
+        if path.exists():
+            raise FileExistsError(17, "exists already", str(path))
+        write_atomically(path, start + CHECKSUM.pack(checksum))
         return cls(path, checksum)
 
     @classmethod

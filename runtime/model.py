@@ -57,8 +57,8 @@ class EdgeModel:
         for name in files.keys() - weight_files:
             verify_file(self.directory, name, files[name])
         self.text = TextCodec(self.directory, self.manifest.tokenizer)
-        buffers = {name: _load(self.directory, name, files[name]) for name in sorted(weight_files)}
-        self.weights: dict[str, Array] = {tensor.name: _view(buffers[tensor.file], tensor) for tensor in self.manifest.tensors}
+        self.buffers = {name: _load(self.directory, name, files[name]) for name in sorted(weight_files)}
+        self.weights: dict[str, Array] = {tensor.name: _view(self.buffers[tensor.file], tensor) for tensor in self.manifest.tensors}
         self.step: int | None = None
         if run is not None:
             from edgezo.runtime.run import load_tuned

@@ -22,7 +22,7 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.optimizer import sgd_step
 from edgezo.runtime.weights import MutableWeights
-from edgezo.storage import refuse_existing, sha256_file, write_atomically
+from edgezo.storage import PART, refuse_existing, sha256_file, write_atomically
 
 LOCK = ".lock"
 MAY_CHANGE = {"data", "valid", "steps", "minutes", "eval_every"}  # on resume; data files are compared by their content
@@ -163,7 +163,7 @@ def held_run(output: Path, resume: bool) -> Iterator[Run | None]:
     if resume:
         read_run(output)
     else:
-        refuse_existing(output, RunError, advice, besides={LOCK})
+        refuse_existing(output, RunError, advice, _is_leftover)
     made = not output.exists()
     lock = FileLock(output / LOCK)
     try:
@@ -176,8 +176,9 @@ def held_run(output: Path, resume: bool) -> Iterator[Run | None]:
     kept = True
     try:
         if not resume:
-            refuse_existing(output, RunError, advice, besides={LOCK})
+            refuse_existing(output, RunError, advice, _is_leftover)
         kept = resume
+        _remove_parts(output)
         yield read_run(output) if resume else None
         kept = True
     except OSError as error:
@@ -190,19 +191,21 @@ def held_run(output: Path, resume: bool) -> Iterator[Run | None]:
         for name in () if kept else (LOCK, CONFIG, JOURNAL, METRICS):
             (output / name).unlink(missing_ok=True)
         if made and not kept:
+            _remove_parts(output)
             output.rmdir()
 
 
 def open_journal(output: Path, config: TuneConfig, header: dict[str, Any], previous: Run | None) -> Journal:
     """The journal to append to: a new one, or that of the run to continue, with the settings that hold from now on."""
-    write_atomically(output / CONFIG, (config.model_dump_json(indent=1) + "\n").encode())
     if previous is None:
-        return Journal.create(output / JOURNAL, header)
-    journal = Journal.reopen(output / JOURNAL, previous.journal)
-    old, new = previous.config.model_dump(), config.model_dump()
-    changed = {name: new[name] for name in sorted(MAY_CHANGE) if new[name] != old[name]}
-    if changed:
-        journal.change(changed)
+        journal = Journal.create(output / JOURNAL, header)
+    else:
+        journal = Journal.reopen(output / JOURNAL, previous.journal)
+        old, new = previous.config.model_dump(), config.model_dump()
+        changed = {name: new[name] for name in sorted(MAY_CHANGE) if new[name] != old[name]}
+        if changed:
+            journal.change(changed)
+    write_atomically(output / CONFIG, (config.model_dump_json(indent=1) + "\n").encode())
     return journal
 
 
@@ -244,6 +247,17 @@ def _seconds_spent(path: Path) -> float:
                 continue
             seconds = max(seconds, found) if math.isfinite(found) else seconds
     return seconds
+
+
+def _is_leftover(name: str) -> bool:
+    """The lock, or a file that a killed process was writing."""
+    return name == LOCK or (name.startswith(".") and name.endswith(PART))
+
+
+def _remove_parts(output: Path) -> None:
+    for path in output.iterdir():
+        if path.name != LOCK and _is_leftover(path.name):
+            path.unlink()
 
 
 def _has_steps(journal: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TextIO
 
 from edgezo.config import TuneConfig
 from edgezo.errors import RunError
-from edgezo.runtime.data import Row, read_rows
+from edgezo.runtime.dataset import Dataset, read_dataset
 from edgezo.runtime.estimator import Estimate, two_sided
 from edgezo.runtime.evaluation import Evaluation, best_step
 from edgezo.runtime.journal import Journal, StepRecord
@@ -22,7 +22,6 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.objective import batch_loss, evaluate
 from edgezo.runtime.optimizer import schedule_factor, sgd_step
-from edgezo.runtime.order import DataOrder
 from edgezo.runtime.run import (
     METRICS,
     check_base,
@@ -35,7 +34,6 @@ from edgezo.runtime.run import (
     write_summary,
 )
 from edgezo.runtime.scoring import Sequences
-from edgezo.runtime.tasks import Example, Examples, find_task, make_examples
 from edgezo.runtime.weights import MutableWeights
 
 
@@ -80,8 +78,7 @@ class Tuner:
     model: EdgeModel
     config: TuneConfig
     directory: Path
-    train: Examples
-    valid: Examples | None
+    dataset: Dataset
     weights: MutableWeights
     journal: Journal
     reporter: Reporter
@@ -92,7 +89,7 @@ class Tuner:
     def loop(self) -> TuneResult:
         """Two forwards and one update a step, until the steps or the minutes are used up or a signal asks to stop."""
         config, sequences = self.config, Sequences(self.model)
-        order = DataOrder([_length(example) for example in self.train.examples], config.batch, config.seed)
+        order = self.dataset.order()
         started = time.monotonic() - self.spent_seconds
         step = self.first_step
         with _stop_signals() as stopping, _append_lines(self.directory / METRICS) as metrics:
@@ -109,7 +106,7 @@ class Tuner:
                     break
                 begun = time.monotonic()
                 direction = Direction(config.seed, step)
-                batch = [self.train.examples[row] for row in order.batch(step)]
+                batch = self.dataset.batch(order, step)
                 estimate = two_sided(self.weights, lambda batch=batch: batch_loss(sequences, batch), direction, self.weights.eps)  # type: ignore[misc]
                 lr = config.lr * schedule_factor(config.schedule, progress, config.warmup)
                 record = self.journal.append(StepRecord(estimate.projected_grad, lr, estimate.loss))
@@ -129,11 +126,11 @@ class Tuner:
         return max(step / total if total else 0.0, seconds / (60 * minutes) if minutes else 0.0)
 
     def _evaluate(self, step: int, sequences: Sequences, metrics: TextIO, started: float) -> None:
-        if self.valid is None:
+        if self.dataset.valid is None:
             return
         self.weights.flush()
         self.reporter.stage("evaluating")
-        found = evaluate(sequences, self.valid.examples)
+        found = evaluate(sequences, self.dataset.valid.examples)
         self.evaluations[step] = found
         best = best_step(self.evaluations, step) == step
         self.journal.mark(step, found, best)
@@ -170,7 +167,8 @@ def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bo
         raise RunError(f"{output}: the model given is tuned already; tune starts from the base, open the edge model anew without run=")
     with held_run(output, resume) as previous:
         reporter.stage("reading data")
-        config, train, valid = _read_data(model, config, reporter)
+        dataset = read_dataset(model, config, reporter.notice)
+        config = dataset.config
         header = journal_header(model.manifest, config)
         if previous is not None:
             check_base(previous, model)
@@ -179,45 +177,13 @@ def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bo
         reporter.stage(f"proving {len(model.tunable)} tensors live")
         prove_live(model, weights)
         with open_journal(output, config, header, previous) as journal:
-            tuner = Tuner(model, config, output, train, valid, weights, journal, reporter)
+            tuner = Tuner(model, config, output, dataset, weights, journal, reporter)
             if previous is not None:
                 reporter.stage(f"rebuilding step {len(previous.records)} from the journal")
                 replay(previous, weights, len(previous.records))
                 tuner.first_step, tuner.spent_seconds = len(previous.records), previous.seconds
                 tuner.evaluations = dict(previous.evaluations)
             return tuner.loop()
-
-
-def _read_data(model: EdgeModel, config: TuneConfig, reporter: Reporter) -> tuple[TuneConfig, Examples, Examples | None]:
-    """The examples, and the configuration with the labels that were found: they are the run's from now on."""
-    rows = read_rows(config.data)
-    task = find_task(rows, config.template, config.labels, config.label_field)
-    if task.labels:
-        config = config.model_copy(update={"labels": dict(task.labels)})
-    limit = row_limit(model, config)
-
-    def make(kind: str, rows: list[Row]) -> Examples:
-        made = make_examples(rows, task, model.text, limit)
-        if made.truncated:
-            reporter.notice(f"{made.truncated} of {len(rows)} {kind} rows were cut to {limit} tokens")
-        return made
-
-    train = make("training", rows)
-    if config.valid is None:
-        return config, train, None
-    chosen = read_rows(config.valid)
-    spread = max(1, len(chosen) / config.eval_rows)  # every k-th row, so that a sorted file is sampled evenly
-    return config, train, make("validation", [chosen[int(i * spread)] for i in range(min(len(chosen), config.eval_rows))])
-
-
-def row_limit(model: EdgeModel, config: TuneConfig) -> int:
-    """Tokens a row may have: --max-length, at most the model's context."""
-    context = model.manifest.origin.context_length
-    return min(config.max_length or context, context)
-
-
-def _length(example: Example) -> int:
-    return max(len(prompt) + len(completion) for prompt, completion in example.pairs)
 
 
 def _write_step(metrics: TextIO, report: StepReport) -> None:

@@ -1,0 +1,61 @@
+"""Options that several commands share."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgezo.config import TuneConfig
+from edgezo.errors import ConfigError
+
+EdgeDir = Annotated[Path, typer.Argument(metavar="DIR", help="Edge model directory made by `edgezo export`.")]
+
+
+def setting(field: str, *, text: str | None = None, shown: str | None = None) -> Any:
+    """The option of one field of `TuneConfig`: its name, its description and its default come from there."""
+    info = TuneConfig.model_fields[field]
+    described = text or f"{info.description}."
+    value = shown or (None if info.default is None or info.is_required() else str(info.default))
+    described = f"{described[0].upper()}{described[1:]}" + (f" [default: {value}]" if value else "")
+    return typer.Option(f"--{field.replace('_', '-')}", show_default=False, help=described)
+
+
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Edge model directory to make.")]
+RunDir = Annotated[Path | None, typer.Option("--run", metavar="RUN", help="Use the tuned model of this run directory.")]
+Step = Annotated[
+    str | None, typer.Option("--step", show_default=False, help="Step of the run: a number, best (by validation) or last. [default: best]")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, everything else on standard error.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, show_default=False, help="Cores to use. [default: all]")]
+Template = Annotated[
+    str | None, setting("template", text="classification prompt with {field} names, as '{sentence} It was'; \\n is a line break.")
+]
+Labels = Annotated[
+    str | None, setting("labels", text="label words: 'terrible,great' in the order of the integer label, or 'neg=terrible,pos=great'.")
+]
+LabelField = Annotated[str | None, setting("label_field")]
+MaxLength = Annotated[int | None, setting("max_length", text="tokens of a row at most.", shown="the model's context")]
+
+
+def step_of_run(text: str | None, run: Path | None) -> Any:
+    """`--step` where `--run` may be left out."""
+    if text is not None and run is None:
+        raise ConfigError(f"--step {text}: says a step of a run, but no --run is given; add --run RUN or leave --step out")
+    return step_choice(text)
+
+
+def step_choice(text: str | None) -> Any:
+    """`--step` as a number, 'best' or 'last'."""
+    if text is None:
+        return "best"
+    if text in {"best", "last"}:
+        return text
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise ConfigError(f"--step {text!r}: a number, best or last is expected")
+    return int(text)
+
+
+def unescape(text: str | None) -> str | None:
+    """A shell cannot easily give a line break: \\n and \\t in a template are read as such."""
+    return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")

@@ -1,0 +1,100 @@
+"""Commands over runs: replay, verify, diff, merge."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgezo import terminal
+from edgezo.errors import ConfigError, RunError
+from edgezo.options import EdgeDir, Json, Output, Step, Threads, step_choice
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory made by `edgezo tune`.")]
+
+
+def replay_command(
+    directory: EdgeDir,
+    run: Run,
+    output: Output,
+    step: Step = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Write the tuned model of a run as an edge model of its own: base + journal, no forward pass."""
+    from edgezo.runtime.tuned import write_replayed
+
+    _written(output, write_replayed(directory, run, step_choice(step), output, threads), as_json)
+
+
+def merge_command(
+    directory: EdgeDir,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, all tuned from DIR.")],
+    output: Output,
+    weights: Annotated[
+        str | None, typer.Option("--weights", show_default=False, help="Share of each run, as 0.5,0.5. [default: equal shares]")
+    ] = None,
+    step: Step = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Average the tuned models of several runs of one base, as an edge model of its own."""
+    from edgezo.runtime.tuned import write_averaged
+
+    try:
+        shares = [1 / len(runs)] * len(runs) if weights is None else [float(part) for part in weights.split(",")]
+    except ValueError:
+        raise ConfigError(f"--weights {weights!r}: give one number a run, separated by commas") from None
+    _written(output, write_averaged(directory, runs, shares, step_choice(step), output, threads), as_json)
+
+
+def verify_command(
+    run: Run,
+    base: Annotated[Path | None, typer.Option("--base", metavar="DIR", help="Its edge model: check that too.")] = None,
+    every: Annotated[
+        int | None, typer.Option("--every", metavar="K", min=1, help="Derive every K-th step again by its forward passes; needs --base.")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Check a run: checksums of its journal, hashes of its data and base, and on request its scalars."""
+    from edgezo.runtime.check import check_run
+    from edgezo.runtime.model import EdgeModel
+
+    if every is not None and base is None:
+        raise ConfigError(f"--every {every}: needs the weights; add --base DIR")
+    with terminal.stages() as progress:
+        model = EdgeModel(base, threads=threads) if base is not None else None
+        if every is not None:
+            progress("replaying, with forward passes on the way")
+        found = check_run(run, model, every)
+    facts: dict[str, Any] = {
+        "run": str(run),
+        "steps": found.steps,
+        "evaluations": found.evaluations,
+        "journal_sha256": found.journal_sha256,
+        "torn_bytes": found.torn_bytes,
+        "files": found.files,
+        "base": "not checked" if base is None else f"{base}, as recorded",
+        "steps_derived_again": found.derived,
+        "largest_loss_difference": found.largest_loss_difference,
+    }
+    terminal.print_facts(facts, as_json)
+    if found.problems:
+        raise RunError(f"{run}: {'; '.join(found.problems)}")
+
+
+def diff_command(
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="Another.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two runs: settings, files, results, and up to which step they are the same."""
+    from edgezo.runtime.check import compare_runs
+    from edgezo.runtime.run import read_run
+
+    terminal.print_facts({"runs": [str(first), str(second)], **compare_runs(read_run(first), read_run(second))}, as_json)
+
+
+def _written(output: Path, manifest: Any, as_json: bool) -> None:
+    hashes = {tensor.file: manifest.files[tensor.file].sha256 for tensor in manifest.tunable}
+    terminal.print_facts({"edge_model": str(output), "steps": [tuned.step for tuned in manifest.tuned], "sha256": hashes}, as_json)
