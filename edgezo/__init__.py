@@ -7,7 +7,8 @@ result = edgezo.tune("edge", "run", data="train.jsonl", valid="valid.jsonl", tem
 print(result.before.accuracy, "->", result.best.accuracy)
 
 model = edgezo.EdgeModel("edge", run="run")  # base + journal = the tuned model
-print(model.generate("The film is over. It was", max_tokens=20))
+print(model.generate("A film to remember. It was", max_tokens=20))
+print(edgezo.predict("edge", run="run", texts=["A film to remember."])[0].label)
 print(model.log_probs(["A joy to watch. It was"] * 2, [" terrible", " great"]))
 """
 
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgezo.api import evaluate as evaluate
     from edgezo.api import export_model as export_model
+    from edgezo.api import predict as predict
     from edgezo.api import tune as tune
     from edgezo.config import Sampling as Sampling
     from edgezo.config import TuneConfig as TuneConfig
@@ -35,9 +37,10 @@ _HOMES = {
     "TuneConfig": "edgezo.config",
     "evaluate": "edgezo.api",
     "export_model": "edgezo.api",
+    "predict": "edgezo.api",
     "tune": "edgezo.api",
 }
-__all__ = ["EdgeModel", "EdgezoError", "Reporter", "Sampling", "TuneConfig", "__version__", "evaluate", "export_model", "tune"]
+__all__ = ["EdgeModel", "EdgezoError", "Reporter", "Sampling", "TuneConfig", "__version__", "evaluate", "export_model", "predict", "tune"]
 
 
 def __getattr__(name: str) -> Any:

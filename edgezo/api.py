@@ -1,20 +1,22 @@
 """The Python API behind the commands: one function each, settings by the names of `TuneConfig`."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.config import TuneConfig, make_config
 from edgezo.errors import ConfigError, ExportError
-from edgezo.runtime.data import read_rows
+from edgezo.runtime.data import Row, read_rows
 from edgezo.runtime.dataset import row_limit
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import evaluate as evaluate_examples
+from edgezo.runtime.predict import Prediction
+from edgezo.runtime.predict import predict as predict_labels
 from edgezo.runtime.run import StepChoice, read_run
 from edgezo.runtime.scoring import Sequences
-from edgezo.runtime.tasks import find_task, make_examples
+from edgezo.runtime.tasks import find_task, make_examples, template_fields
 from edgezo.runtime.tune import Reporter, TuneResult
 from edgezo.runtime.tune import tune as tune_model
 
@@ -110,13 +112,61 @@ def evaluate(
     Raises:
         EdgezoError: bad data, model or run.
     """
-    given = {name: value for name, value in settings.items() if value is not None}
-    if run is not None:
-        known = read_run(run).config.model_dump()
-        given = {**{name: known[name] for name in ("template", "labels", "label_field", "max_length")}, **given}
-    config: TuneConfig = make_config(None, {**given, "data": str(data)})
+    config = _task_config(run, {**settings, "data": str(data)})
     rows = read_rows(data)
     task = find_task(rows, config.template, config.labels, config.label_field)
     model = EdgeModel(directory, threads=threads, run=run, step=step)
     made = make_examples(rows, task, model.text, row_limit(model, config))
     return EvalResult(evaluate_examples(Sequences(model), made.examples), model.step, made.truncated)
+
+
+def predict(
+    directory: PathLike,
+    *,
+    texts: Sequence[str] | None = None,
+    data: PathLike | None = None,
+    run: PathLike | None = None,
+    step: StepChoice = "best",
+    threads: int | None = None,
+    **settings: Any,
+) -> list[Prediction]:
+    """The likeliest label of every text, or of every row of a data file, which needs no label.
+
+    Args:
+        directory: edge model made by `export_model`.
+        texts: what the template's only field is filled with; or
+        data: .jsonl, .csv or .tsv rows with the template's fields.
+        run: run directory whose tuned model, template and labels to use; None for the base.
+        step: of the run: a number, "best" (by validation) or "last".
+        threads: cores to use; all of this process when None.
+        settings: template, labels and max_length; those of the run where not given.
+
+    Raises:
+        EdgezoError: bad data, model or run; no template or labels; a template of several fields for a text.
+    """
+    if (texts is None) == (data is None):
+        raise ConfigError("give either texts or a data file to predict labels for")
+    config = _task_config(run, {**settings, "data": str(data)})
+    if config.template is None or config.labels is None:
+        raise ConfigError("labels are predicted by a classification; give --template and --labels, or the --run of one")
+    if texts is not None:
+        names = template_fields(config.template)
+        if len(names) != 1:
+            raise ConfigError(f"--template {config.template!r}: has {len(names)} fields, a text fills one; give a data file")
+        rows = [Row({names[0]: text}, f"text {number}") for number, text in enumerate(texts, 1)]
+    else:
+        rows = read_rows(str(data))
+    if not rows:
+        return []
+    task = find_task(rows, config.template, config.labels, config.label_field)
+    model = EdgeModel(directory, threads=threads, run=run, step=step)
+    return predict_labels(model, rows, task, row_limit(model, config))
+
+
+def _task_config(run: PathLike | None, settings: dict[str, Any]) -> TuneConfig:
+    """How to read rows: as given, else as the run reads them."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if run is not None:
+        known = read_run(run).config.model_dump()
+        given = {**{name: known[name] for name in ("template", "labels", "label_field", "max_length")}, **given}
+    return make_config(None, given)

@@ -185,6 +185,33 @@ def eval_command(
         terminal.print_rows([(model, terminal.evaluation_text(result.evaluation))])
 
 
+@app.command("predict")
+def predict_command(
+    directory: EdgeDir,
+    text: Annotated[str | None, typer.Option("--text", help="What the template's field is filled with.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Or rows without label: .jsonl, .csv or .tsv.")] = None,
+    run: RunDir = None,
+    step: Step = None,
+    template: Template = None,
+    labels: Labels = None,
+    max_length: MaxLength = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Tell the likeliest label of a text or of rows; template and labels are the run's own unless given."""
+    from edgezo import api
+
+    words = {"template": unescape(template), "labels": labels, "max_length": max_length}
+    chosen = step_of_run(step, run)
+    found = api.predict(directory, texts=None if text is None else [text], data=data, run=run, step=chosen, threads=threads, **words)
+    if as_json:
+        terminal.print_json({"predictions": [prediction._asdict() for prediction in found]})
+        return
+    for prediction in found:
+        ranked = sorted(prediction.probabilities.items(), key=lambda pair: -pair[1])
+        sys.stdout.write("  ".join(f"{label} {100 * probability:.1f} %" for label, probability in ranked) + "\n")
+
+
 @app.command("generate")
 def generate_command(
     directory: EdgeDir,

@@ -12,6 +12,7 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEMPLATE = "Note: {text}\nTopic:"
 TOPICS = ("family", "health", "money", "travel", "work")
 SETTINGS: dict[str, Any] = {"steps": 700, "lr": 4e-5, "batch": 8, "eval_every": 100, "seed": 0}
+QUESTION = "What is the capital of France?"
 NOTE = "Grandma's blood pressure pills are running out, call the pharmacy before Friday."
 
 
@@ -25,6 +26,7 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
         EdgezoError: whatever a stage raises.
     """
     from edgezo import api
+    from edgezo.runtime.generate import generate
     from edgezo.runtime.model import EdgeModel
     from edgezo.runtime.run import JOURNAL
 
@@ -54,23 +56,30 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
             return False
         say("4. Rebuild the best state from base and journal, and measure it")
         after = api.evaluate(edge, data / "test.jsonl", run=run).evaluation
+        (sorted_as,) = api.predict(edge, texts=[NOTE], run=run)
         tuned = EdgeModel(edge, run=run)
-        prompt = TEMPLATE.replace("{text}", NOTE)
-        text = tuned.generate(prompt, 1).strip()
+        chats = tuned.manifest.tokenizer.chat_template is not None
+        asked = tuned.text.chat([{"role": "user", "content": QUESTION}], reply=True) if chats else QUESTION
+        text = "".join(generate(tuned, asked, 32, special=not chats)).strip()
     if as_json:
         terminal.print_json(
-            {"before": before.as_dict(), "after": after.as_dict(), "steps": result.steps, "best_step": result.best_step, "generated": text}
+            {
+                "before": before.as_dict(),
+                "after": after.as_dict(),
+                "steps": result.steps,
+                "best_step": result.best_step,
+                "topic": sorted_as.label,
+                "generated": text,
+            }
         )
         return True
     _table(before.accuracy or 0.0, after.accuracy or 0.0, before.loss, after.loss, result.best_step, (run / "journal.bin").stat().st_size)
-    terminal.stdout().print(f"\n  {NOTE}\n  Topic: {text}\n")
+    terminal.stdout().print(f"\n  {NOTE}\n  -> {sorted_as.label}, {100 * sorted_as.probabilities[sorted_as.label]:.0f} %")
+    terminal.stdout().print(f"\n  {QUESTION}\n  {text}\n")
     terminal.print_rows(
         [
-            (
-                "Try next",
-                f"printf 'Note: Train to Lyon at nine, window seat\\nTopic:' | edgezo generate {edge} --run {run} --max-tokens 1 --prompt -",
-            ),
-            ("", f"edgezo generate {edge} --chat --prompt 'Why is the sky blue?'"),
+            ("Try next", f"edgezo predict {edge} --run {run} --text 'Train to Lyon at nine, seat by the window'"),
+            ("", f"edgezo generate {edge} --run {run} --chat --prompt 'Why is the sky blue?'"),
             ("", f"edgezo inspect {run}"),
             ("", f"edgezo tune {edge} --data YOUR.jsonl --template '{{text}} Topic:' -o my-run"),
         ]

@@ -99,26 +99,41 @@ def make_examples(rows: Sequence[Row], task: Task, text: TextCodec, max_length: 
     """
     examples, truncated = [], 0
     for row in rows:
-        try:
-            pairs, gold = _pairs(row, task, text)
-        except TextError as error:
-            raise DataError(f"{row.place}: {error}") from None
-        longest = max(len(completion) for _, completion in pairs)  # candidates are compared after the same prompt
-        kept = [_fit(pair, longest, row, task, text, max_length) for pair in pairs]
-        truncated += any(len(new[0]) + len(new[1]) < len(old[0]) + len(old[1]) for new, old in zip(kept, pairs, strict=True))
-        examples.append(Example(kept, gold))
+        kept, cut = make_candidates(row, task, text, max_length)
+        examples.append(Example(kept, _gold(row, task) if task.kind == "classification" else 0))
+        truncated += cut
     return Examples(examples, truncated)
 
 
-def _pairs(row: Row, task: Task, text: TextCodec) -> tuple[list[Pair], int]:
+def make_candidates(row: Row, task: Task, text: TextCodec, max_length: int) -> tuple[list[Pair], bool]:
+    """The (prompt, completion) pairs of one row, and whether they were cut to fit. Classification: one for every label word.
+
+    Raises:
+        DataError: the row lacks a field, or its completion does not fit (file and line).
+    """
+    try:
+        pairs = _pairs(row, task, text)
+    except TextError as error:
+        raise DataError(f"{row.place}: {error}") from None
+    longest = max(len(completion) for _, completion in pairs)  # candidates are compared after the same prompt
+    kept = [_fit(pair, longest, row, task, text, max_length) for pair in pairs]
+    return kept, any(len(new[0]) + len(new[1]) < len(old[0]) + len(old[1]) for new, old in zip(kept, pairs, strict=True))
+
+
+def template_fields(template: str) -> list[str]:
+    """The names of the fields in a template, each once."""
+    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name is not None))
+
+
+def _pairs(row: Row, task: Task, text: TextCodec) -> list[Pair]:
     if task.kind == "classification":
         prompt = _fill(task.template, row)
         gap = "" if not prompt or prompt[-1].isspace() else " "
-        return [text.split(prompt, gap + word) for word in task.words], _gold(row, task)
+        return [text.split(prompt, gap + word) for word in task.words]
     if task.kind == "completion":
         prompt, completion = _string(row, "prompt"), _string(row, "completion")
         head, tail = text.split(prompt, completion)
-        return [_start(head, tail + text.facts.eos_token_ids[:1], row, text)], 0
+        return [_start(head, tail + text.facts.eos_token_ids[:1], row, text)]
     if task.kind == "chat":
         messages = _messages(row)
         opened, whole = text.chat(messages[:-1], reply=True), text.chat(messages)
@@ -126,9 +141,9 @@ def _pairs(row: Row, task: Task, text: TextCodec) -> tuple[list[Pair], int]:
             raise DataError(
                 f"{row.place}: the chat template renders the last message apart from its prompt; use prompt and completion instead"
             )
-        return [_start(*text.split(opened, whole[len(opened) :], special=False), row, text)], 0
+        return [_start(*text.split(opened, whole[len(opened) :], special=False), row, text)]
     tokens = text.encode(_string(row, "text"))
-    return [_start([], tokens, row, text)], 0
+    return [_start([], tokens, row, text)]
 
 
 def _start(prompt: list[int], completion: list[int], row: Row, text: TextCodec) -> Pair:

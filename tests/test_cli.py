@@ -348,6 +348,7 @@ def test_inspect_of_an_edge_model(command: Command) -> None:
         ("tied", "model.embed_tokens.weight = lm_head.weight"),
         ("layers", "2"),
         ("chat template", "yes"),
+        ("tuned", "no"),
         ("bytes", str(size)),
         ("files intact", "5"),
         ("largest log prob difference", str(difference.largest_log_prob_difference)),
@@ -424,7 +425,10 @@ def test_no_arguments_show_help(command: Command) -> None:
     found = command()
     shown = found.out + found.err
     assert shown.startswith("Usage: edgezo [OPTIONS] COMMAND [ARGS]...\n")
-    assert re.findall(r"^  ([a-z]+)  ", shown, re.MULTILINE) == ["export", "tune", "eval", "generate", "inspect", "demo"]
+    assert re.findall(r"^  ([a-z]+)  ", shown, re.MULTILINE) == [
+        *("export", "tune", "eval", "predict", "generate", "inspect", "demo"),
+        *("replay", "merge", "verify", "diff"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["tune", "eval", "generate", "inspect"])
@@ -755,3 +759,42 @@ def test_an_interrupted_run_as_json_is_one_object_and_code_130(command: Command,
         out, _ = process.communicate(timeout=60)
     found = one_object(out)
     assert (process.returncode, found["ended"], found["steps"]) == (130, "interrupted", len(read_run("run").records))
+
+
+# labels for new texts
+
+
+def test_predict_ranks_the_labels_of_the_run(command: Command, run: str) -> None:
+    found = command("predict", "edge", "--run", run, "--text", "a great film", "--threads", "1")
+    matches(r"(0|1) \d+\.\d %  (0|1) \d+\.\d %\n", found.out)
+    assert (found.code, found.err) == (0, "")
+    shown = one_object(command("predict", "edge", "--run", run, "--text", "a great film", "--threads", "1", "--json").out)["predictions"]
+    assert shown[0]["label"] == found.out[0]
+    assert sum(shown[0]["probabilities"].values()) == pytest.approx(1)
+
+
+def test_predictions_of_a_file_are_those_eval_counts(command: Command, write_rows: Callable[..., str]) -> None:
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    write_rows([{"text": row["text"]} for row in rows], "unlabelled.jsonl")
+    options = ["--template", r"{text}\nIt was", "--labels", "terrible,great", "--threads", "1", "--json"]
+    predicted = one_object(command("predict", "edge", "--data", "unlabelled.jsonl", *options).out)["predictions"]
+    right = [str(row["label"]) == prediction["label"] for row, prediction in zip(rows, predicted, strict=True)]
+    evaluated = one_object(command("eval", "edge", "--data", "rows.jsonl", *options).out)
+    assert evaluated["accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either texts or a data file to predict labels for"),
+        (["--text", "a", "--data", "rows.jsonl"], "give either texts or a data file to predict labels for"),
+        (["--text", "a"], "labels are predicted by a classification; give --template and --labels, or the --run of one"),
+        (
+            ["--text", "a", "--template", "{a} {b}", "--labels", "x,y"],
+            "--template '{a} {b}': has 2 fields, a text fills one; give a data file",
+        ),
+        (["--text", " ", "--template", "{a}", "--labels", "x,y"], "text 1: field 'a': it is empty or no text; every row needs it"),
+    ],
+)
+def test_predict_refuses_in_one_line(refusal: Callable[..., str], arguments: list[str], message: str) -> None:
+    assert refusal("predict", "edge", *arguments) == message

@@ -40,7 +40,7 @@ def test_the_readme_and_the_package_show_the_same_example() -> None:
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     calls = re.findall(r"edgezo\.(\w+)\(", readme)
-    assert calls == ["export_model", "tune", "EdgeModel"] == re.findall(r"edgezo\.(\w+)\(", edgezo.__doc__ or "")
+    assert calls == ["export_model", "tune", "EdgeModel", "predict"] == re.findall(r"edgezo\.(\w+)\(", edgezo.__doc__ or "")
 
 
 def test_the_demo_notes_are_distinct_and_split_as_their_readme_says() -> None:
