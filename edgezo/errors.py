@@ -16,6 +16,11 @@ Every message says what was asked, what was found, and what to do.
 class EdgezoError(Exception):
     """Base of all expected failures."""
 
+    def __str__(self) -> str:
+        """One line whatever names and values it tells: control characters and halves of surrogate pairs are escaped."""
+        text = super().__str__()
+        return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 class ConfigError(EdgezoError):
     """An option or configuration file cannot be used."""

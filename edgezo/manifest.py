@@ -20,9 +20,9 @@ ITEM_BYTES = {"float32": 4, "int64": 8, "bool": 1}
 
 
 class Record(BaseModel):
-    """Strict and immutable: unknown fields and wrong types are refused."""
+    """Strict and immutable: unknown fields, wrong types, NaN and infinity are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Origin(Record):
@@ -106,7 +106,7 @@ class Tuned(Record):
     base: str
     journal: str = Field(pattern="^[0-9a-f]{64}$")
     step: int = Field(ge=0)
-    weight: float = Field(allow_inf_nan=False)
+    weight: float
 
 
 class StoredFile(Record):
@@ -172,7 +172,7 @@ def read_manifest(directory: Path) -> Manifest:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) if str(part).isprintable() else repr(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"])
         raise EdgeModelError(f"{path}: {where}: {first['msg']}; export the model again") from None
     _check(manifest, path)
     return manifest

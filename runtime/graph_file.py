@@ -1,15 +1,26 @@
-"""What an .onnx file connects, read with the protobuf wire format alone: the device half does without the onnx package.
+"""What an .onnx file connects and refers to, read with the protobuf wire format alone: the device half does without the onnx package.
 
-Field numbers are those of onnx.proto (stable since IR version 3): ModelProto.graph = 7; GraphProto.node = 1, output = 12;
-NodeProto.input = 1, output = 2, attribute = 5; AttributeProto.g = 6, graphs = 11; ValueInfoProto.name = 1.
+Field numbers are those of onnx.proto (stable since IR version 3): ModelProto.graph = 7, functions = 25; GraphProto.node = 1,
+initializer = 5, output = 12, sparse_initializer = 15; FunctionProto.node = 7; NodeProto.input = 1, output = 2, attribute = 5;
+AttributeProto.t = 5, g = 6, tensors = 10, graphs = 11, sparse_tensor = 22, sparse_tensors = 23; SparseTensorProto.values = 1,
+indices = 2; TensorProto.external_data = 13; StringStringEntryProto.key = 1, value = 2; ValueInfoProto.name = 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edgezo.errors import EdgeModelError
 
 GRAPH_BYTES_LIMIT = 1 << 30
+MODEL, GRAPH, FUNCTION, NODE, ATTRIBUTE, SPARSE, TENSOR = "model", "graph", "function", "node", "attribute", "sparse", "tensor"
+HOLDS = {  # the fields of a message that can hold tensors
+    MODEL: {7: GRAPH, 25: FUNCTION},
+    GRAPH: {1: NODE, 5: TENSOR, 15: SPARSE},
+    FUNCTION: {7: NODE},
+    NODE: {5: ATTRIBUTE},
+    ATTRIBUTE: {5: TENSOR, 6: GRAPH, 10: TENSOR, 11: GRAPH, 22: SPARSE, 23: SPARSE},
+    SPARSE: {1: TENSOR, 2: TENSOR},
+}
 
 
 def disconnected(path: Path, names: list[str]) -> list[str]:
@@ -18,28 +29,60 @@ def disconnected(path: Path, names: list[str]) -> list[str]:
     Raises:
         EdgeModelError: the file is not an ONNX graph.
     """
-    try:
-        if path.stat().st_size > GRAPH_BYTES_LIMIT:
-            raise ValueError("larger than 1 GB")
-        reached = _reached(memoryview(path.read_bytes()))
-    except (ValueError, IndexError, UnicodeDecodeError, RecursionError) as error:
-        raise EdgeModelError(f"{path}: not readable as an ONNX graph ({error}); export the model again") from None
+    reached = _read(path, _reached)
     return [name for name in names if name not in reached]
 
 
+def external_files(path: Path) -> set[str]:
+    """The files that tensors of the graph say they lie in, as written: the engine would open them.
+
+    Raises:
+        EdgeModelError: the file is not an ONNX graph.
+    """
+    return _read(path, lambda model: {location for tensor in _tensors(model, MODEL) for location in _locations(tensor)})
+
+
+def _read(path: Path, reading: Callable[[memoryview], set[str]]) -> set[str]:
+    try:
+        if path.stat().st_size > GRAPH_BYTES_LIMIT:
+            raise ValueError("larger than 1 GB")
+        return reading(memoryview(path.read_bytes()))
+    except (ValueError, IndexError, UnicodeDecodeError, RecursionError) as error:
+        raise EdgeModelError(f"{path}: not readable as an ONNX graph ({error}); export the model again") from None
+
+
+def _tensors(message: memoryview, kind: str) -> Iterator[memoryview]:
+    """Every TensorProto inside a message of this kind."""
+    if kind == TENSOR:
+        yield message
+        return
+    for field, value in _fields(message):
+        if inner := HOLDS[kind].get(field):
+            yield from _tensors(value, inner)
+
+
+def _locations(tensor: memoryview) -> Iterator[str]:
+    for field, entry in _fields(tensor):
+        if field == 13:
+            pair = {inner: str(value, "utf-8") for inner, value in _fields(entry)}
+            if pair.get(1) == "location":
+                yield pair.get(2, "")
+
+
 def _reached(model: memoryview) -> set[str]:
-    graph = next((value for field, value in _fields(model) if field == 7), None)
-    if graph is None:
-        raise ValueError("no graph in it")
     producers: dict[str, list[str]] = {}
     waiting: list[str] = []
-    for field, value in _fields(graph):
-        if field == 1:
-            inputs, outputs = _node(value)
-            for output in outputs:
-                producers[output] = inputs
-        elif field == 12:
-            waiting += [str(part, "utf-8") for inner, part in _fields(value) if inner == 1]
+    graphs = [value for field, value in _fields(model) if field == 7]
+    if not graphs:
+        raise ValueError("no graph in it")
+    for graph in graphs:  # protobuf reads several as one
+        for field, value in _fields(graph):
+            if field == 1:
+                inputs, outputs = _node(value)
+                for output in outputs:
+                    producers[output] = inputs
+            elif field == 12:
+                waiting += [str(part, "utf-8") for inner, part in _fields(value) if inner == 1]
     reached: set[str] = set()
     while waiting:
         name = waiting.pop()

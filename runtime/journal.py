@@ -22,6 +22,7 @@ from edgezo.runtime.evaluation import Evaluation
 from edgezo.storage import write_atomically
 
 MAGIC = b"EDGEZOJ1"
+JOURNAL_BYTES_LIMIT = 1 << 30  # 63 million steps
 HEADER_BYTES_LIMIT = 1 << 20
 SETTINGS_BYTES_LIMIT = 1 << 16
 STEP, EVALUATION, SETTINGS = b"S", b"E", b"C"
@@ -141,6 +142,8 @@ def read_journal(path: Path) -> JournalContents:
         RunError: missing, of another format, a damaged header, or a damaged record with others behind it.
     """
     try:
+        if path.stat().st_size > JOURNAL_BYTES_LIMIT:
+            raise RunError(f"{path}: larger than {JOURNAL_BYTES_LIMIT} bytes; this is no journal")
         data = path.read_bytes()
     except OSError as error:
         raise RunError(f"{path}: no readable journal ({error.strerror}); give a run directory made by edgezo tune") from None
@@ -197,13 +200,17 @@ def _with_record(path: Path, contents: JournalContents, record: bytes, end: int,
     contents = contents._replace(whole_bytes=end, checksum=checksum)
     if kind == STEP:
         contents.records.append(StepRecord(*STEP_PAYLOAD.unpack(payload)))
+        if not all(map(math.isfinite, contents.records[-1])):
+            raise RunError(f"{path}: step {len(contents.records)} holds NaN or infinity, which no run writes; the run cannot be used")
         return contents
     if kind == SETTINGS:
         return contents._replace(settings={**contents.settings, **_json_object(path, payload[LENGTH.size :], "a change of settings")})
     step, rows, loss, accuracy, macro_f1, best = EVALUATION_PAYLOAD.unpack(payload)
     if step > len(contents.records):
         raise RunError(f"{path}: evaluates step {step} after step {len(contents.records)}; restore the file from a copy")
-    numbers = (None if math.isnan(value) else value for value in (accuracy, macro_f1))
+    numbers = [None if math.isnan(value) else value for value in (accuracy, macro_f1)]
+    if not math.isfinite(loss) or any(number is not None and not 0 <= number <= 1 for number in numbers):
+        raise RunError(f"{path}: the evaluation of step {step} holds values that none can have; the run cannot be used")
     contents.evaluations[step] = Evaluation(rows, loss, *numbers)
     return contents._replace(best_step=step) if best else contents
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from edgezo.config import MAX_TOKENS, Sampling
 from edgezo.errors import DataError, EdgeModelError
 from edgezo.manifest import Graph, Manifest, StoredFile, Tensor, read_manifest, verify_file, verify_size
+from edgezo.runtime.graph_file import external_files
 from edgezo.runtime.session import Session
 from edgezo.runtime.text import TextCodec
 from edgezo.runtime.weights import default_threads
@@ -122,6 +123,11 @@ class EdgeModel:
         return head, tail
 
     def _session(self, graph: Graph) -> Session:
+        strange = external_files(self.directory / graph.file) - {tensor.file for tensor in self.manifest.tensors}
+        if strange:
+            raise EdgeModelError(
+                f"{self.directory / graph.file}: refers to {sorted(strange)[0]!r}, which is no weight file of this edge model; copy or export it again"
+            )
         session = Session(self.directory / graph.file, self.weights, self.threads)
         listed = {*graph.inputs, *(state.input for state in graph.past)}
         written = {*graph.outputs, *(state.output for state in graph.past)}

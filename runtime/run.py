@@ -25,6 +25,7 @@ from edgezo.runtime.weights import MutableWeights
 from edgezo.storage import PART, refuse_existing, sha256_file, write_atomically
 
 LOCK = ".lock"
+METRICS_LINE_LIMIT = 1 << 16  # characters
 MAY_CHANGE = {"data", "valid", "steps", "minutes", "eval_every"}  # on resume; data files are compared by their content
 CONFIG, JOURNAL, METRICS, SUMMARY = "config.json", "journal.bin", "metrics.jsonl", "summary.json"
 REPLAY_GROUP = 8  # steps added to a block while it lies in cache; each holds a 1.3 MB table
@@ -240,12 +241,13 @@ def _seconds_spent(path: Path) -> float:
     """Seconds a run has taken so far, by its metrics; torn lines are passed over."""
     seconds = 0.0
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                found = float(json.loads(line)["seconds"])
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
-            seconds = max(seconds, found) if math.isfinite(found) else seconds
+        with open(path, encoding="utf-8", errors="replace") as file:
+            while line := file.readline(METRICS_LINE_LIMIT):
+                try:
+                    found = float(json.loads(line)["seconds"])
+                except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+                    continue
+                seconds = max(seconds, found) if math.isfinite(found) else seconds
     return seconds
 
 

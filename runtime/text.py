@@ -15,6 +15,8 @@ from edgezo.errors import DataError, EdgeModelError, first_line
 from edgezo.manifest import TokenizerFacts
 
 Message = dict[str, str]
+TOKENIZER_BYTES_LIMIT = 1 << 28
+TEMPLATE_BYTES_LIMIT = 1 << 20
 
 
 class TextError(DataError):
@@ -32,9 +34,12 @@ class TextCodec:
     def __init__(self, directory: Path, facts: TokenizerFacts) -> None:
         self.facts = facts
         path = directory / facts.file
+        _refuse_large(path, TOKENIZER_BYTES_LIMIT)
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers raises bare Exception, and PanicException, which is none
             raise EdgeModelError(f"{path}: not readable as a tokenizer ({error}); export the model again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -82,7 +87,13 @@ class TextCodec:
         return text
 
 
+def _refuse_large(path: Path, limit: int) -> None:
+    if path.stat().st_size > limit:
+        raise EdgeModelError(f"{path}: larger than {limit} bytes; export the model again")
+
+
 def _read_template(path: Path) -> str:
+    _refuse_large(path, TEMPLATE_BYTES_LIMIT)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

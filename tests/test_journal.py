@@ -1,5 +1,6 @@
 """The journal keeps whole steps, and says what happened to others."""
 
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from edgezo.errors import RunError
 from edgezo.runtime.evaluation import Evaluation
-from edgezo.runtime.journal import MAGIC, STEP_BYTES, Journal, StepRecord, read_journal
+from edgezo.runtime.journal import JOURNAL_BYTES_LIMIT, MAGIC, STEP_BYTES, Journal, StepRecord, read_journal
 
 HEADER = {"base": "0" * 64, "config": {"lr": 0.5}}
 
@@ -171,3 +172,28 @@ def test_any_damage_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> N
     except RunError:
         return
     assert found == records[: len(found)]
+
+
+@pytest.mark.parametrize("record", [StepRecord(math.nan, 0.1, 0.1), StepRecord(0.1, math.inf, 0.1), StepRecord(0.1, 0.1, -math.inf)])
+def test_steps_that_are_no_numbers_are_refused(tmp_path: Path, record: StepRecord) -> None:
+    with Journal.create(tmp_path / "j", HEADER) as journal:
+        journal.append(record)
+    with pytest.raises(RunError, match="step 1 holds NaN or infinity"):
+        read_journal(tmp_path / "j")
+
+
+@pytest.mark.parametrize(
+    "evaluation", [Evaluation(1, math.nan), Evaluation(1, math.inf), Evaluation(1, 0.5, 2.0, 0.5), Evaluation(1, 0.5, 0.5, -1.0)]
+)
+def test_evaluations_that_none_can_have_are_refused(tmp_path: Path, evaluation: Evaluation) -> None:
+    with Journal.create(tmp_path / "j", HEADER) as journal:
+        journal.mark(0, evaluation, best=False)
+    with pytest.raises(RunError, match="the evaluation of step 0 holds values that none can have"):
+        read_journal(tmp_path / "j")
+
+
+def test_a_file_too_large_for_a_journal_is_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / "j", "wb") as file:
+        file.truncate(JOURNAL_BYTES_LIMIT + 1)  # sparse
+    with pytest.raises(RunError, match="this is no journal"):
+        read_journal(tmp_path / "j")

@@ -149,3 +149,10 @@ def test_the_version_is_the_packages() -> None:
 def test_the_package_is_marked_as_typed() -> None:
     assert (ROOT / "edgezo" / "py.typed").is_file()
     assert "py.typed" in setuptools_table()["package-data"]["edgezo"]
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\x00\x1cb\u2028c", "a \ud800", "\x1b[31mred"])
+def test_a_message_is_one_printable_line(text: str) -> None:
+    shown = str(edgezo.EdgezoError(f"{text}: wrong"))
+    assert shown.isprintable()
+    assert shown.endswith(": wrong")

@@ -1,5 +1,6 @@
 """An edge model directory that was damaged, cut or made up is refused in one line, whatever is wrong with it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -332,7 +334,7 @@ def test_a_special_token_outside_the_vocabulary_is_refused(edge_dir: Path, field
 def test_a_file_that_is_no_graph_is_refused(edge_dir: Path, graph: str) -> None:
     edit(edge_dir, lambda raw: raw[graph].update(file="tokenizer.json"))
     model = EdgeModel(edge_dir, threads=1)
-    with pytest.raises(EdgeModelError, match=r"tokenizer\.json: onnxruntime .* cannot load it") as caught:
+    with pytest.raises(EdgeModelError, match=r"tokenizer\.json: not readable as an ONNX graph") as caught:
         use(model, graph)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -455,3 +457,29 @@ def test_the_manifest_is_immutable(exported_dir: Path) -> None:
     manifest: Manifest = read_manifest(exported_dir)
     with pytest.raises(ValueError, match="frozen"):
         manifest.edgezo = "other"
+
+
+# what a graph refers to
+
+
+@pytest.mark.parametrize("location", ["../outside.bin", "/etc/passwd", "tokenizer.json", "other/tunable.bin", ""])
+@pytest.mark.parametrize("place", ["initializer", "attribute", "sub-graph"])
+def test_a_graph_that_refers_to_another_file_is_refused_before_the_engine_opens_it(edge_dir: Path, location: str, place: str) -> None:
+    (edge_dir.parent / "outside.bin").write_bytes(bytes(64))
+    model = onnx.load(edge_dir / "scoring.onnx", load_external_data=False)
+    tensor = onnx.TensorProto(name="strange", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in (("location", location), ("offset", "0"), ("length", "16")):
+        tensor.external_data.add(key=key, value=value)
+    if place == "initializer":
+        model.graph.initializer.append(tensor)
+    else:
+        node = onnx.helper.make_node("Constant", [], ["strange"], value=tensor)
+        inner = onnx.helper.make_graph([node], "inner", [], [])
+        model.graph.node.append(node if place == "attribute" else onnx.helper.make_node("If", ["c"], ["o"], then_branch=inner))
+    onnx.save(model, edge_dir / "scoring.onnx")
+    data = (edge_dir / "scoring.onnx").read_bytes()
+    edit(edge_dir, lambda raw: raw["files"].update({"scoring.onnx": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}))
+    with pytest.raises(EdgeModelError) as caught:
+        use(EdgeModel(edge_dir, threads=1), "scoring")
+    expected = f"{edge_dir / 'scoring.onnx'}: refers to {location!r}, which is no weight file of this edge model; copy or export it again"
+    assert str(caught.value) == expected
