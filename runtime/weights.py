@@ -180,12 +180,14 @@ class MutableWeights:
         if self.distribution == "rademacher":  # two values: round them, not the table
             plus = sum(times * math.floor(scale / quantum + dither) for scale, times in scales.items()) * quantum
             minus = sum(times * math.floor(-scale / quantum + dither) for scale, times in scales.items()) * quantum
-            signs: Floats = np.where(shared > 0, np.float32(plus), np.float32(minus))
+            with np.errstate(over="ignore"):  # infinity is found when the grid is fitted
+                signs: Floats = np.where(shared > 0, np.float32(plus), np.float32(minus))
             return signs
         total = np.zeros(len(shared))
         for scale, times in scales.items():
             total += times * np.floor(scale / quantum * shared.astype(np.float64) + dither)
-        values: Floats = (total * quantum).astype(np.float32)
+        with np.errstate(over="ignore"):
+            values: Floats = (total * quantum).astype(np.float32)
         return values
 
     def _parallel(self, work: Callable[[_Tensor, int, int], None]) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -303,3 +304,15 @@ def test_a_full_disk_loses_nothing_before_the_last_whole_step(exported_dir: Path
         assert len(read_run(disk / "run").records) == made + 5
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    exported_dir: Path, reviews: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time spent is measured by the monotonic clock alone."""
+    jumps = iter(range(10**9, 0, -(10**6)))
+    monkeypatch.setattr(time, "time", lambda: float(next(jumps)))
+    monkeypatch.setattr(time, "time_ns", lambda: next(jumps) * 10**9)
+    edgezo.tune(exported_dir, tmp_path / "again", data=reviews, valid=reviews, steps=12, **SETTINGS)
+    assert read_run(tmp_path / "again").records == read_run(run).records
+    assert 0 <= read_run(tmp_path / "again").seconds < 3600
