@@ -42,7 +42,15 @@ def generate(
     random = np.random.default_rng(sampling.seed) if sampling else None
     outputs = ["logits", *(state.output for state in graph.past)]
     past = {state.input: np.zeros((1, state.heads, 0, state.head_dim), np.float32) for state in graph.past}
-    new, seen, written, shown = tokens, 0, list[int](), ""
+    new, seen, written = tokens, 0, list[int]()
+    before, shown = (
+        0,
+        0,
+    )  # tokens up to `shown` were yielded; they are decoded from `before` on, since a tokenizer may treat a first token apart
+
+    def rest() -> str:
+        return model.text.decode(written[before:])[len(model.text.decode(written[before:shown])) :]
+
     while len(written) < max_tokens and seen + len(new) < context:
         feeds = {
             "input_ids": np.array([new], np.int64),
@@ -59,14 +67,13 @@ def generate(
         past = {state.input: value for state, value in zip(graph.past, present, strict=True)}
         seen, new = seen + len(new), [token]
         written.append(token)
-        text = model.text.decode(written)
+        piece = rest()
         # a character of several tokens shows as U+FFFD until it is whole
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    rest = model.text.decode(written)[len(shown) :]
-    if rest:
-        yield rest
+        if not piece.endswith("\ufffd"):
+            yield piece
+            before, shown = shown, len(written)
+    if piece := rest():
+        yield piece
 
 
 def _sample(logits: npt.NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
