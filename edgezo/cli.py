@@ -4,7 +4,7 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,6 +35,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+if TYPE_CHECKING:
+    from edgezo.runtime.tune import TuneResult
 
 DRAW = Sampling()
 
@@ -136,17 +139,26 @@ def tune_command(
         shown = {name: value.as_dict() if hasattr(value, "as_dict") else value for name, value in result._asdict().items()}
         terminal.print_json({**shown, "directory": str(result.directory)})
     else:
-        rows = [("run", f"{output}, {result.steps} steps, {result.ended}, {result.seconds:.0f} s")]
-        if result.before is not None:
-            rows.append(("before", terminal.evaluation_text(result.before)))
-        if result.best is not None:
-            rows.append((f"step {result.best_step}", f"{terminal.evaluation_text(result.best)}, kept as best"))
-        more = {"interrupted": "", "finished": " --steps MORE", "out of time": " --minutes MORE"}[result.ended]
-        ask = f"edgezo tune {directory} -o {output} --resume{more}"
-        rows += [("use it", f"edgezo generate {directory} --run {output} --prompt '...'"), ("go on", ask)]
-        terminal.print_rows(rows)
+        terminal.print_rows(tune_rows(directory, output, result))
     if result.ended == "interrupted":
         raise typer.Exit(130)
+
+
+def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple[str, str]]:
+    """How a run ended, and what to do with it."""
+    rows = [("run", f"{output}, {result.steps} steps, {result.ended}, {result.seconds:.0f} s")]
+    if result.before is not None:
+        rows.append(("before", terminal.evaluation_text(result.before)))
+    if result.best is not None and result.best_step > 0:
+        rows.append((f"step {result.best_step}", f"{terminal.evaluation_text(result.best)}, kept as best"))
+    elif result.best is not None:
+        rows.append(("best", "the base: no evaluated step was better; --step last takes the last one all the same"))
+    classifies = result.best is not None and result.best.accuracy is not None
+    use = "predict DIR --run RUN --text '...'" if classifies else "generate DIR --run RUN --prompt '...'"
+    more = {"interrupted": "", "finished": " --steps MORE", "out of time": " --minutes MORE"}[result.ended]
+    rows.append(("use it", f"edgezo {use}".replace("DIR", str(directory)).replace("RUN", str(output))))
+    rows.append(("go on", f"edgezo tune {directory} -o {output} --resume{more}"))
+    return rows
 
 
 @app.command("eval")

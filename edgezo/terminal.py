@@ -123,6 +123,7 @@ def tuning() -> Iterator["Reporter"]:
             say(f"  step {number}: {evaluation_text(found)}{'  best so far' if best and number else ''}")
 
         yield Reporter(stage=stage, notice=lambda text: say(f"  {text}"), begin=begin, step=step, evaluation=evaluation)
+        progress.update(task, description="done")
 
 
 def _column(name: str) -> TextColumn:

@@ -133,7 +133,7 @@ def test_tune_tells_before_after_and_what_to_do_next(command: Command) -> None:
         r"run     run, 4 steps, finished, \d+ s\n"
         rf"before  {MEASURED}\n"
         rf"step \d  {MEASURED}, kept as best\n"
-        r"use it  edgezo generate edge --run run --prompt '\.\.\.'\n"
+        r"use it  edgezo predict edge --run run --text '\.\.\.'\n"
         r"go on   edgezo tune edge -o run --resume --steps MORE\n",
         found.out,
     )
@@ -161,6 +161,12 @@ def test_tune_without_validation_tells_only_the_run(command: Command) -> None:
         r"run     run, 2 steps, finished, \d+ s\nuse it  edgezo generate .*\ngo on   edgezo tune .*\n",
         command("tune", "edge", "-o", "run", *TASK, "--steps", "2").out,
     )
+
+
+def test_tune_says_when_no_step_was_better_than_the_base(command: Command) -> None:
+    found = command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "2", "--lr", "1e-12")
+    expected = "best    the base: no evaluated step was better; --step last takes the last one all the same"
+    assert (found.code, found.out.splitlines()[2]) == (0, expected)
 
 
 def test_tune_as_json_is_one_object(command: Command) -> None:
