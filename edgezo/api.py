@@ -145,7 +145,9 @@ def predict(
         EdgezoError: bad data, model or run; no template or labels; a template of several fields for a text.
     """
     if (texts is None) == (data is None):
-        raise ConfigError("give either texts or a data file to predict labels for")
+        raise ConfigError("predict needs either a text (--text) or a file of rows (--data), and not both")
+    if isinstance(texts, str):
+        raise ConfigError("texts is one string; give a list of texts")
     config = _task_config(run, {**settings, "data": str(data)})
     if config.template is None or config.labels is None:
         raise ConfigError("labels are predicted by a classification; give --template and --labels, or the --run of one")

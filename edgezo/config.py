@@ -109,7 +109,7 @@ def parse_labels(given: Any) -> dict[str, str]:
 
 def describe(error: ValidationError, file: str | None = None) -> str:
     """The first problem of a validation in one line; `file` is where the value came from, None for an option."""
-    first = error.errors()[0]
+    first = next((entry for entry in error.errors() if entry["type"] == "extra_forbidden"), error.errors()[0])
     name = ".".join(str(part) for part in first["loc"])
     shown = f"--{name.replace('_', '-')}" if file is None else f"{file}: {name}"
     if first["type"] == "missing":

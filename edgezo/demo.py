@@ -3,10 +3,13 @@
 import importlib.util
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgezo import terminal
 from edgezo.errors import EdgezoError
+
+if TYPE_CHECKING:
+    from edgezo.runtime.model import EdgeModel
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEMPLATE = "Note: {text}\nTopic:"
@@ -26,7 +29,6 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
         EdgezoError: whatever a stage raises.
     """
     from edgezo import api
-    from edgezo.runtime.generate import generate
     from edgezo.runtime.model import EdgeModel
     from edgezo.runtime.run import JOURNAL
 
@@ -45,6 +47,7 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
         say("2. Zero-shot: sort notes into five topics by the likelihood of the topic's name")
         words: dict[str, Any] = {"template": TEMPLATE, "labels": ",".join(f"{topic}={topic}" for topic in TOPICS)}
         before = api.evaluate(edge, data / "test.jsonl", **words).evaluation
+        answers = [_answer(EdgeModel(edge))]
         say(f"  {terminal.evaluation_text(before)}")
         settings = {**SETTINGS, **({"steps": steps} if steps else {})}
         say(f"3. Tune all parameters with forward passes alone: {settings['steps']} steps of {settings['batch']} notes")
@@ -52,15 +55,13 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
         with terminal.tuning() as reporter:
             result = api.tune(edge, run, resume=(run / JOURNAL).is_file(), reporter=reporter, **rows, **words, **settings)
         if result.ended == "interrupted":
-            say(f"stopped after {result.steps} steps; go on with: edgezo demo -o {output}")
+            again = f" --steps {steps}" if steps else ""
+            say(f"stopped after {result.steps} steps; go on with: edgezo demo -o {output}{again}")
             return False
         say("4. Rebuild the best state from base and journal, and measure it")
         after = api.evaluate(edge, data / "test.jsonl", run=run).evaluation
         (sorted_as,) = api.predict(edge, texts=[NOTE], run=run)
-        tuned = EdgeModel(edge, run=run)
-        chats = tuned.manifest.tokenizer.chat_template is not None
-        asked = tuned.text.chat([{"role": "user", "content": QUESTION}], reply=True) if chats else QUESTION
-        text = "".join(generate(tuned, asked, 32, special=not chats)).strip()
+        answers.append(_answer(EdgeModel(edge, run=run)))
     if as_json:
         terminal.print_json(
             {
@@ -69,13 +70,14 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
                 "steps": result.steps,
                 "best_step": result.best_step,
                 "topic": sorted_as.label,
-                "generated": text,
+                "generated_before": answers[0],
+                "generated_after": answers[1],
             }
         )
         return True
     _table(before.accuracy or 0.0, after.accuracy or 0.0, before.loss, after.loss, result.best_step, (run / "journal.bin").stat().st_size)
     terminal.stdout().print(f"\n  {NOTE}\n  -> {sorted_as.label}, {100 * sorted_as.probabilities[sorted_as.label]:.0f} %")
-    terminal.stdout().print(f"\n  {QUESTION}\n  {text}\n")
+    terminal.stdout().print(f"\n  {QUESTION}\n  before: {answers[0]}\n  after:  {answers[1]}\n")
     terminal.print_rows(
         [
             ("Try next", f"edgezo predict {edge} --run {run} --text 'Train to Lyon at nine, seat by the window'"),
@@ -85,6 +87,15 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
         ]
     )
     return True
+
+
+def _answer(model: "EdgeModel") -> str:
+    """What the model says to a question that is not its task: tuning must not have cost it its speech."""
+    from edgezo.runtime.generate import generate
+
+    chats = model.manifest.tokenizer.chat_template is not None
+    asked = model.text.chat([{"role": "user", "content": QUESTION}], reply=True) if chats else QUESTION
+    return "".join(generate(model, asked, 24, special=not chats)).strip()
 
 
 def default_model() -> str:

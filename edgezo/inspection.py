@@ -31,8 +31,8 @@ def _edge_model(path: Path) -> dict[str, Any]:
     return {
         "edge_model": str(path),
         "model": origin.id,
-        "revision": origin.revision or "none",
-        "license": origin.license or "not stated by the source",
+        "revision": origin.revision,
+        "license": origin.license,
         "architecture": origin.model_type,
         "context_length": origin.context_length,
         "vocabulary": origin.vocab_size,
@@ -40,13 +40,13 @@ def _edge_model(path: Path) -> dict[str, Any]:
         "tunable_parameters": manifest.tunable_size,
         "tunable_tensors": len(manifest.tunable),
         "tunable_kinds": sorted({tensor.kind for tensor in manifest.tunable}),
-        "tied": tied or ["nothing"],
+        "tied": tied,
         "layers": 1 + max((tensor.layer for tensor in manifest.tensors if tensor.layer is not None), default=-1),
-        "chat_template": "yes" if manifest.tokenizer.chat_template else "no",
-        "tuned": [f"step {run.step} of the run with journal {run.journal[:12]}, share {run.weight:g}" for run in manifest.tuned] or "no",
+        "chat_template": manifest.tokenizer.chat_template is not None,
+        "tuned": [f"step {run.step} of the run with journal {run.journal[:12]}, share {run.weight:g}" for run in manifest.tuned],
         "bytes": sum(file.bytes for file in manifest.files.values()),
         "files_intact": len(manifest.files),
-        "largest_log_prob_difference": checked.largest_log_prob_difference if checked else "not checked",
+        "largest_log_prob_difference": checked.largest_log_prob_difference if checked else None,
         "made_by": f"edgezo {manifest.edgezo}",
     }
 
@@ -55,7 +55,7 @@ def _run(path: Path) -> dict[str, Any]:
     from edgezo.runtime.run import read_run
 
     run = read_run(path)
-    changed = {name: value for name, value in run.config.model_dump().items() if value is not None}
+    settings = {name: value for name, value in run.config.model_dump().items() if value is not None}
     facts: dict[str, Any] = {
         "run": str(path),
         "steps": len(run.records),
@@ -66,13 +66,7 @@ def _run(path: Path) -> dict[str, Any]:
     facts["journal_bytes"] = run.journal.whole_bytes
     for step in dict.fromkeys([0, run.best_step, len(run.records)]):
         if step in run.evaluations:
-            facts[f"valid_at_step_{step}"] = [f"{name} {value:.4g}" for name, value in run.evaluations[step].as_dict().items()]
+            facts[f"valid_at_step_{step}"] = run.evaluations[step].as_dict()
     if run.records:
         facts["last_loss"] = run.records[-1].loss
-    return {
-        **facts,
-        **{
-            {"steps": "steps_asked"}.get(name, name): [f"{key}={word}" for key, word in value.items()] if isinstance(value, dict) else value
-            for name, value in changed.items()
-        },
-    }
+    return {**facts, **{{"steps": "steps_asked"}.get(name, name): value for name, value in settings.items()}}

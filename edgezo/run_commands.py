@@ -78,6 +78,12 @@ def verify_command(
         "steps_derived_again": found.derived,
         "largest_loss_difference": found.largest_loss_difference,
     }
+    left = [f"{path} is {state}" for path, state in found.files.items() if state == "not there"]
+    left += ["the base was not given"] if base is None else [] if every else ["no step was derived again"]
+    left += [f"{found.torn_bytes} torn bytes at the end, which a resume cuts off"] if found.torn_bytes else []
+    facts["verdict"] = "; ".join(found.problems) or (
+        "as recorded, all of it" if not left else f"as recorded; not checked: {', '.join(left)}"
+    )
     terminal.print_facts(facts, as_json)
     if found.problems:
         raise RunError(f"{run}: {'; '.join(found.problems)}")

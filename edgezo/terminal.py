@@ -53,7 +53,9 @@ def _fact_text(value: Any) -> str:
         return ", ".join(f"{name} {_fact_text(part)}" for name, part in value.items()) or "none"
     if isinstance(value, list):
         return ", ".join(_fact_text(part) for part in value) or "none"
-    return "none" if value is None else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def evaluation_text(evaluation: "Evaluation") -> str:

@@ -12,7 +12,7 @@ from edgezo.errors import ExportError
 from edgezo.export.graphs import attach_weights, generation_graph, scoring_graph, unconnected
 from edgezo.export.source import Source, load_source, save_tokenizer
 from edgezo.export.verify import verify
-from edgezo.export.weights import plan_tensors, write_weights
+from edgezo.export.weights import plan_tensors, tunable_pattern, write_weights
 from edgezo.manifest import Manifest, StoredFile, TokenizerFacts, Verification
 from edgezo.storage import directory_in_the_making, refuse_existing, sha256_file
 
@@ -49,7 +49,8 @@ def export_model(
     started = time.monotonic()
     output = Path(output)
     refuse_existing(output, ExportError, "choose another directory or remove it")
-    progress(f"loading and tracing {model}")
+    tunable_pattern(tunable)  # a mistake in it is told before the minutes of loading
+    progress(f"loading and tracing {Path(model).name if Path(model).exists() else model}")
     source = load_source(model, revision)
     tensors = plan_tensors(source.decoder.weights.values(), tunable)
     try:

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 
-LOGGERS = ("torch.onnx", "transformers", "optimum", "accelerate")
+LOGGERS = ("torch.onnx", "transformers", "optimum", "accelerate", "huggingface_hub")
 
 
 @contextlib.contextmanager

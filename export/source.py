@@ -72,6 +72,10 @@ def _from_torch(location: str, shown: str, keywords: dict[str, Any], revision: s
         with quiet():
             config = AutoConfig.from_pretrained(location, **where)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, struct.error, ... by file kind
+        if not Path(location).exists():
+            raise ExportError(
+                f"{shown}: no such file or folder here, and no such model on the hub or the hub cannot be reached ({first_line(error)})"
+            ) from error
         raise ExportError(f"{shown}: transformers cannot read it: {first_line(error)}; download or convert it again") from error
     if getattr(config, "is_encoder_decoder", False):
         raise ExportError(f"{shown}: {config.model_type} is an encoder-decoder; edgezo exports decoder-only causal models")

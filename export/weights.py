@@ -72,14 +72,25 @@ def write_weights(directory: Path, tensors: list[Tensor], weights: dict[str, Wei
     return stored
 
 
+def tunable_pattern(tunable: str) -> re.Pattern[str]:
+    """`tunable` as a regular expression.
+
+    Raises:
+        ConfigError: it is none, or empty.
+    """
+    if not tunable:
+        raise ConfigError("--tunable '': an empty expression; leave it out to tune all weights")
+    try:
+        return re.compile(tunable)
+    except re.error as error:
+        raise ConfigError(f"--tunable {tunable!r}: not a regular expression ({error})") from None
+
+
 def _matching(weights: list[Weight], tunable: str) -> set[str]:
     trainable = [weight for weight in weights if weight.trainable]
     if tunable == "all":
         return {weight.name for weight in trainable}
-    try:
-        pattern = re.compile(tunable)
-    except re.error as error:
-        raise ConfigError(f"--tunable {tunable!r}: not a regular expression ({error})") from None
+    pattern = tunable_pattern(tunable)
     chosen = {weight.name for weight in trainable if any(pattern.search(name) for name in [weight.name, *weight.tied_to])}
     if not chosen:
         kinds = sorted({_kind(weight.name) for weight in trainable})

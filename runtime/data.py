@@ -28,7 +28,10 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such data file")
+        looked = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise DataError(
+            f"{path}: {'a folder, not a data file' if path.is_dir() else f'no such data file{looked}'}; give the file with --data or --valid"
+        )
     readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".csv": _read_table, ".tsv": _read_table}
     reader = readers.get(path.suffix.lower())
     if reader is None:

@@ -92,6 +92,8 @@ class Tuner:
         order = self.dataset.order()
         started = time.monotonic() - self.spent_seconds
         step = self.first_step
+        if self._progress(step, self.spent_seconds) >= 1:
+            self.reporter.notice(f"nothing to tune: {step} steps are done, as many as were asked for; give more --steps or --minutes")
         with _stop_signals() as stopping, _append_lines(self.directory / METRICS) as metrics:
             self.reporter.begin(step, config.total_steps)
             while True:
@@ -174,7 +176,7 @@ def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bo
             check_base(previous, model)
             check_same(previous, config, header)
         weights = mutable_weights(model, config)
-        reporter.stage(f"proving {len(model.tunable)} tensors live")
+        reporter.stage(f"checking that the engine sees changes of {len(model.tunable)} tensors")
         prove_live(model, weights)
         with open_journal(output, config, header, previous) as journal:
             tuner = Tuner(model, config, output, dataset, weights, journal, reporter)

@@ -144,7 +144,7 @@ def test_tune_shows_its_progress_on_standard_error(command: Command) -> None:
     found = command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "3", "--eval-every", "2", "--lr", "1e-4")
     step = r"loss \d+\.\d{4}  \d+\.\d\d s/step  \d+:\d\d left\n"
     matches(
-        "  reading data\n  proving 20 tensors live\n"
+        "  reading data\n  checking that the engine sees changes of 20 tensors\n"
         rf"  step 0: {MEASURED}\n  step 1  {step}  step 2  {step}  step 2: {MEASURED}(?:  best so far)?\n"
         rf"  step 3  {step}  step 3: {MEASURED}(?:  best so far)?\n",
         found.err,
@@ -165,7 +165,7 @@ def test_tune_without_validation_tells_only_the_run(command: Command) -> None:
 
 def test_tune_says_when_no_step_was_better_than_the_base(command: Command) -> None:
     found = command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "2", "--lr", "1e-12")
-    expected = "best    the base: no evaluated step was better; --step last takes the last one all the same"
+    expected = "best    step 0, the base: no evaluated step was better; --step last uses step 2"
     assert (found.code, found.out.splitlines()[2]) == (0, expected)
 
 
@@ -242,9 +242,9 @@ def test_eval_with_a_run_uses_its_template_labels_and_best_step(command: Command
     assert found["loss"] == pytest.approx(state.evaluations[state.best_step].loss, abs=1e-6)
 
 
-@pytest.mark.parametrize(("step", "number"), [("0", 0), ("3", 3), ("last", 4)])
-def test_eval_takes_a_step_of_the_run(command: Command, run: str, step: str, number: int) -> None:
-    assert command("eval", "edge", "--data", "rows.jsonl", "--run", run, "--step", step).out.startswith(f"step {number}  accuracy ")
+@pytest.mark.parametrize(("step", "shown"), [("0", "step 0, the base"), ("3", "step 3"), ("last", "step 4")])
+def test_eval_takes_a_step_of_the_run(command: Command, run: str, step: str, shown: str) -> None:
+    assert command("eval", "edge", "--data", "rows.jsonl", "--run", run, "--step", step).out.startswith(f"{shown}  accuracy ")
 
 
 def test_eval_with_a_run_keeps_the_candidates_it_learned(command: Command, write_rows: Callable[..., str]) -> None:
@@ -339,7 +339,7 @@ def test_inspect_of_an_edge_model(command: Command) -> None:
         ("edge model", "edge"),
         ("model", "llama"),
         ("revision", "none"),
-        ("license", "not stated by the source"),
+        ("license", "none"),
         ("architecture", "llama"),
         ("context length", "128"),
         ("vocabulary", "320"),
@@ -354,10 +354,10 @@ def test_inspect_of_an_edge_model(command: Command) -> None:
         ("tied", "model.embed_tokens.weight = lm_head.weight"),
         ("layers", "2"),
         ("chat template", "yes"),
-        ("tuned", "no"),
+        ("tuned", "none"),
         ("bytes", str(size)),
         ("files intact", "5"),
-        ("largest log prob difference", str(difference.largest_log_prob_difference)),
+        ("largest log prob difference", f"{difference.largest_log_prob_difference:.6g}"),
         ("made by", f"edgezo {edgezo.__version__}"),
     ]
 
@@ -368,7 +368,7 @@ def test_inspect_of_a_run(command: Command) -> None:
     state, journal = read_run("run"), Path("run/journal.bin")
     steps = len(state.records)
     valid = {
-        step: f"rows 16, loss {e.loss:.4g}, accuracy {e.accuracy:.4g}, macro_f1 {e.macro_f1:.4g}" for step, e in state.evaluations.items()
+        step: f"rows 16, loss {e.loss:.6g}, accuracy {e.accuracy:.6g}, macro_f1 {e.macro_f1:.6g}" for step, e in state.evaluations.items()
     }
     assert facts(command("inspect", "run").out) == [
         ("run", "run"),
@@ -378,11 +378,11 @@ def test_inspect_of_a_run(command: Command) -> None:
         ("base", state.header["base"]),
         ("journal bytes", str(journal.stat().st_size)),
         *((f"valid at step {step}", valid[step]) for step in dict.fromkeys([0, state.best_step, steps])),
-        ("last loss", str(state.records[-1].loss)),
+        ("last loss", f"{state.records[-1].loss:.6g}"),
         ("data", "rows.jsonl"),
         ("valid", "rows.jsonl"),
         ("template", "{text} It was"),
-        ("labels", "0=terrible, 1=great"),
+        ("labels", "0 terrible, 1 great"),
         ("label field", "label"),
         ("minutes", "0.01"),
         ("lr", "2e-05"),
@@ -391,8 +391,8 @@ def test_inspect_of_a_run(command: Command) -> None:
         ("seed", "5"),
         ("noise", "rademacher"),
         ("schedule", "linear"),
-        ("warmup", "0.0"),
-        ("weight decay", "0.0"),
+        ("warmup", "0"),
+        ("weight decay", "0"),
         ("eval every", "1"),
         ("eval rows", "256"),
     ]
@@ -401,7 +401,7 @@ def test_inspect_of_a_run(command: Command) -> None:
 def test_inspect_as_json_is_one_object(command: Command, run: str) -> None:
     model, tuned = one_object(command("inspect", "edge", "--json").out), one_object(command("inspect", run, "--json").out)
     assert (model["parameters"], model["tunable_tensors"], model["files_intact"]) == (25760, 20, 5)
-    assert (tuned["run"], tuned["steps"], tuned["labels"]) == ("run", 4, ["0=terrible", "1=great"])
+    assert (tuned["run"], tuned["steps"], tuned["labels"]) == ("run", 4, {"0": "terrible", "1": "great"})
 
 
 def test_inspect_shows_a_template_with_a_line_break_on_one_line(command: Command, run: str) -> None:
@@ -489,7 +489,10 @@ def test_weights_that_were_changed(refusal: Callable[..., str], tmp_path: Path, 
 
 @pytest.mark.parametrize("arguments", [["tune", "edge", "-o", "run"], ["eval", "edge"]], ids=lambda a: a[0])
 def test_missing_data(refusal: Callable[..., str], arguments: list[str]) -> None:
-    assert refusal(*arguments, "--data", "none.jsonl") == "none.jsonl: no such data file"
+    assert (
+        refusal(*arguments, "--data", "none.jsonl")
+        == f"none.jsonl: no such data file in {Path.cwd()}; give the file with --data or --valid"
+    )
 
 
 def test_tune_without_data(refusal: Callable[..., str]) -> None:
@@ -497,7 +500,10 @@ def test_tune_without_data(refusal: Callable[..., str]) -> None:
 
 
 def test_missing_validation_data(refusal: Callable[..., str]) -> None:
-    assert refusal("tune", "edge", "-o", "run", *TASK, "--valid", "none.csv") == "none.csv: no such data file"
+    assert (
+        refusal("tune", "edge", "-o", "run", *TASK, "--valid", "none.csv")
+        == f"none.csv: no such data file in {Path.cwd()}; give the file with --data or --valid"
+    )
 
 
 def test_a_run_that_exists(refusal: Callable[..., str], run: str) -> None:
@@ -742,8 +748,8 @@ def test_an_interrupted_run_goes_on_to_the_weights_of_one_never_interrupted(comm
     assert process.returncode == 130
     assert "Traceback" not in err
     matches(
-        rf"run +parts, \d+ steps, interrupted, \d+ s\nbefore +{MEASURED}\nstep \d+ +{MEASURED}, kept as best\n"
-        r"use it +edgezo generate edge --run parts --prompt '\.\.\.'\ngo on +edgezo tune edge -o parts --resume\n",
+        rf"run +parts, \d+ steps, interrupted, \d+ s\nbefore +{MEASURED}\n(step \d+ +{MEASURED}, kept as best|best +step 0, the base: .*)\n"
+        r"use it +edgezo predict edge --run parts --text '\.\.\.'\ngo on +edgezo tune edge -o parts --resume\n",
         out,
     )
     made = len(read_run("parts").records)
@@ -792,8 +798,8 @@ def test_predictions_of_a_file_are_those_eval_counts(command: Command, write_row
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give either texts or a data file to predict labels for"),
-        (["--text", "a", "--data", "rows.jsonl"], "give either texts or a data file to predict labels for"),
+        ([], "predict needs either a text (--text) or a file of rows (--data), and not both"),
+        (["--text", "a", "--data", "rows.jsonl"], "predict needs either a text (--text) or a file of rows (--data), and not both"),
         (["--text", "a"], "labels are predicted by a classification; give --template and --labels, or the --run of one"),
         (
             ["--text", "a", "--template", "{a} {b}", "--labels", "x,y"],

@@ -127,12 +127,12 @@ def test_tsv_quotes_are_ordinary_characters(write: Write) -> None:
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "none.jsonl") == f"{tmp_path / 'none.jsonl'}: no such data file"
+    assert refusal(tmp_path / "none.jsonl") == f"{tmp_path / 'none.jsonl'}: no such data file; give the file with --data or --valid"
 
 
 def test_a_directory_is_no_data_file(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").mkdir()
-    assert refusal(tmp_path / "rows.jsonl") == f"{tmp_path / 'rows.jsonl'}: no such data file"
+    assert refusal(tmp_path / "rows.jsonl") == f"{tmp_path / 'rows.jsonl'}: a folder, not a data file; give the file with --data or --valid"
 
 
 @pytest.mark.parametrize(("name", "shown"), [("rows.parquet", "'.parquet'"), ("rows", "'(no suffix)'")])

@@ -196,9 +196,15 @@ def test_verify_shows_its_findings_and_fails_on_a_problem(command: Callable[...,
         "base",
         "steps derived again",
         "largest loss difference",
+        "verdict",
     ]
     assert (code, names) == (0, expected)
     assert "steps derived again      3\n" in out
+    assert out.endswith("verdict                  as recorded, all of it\n")
+    Path(reviews).rename(Path(reviews).with_name("moved.jsonl"))
+    _, out, _ = command("verify", run)
+    expected = f"as recorded; not checked: {reviews} is not there, the base was not given\n"
+    assert out.endswith(expected)
     Path(reviews).write_text("{}\n")
     code, out, err = command("verify", run, "--json")
     assert (code, json.loads(out)["files"]) == (1, {reviews: "changed"})
