@@ -66,11 +66,14 @@ def refuse_existing(path: Path, error: type[EdgezoError], advice: str, leftover:
 
 @contextmanager
 def directory_in_the_making(path: Path) -> Iterator[Path]:
-    """A hidden sibling directory to fill; renamed to `path` when the block ends well, removed when it does not."""
+    """A hidden sibling directory to fill; synced and renamed to `path` when the block ends well, removed when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     making = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.making."))
     try:
         yield making
+        for file in making.iterdir():
+            with open(file, "r+b") as written:
+                os.fsync(written.fileno())
         os.chmod(making, 0o755)
         if path.is_dir():
             path.rmdir()
@@ -78,6 +81,7 @@ def directory_in_the_making(path: Path) -> Iterator[Path]:
     except BaseException:
         remove_tree(making)
         raise
+    _sync_directory(path.parent)
 
 
 def remove_tree(path: Path) -> None:
