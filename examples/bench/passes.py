@@ -6,7 +6,6 @@ Passes are interleaved in one process, medians over rounds. The grid is measured
 random last bits, since a model from a quantised or bfloat16 file has short significands.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -19,7 +18,7 @@ import numpy as np
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import BLOCK, Direction
 from edgezo.runtime.weights import MutableWeights
-from examples.bench.step import make_feeds
+from examples.bench.step import make_feeds, read_arguments
 
 EPS, UPDATE = 1e-3, 1e-5
 
@@ -29,7 +28,7 @@ def measure_passes(edge: Path, rounds: int) -> dict[str, float]:
     model = EdgeModel(edge)
     weights = MutableWeights(model.tunable, eps=EPS, threads=model.threads)
     kinds: dict[str, Callable[[int], object]] = {
-        "bandwidth": lambda number: weights._parallel(_add_constant),
+        "bandwidth": lambda number: weights._parallel(add_constant),
         "perturb": lambda number: _add(weights, Direction(0, number)),
         "update_and_perturb": lambda number: _add(weights, Direction(0, number), Direction(0, number + 1)),
         "fresh_bits": lambda number: _add_fresh_bits(weights, number),
@@ -50,7 +49,8 @@ def _add(weights: MutableWeights, *directions: Direction) -> None:
     weights.flush()
 
 
-def _add_constant(tensor: Any, first: int, last: int) -> None:
+def add_constant(tensor: Any, first: int, last: int) -> None:
+    """Work of a pass at memory bandwidth: one read and one write of every weight."""
     part = tensor.flat[first * BLOCK : last * BLOCK]
     part += np.float32(0)
 
@@ -93,11 +93,7 @@ def measure_grid(edge: Path) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("edge", type=Path)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    arguments = read_arguments(__doc__)
     passes, grid = measure_passes(arguments.edge, arguments.rounds), measure_grid(arguments.edge)
     if arguments.json:
         print(json.dumps({"passes": passes, "grid": grid}))

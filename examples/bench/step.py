@@ -121,12 +121,17 @@ def _seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def read_arguments(about: str) -> argparse.Namespace:
+    """The edge model, how many rounds, and whether to print JSON."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("edge", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = read_arguments(__doc__)
     times, memory = measure_times(arguments.edge, arguments.rounds), measure_memory(arguments.edge)
     if arguments.json:
         print(json.dumps({"times": times, "memory": memory}))
