@@ -173,7 +173,8 @@ def held_run(output: Path, resume: bool) -> Iterator[Run | None]:
     except Timeout:
         raise RunError(f"{output}: another process is tuning this run; wait until it ends or stop it") from None
     except OSError as error:
-        raise RunError(f"{output}: cannot be written ({error.strerror or error}); choose another directory") from error
+        mend = "make it writable or copy it" if resume else "choose another directory"
+        raise RunError(f"{output}: cannot be written ({error.strerror or error}); {mend}") from error
     kept = True
     try:
         if not resume:
