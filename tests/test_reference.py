@@ -104,3 +104,4 @@ def test_projected_gradients_agree_with_pytorch_running_published_mezo(pair_of_m
     network = tiny.make_model(name)
     expected = np.array([published_mezo_step(network, lambda: torch_loss(network, pairs), step)[2] for step in range(STEPS)])
     assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
+    assert np.abs(found / expected - 1).max() < 0.01, "each of them, the small ones too"
