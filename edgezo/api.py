@@ -10,6 +10,7 @@ from edgezo.errors import ConfigError, ExportError
 from edgezo.runtime.data import Row, read_rows
 from edgezo.runtime.dataset import row_limit
 from edgezo.runtime.evaluation import Evaluation
+from edgezo.runtime.memory import parse_bytes
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import evaluate as evaluate_examples
 from edgezo.runtime.predict import Prediction
@@ -38,9 +39,8 @@ def export_model(
     model: str,
     output: PathLike,
     *,
-    tunable: str = "all",
-    revision: str | None = None,
     progress: Callable[[str], None] = lambda stage: None,
+    **settings: Any,
 ) -> "ExportResult":
     """`edgezo.export.export_model`, or one line on how to get the workstation half.
 
@@ -50,7 +50,7 @@ def export_model(
     try:
         from edgezo.export import export_model as export
 
-        return export(model, Path(output), tunable=tunable, revision=revision, progress=progress)
+        return export(model, Path(output), progress=progress, **settings)
     except ModuleNotFoundError as error:
         raise ExportError(
             f"exporting needs the package {error.name!r}; install the workstation half with: pip install 'edgezo[export]'"
@@ -64,6 +64,7 @@ def tune(
     resume: bool = False,
     config: PathLike | None = None,
     threads: int | None = None,
+    memory: int | str | None = None,
     reporter: Reporter | None = None,
     **settings: Any,
 ) -> TuneResult:
@@ -75,6 +76,7 @@ def tune(
         resume: go on where the run stopped; its own settings hold, `steps` and `minutes` may be raised.
         config: YAML or JSON file of settings; `settings` override it.
         threads: cores to use; all of this process when None.
+        memory: what the process may take at most, in bytes or as "1.5GB".
         reporter: callbacks for progress.
         settings: fields of `TuneConfig`, such as data, valid, template, labels, steps, lr.
 
@@ -82,12 +84,14 @@ def tune(
         EdgezoError: one of edgezo/errors.py; whole steps are kept.
     """
     given = {name: value for name, value in settings.items() if value is not None}
+    limit = parse_bytes(memory) if isinstance(memory, str) else memory
     if resume:
         if config is not None:
             raise ConfigError("--resume continues with the run's own settings; leave --config out and give what shall change as options")
         given = {**read_run(str(run)).config.model_dump(), **given}
-    resolved = make_config(config, given)
-    return tune_model(EdgeModel(directory, threads=threads), resolved, str(run), resume=resume, reporter=reporter)
+    model = EdgeModel(directory, threads=threads)
+    resolved = make_config(config, given, model.manifest.adapter.kind if model.manifest.adapter is not None else None)
+    return tune_model(model, resolved, str(run), resume=resume, memory=limit, reporter=reporter)
 
 
 def evaluate(
@@ -96,6 +100,7 @@ def evaluate(
     *,
     run: PathLike | None = None,
     step: StepChoice = "best",
+    adapter: PathLike | None = None,
     threads: int | None = None,
     **settings: Any,
 ) -> EvalResult:
@@ -106,6 +111,7 @@ def evaluate(
         data: .jsonl, .csv or .tsv rows.
         run: run directory whose tuned model to evaluate; None for the base.
         step: of the run: a number, "best" (by validation) or "last".
+        adapter: PEFT folder or .onnx_adapter file to use instead of a run.
         threads: cores to use; all of this process when None.
         settings: template, labels, label_field and max_length; those of the run where not given.
 
@@ -115,7 +121,7 @@ def evaluate(
     config = _task_config(run, {**settings, "data": str(data)})
     rows = read_rows(data)
     task = find_task(rows, config.template, config.labels, config.label_field)
-    model = EdgeModel(directory, threads=threads, run=run, step=step)
+    model = EdgeModel(directory, threads=threads, run=run, step=step, adapter=adapter)
     made = make_examples(rows, task, model.text, row_limit(model, config))
     return EvalResult(evaluate_examples(Sequences(model), made.examples), model.step, made.truncated)
 
@@ -127,6 +133,7 @@ def predict(
     data: PathLike | None = None,
     run: PathLike | None = None,
     step: StepChoice = "best",
+    adapter: PathLike | None = None,
     threads: int | None = None,
     **settings: Any,
 ) -> list[Prediction]:
@@ -138,6 +145,7 @@ def predict(
         data: .jsonl, .csv or .tsv rows with the template's fields.
         run: run directory whose tuned model, template and labels to use; None for the base.
         step: of the run: a number, "best" (by validation) or "last".
+        adapter: PEFT folder or .onnx_adapter file to use instead of a run.
         threads: cores to use; all of this process when None.
         settings: template, labels and max_length; those of the run where not given.
 
@@ -161,7 +169,7 @@ def predict(
     if not rows:
         return []
     task = find_task(rows, config.template, config.labels, config.label_field)
-    model = EdgeModel(directory, threads=threads, run=run, step=step)
+    model = EdgeModel(directory, threads=threads, run=run, step=step, adapter=adapter)
     return predict_labels(model, rows, task, row_limit(model, config))
 
 

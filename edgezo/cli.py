@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgezo import __version__, run_commands, terminal
-from edgezo.config import DEFAULT_STEPS, MAX_TOKENS, Sampling
+from edgezo import __version__, chat, run_commands, terminal
+from edgezo.config import ALL_LINEAR, DEFAULT_STEPS, MAX_TOKENS, PREFIX_TOKENS, Sampling
 from edgezo.errors import ConfigError, EdgezoError
 from edgezo.options import (
+    AdapterPath,
     EdgeDir,
     Json,
     LabelField,
@@ -59,6 +60,21 @@ def export_command(
     tunable: Annotated[
         str, typer.Option("--tunable", help="all, or a regular expression over weight names: 'norm', 'self_attn', 'layers\\.2[0-9]\\.'.")
     ] = "all",
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter",
+            show_default=False,
+            help="Freeze the base and tune an adapter: lora or prefix; or, in place, norms or the weights of a regular expression. [default: no adapter, all weights are tuned]",
+        ),
+    ] = None,
+    targets: Annotated[
+        str, typer.Option("--targets", help="Linear layers of lora: all-linear, names as q_proj,v_proj, or a regular expression.")
+    ] = ALL_LINEAR,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Length of the prefix.")] = PREFIX_TOKENS,
+    weights: Annotated[
+        str, typer.Option("--weights", help="How frozen weights are stored: fp32, int8 or int4 (weights only, activations stay fp32).")
+    ] = "fp32",
     revision: Annotated[str | None, typer.Option("--revision", help="Hub revision.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -66,7 +82,17 @@ def export_command(
     from edgezo.api import export_model
 
     with terminal.stages() as progress:
-        result = export_model(model, output, tunable=tunable, revision=revision, progress=progress)
+        result = export_model(
+            model,
+            output,
+            tunable=tunable,
+            adapter=adapter,
+            targets=targets,
+            tokens=tokens,
+            weights=weights,
+            revision=revision,
+            progress=progress,
+        )
     manifest, checked = result.manifest, result.verification
     size = sum(file.bytes for file in manifest.files.values())
     if as_json:
@@ -75,20 +101,27 @@ def export_command(
                 "directory": str(output),
                 "bytes": size,
                 "tunable_parameters": manifest.tunable_size,
+                "adapter": manifest.adapter.kind if manifest.adapter else None,
+                "weights": manifest.weights,
                 "export_seconds": round(result.export_seconds, 1),
                 **checked.model_dump(),
             }
         )
         return
+    lora = manifest.adapter is not None and manifest.adapter.kind == "lora"
+    tuned = f"{manifest.tunable_size:,} tunable parameters in {len(manifest.tunable)} tensors"
+    if lora and manifest.adapter is not None:
+        tuned = f"frozen, {manifest.weights}, with LoRA branch points at {len(manifest.adapter.targets)} linear layers"
+    quantized = checked.quantization_loss_change
     terminal.print_rows(
         [
-            (
-                "edge model",
-                f"{output}, {size / 1e6:,.0f} MB, {manifest.tunable_size:,} tunable parameters in {len(manifest.tunable)} tensors",
-            ),
+            ("edge model", f"{output}, {size / 1e6:,.0f} MB, {tuned}"),
             (
                 "checked",
-                f"largest log-probability difference {checked.largest_log_prob_difference:.1e}, {checked.greedy_tokens_equal} greedy tokens equal",
+                f"largest log-probability difference {checked.largest_log_prob_difference:.1e}, {checked.greedy_tokens_equal} greedy tokens equal"
+                + (
+                    f"; quantising to {manifest.weights} changed the loss by {quantized:+.4f} nats a token" if quantized is not None else ""
+                ),
             ),
             ("took", f"{result.export_seconds:.0f} s"),
             ("next", f"edgezo tune {output} --data train.jsonl --valid valid.jsonl -o run"),
@@ -112,7 +145,15 @@ def tune_command(
     ] = None,
     lr: Annotated[float | None, setting("lr")] = None,
     eps: Annotated[float | None, setting("eps")] = None,
+    directions: Annotated[int | None, setting("directions")] = None,
     batch: Annotated[int | None, setting("batch")] = None,
+    rule: Annotated[
+        str | None, setting("rule", text="of the update: sgd, or normalized, which has root mean square lr in every weight.")
+    ] = None,
+    rank: Annotated[int | None, setting("rank")] = None,
+    alpha: Annotated[float | None, setting("alpha")] = None,
+    tune_a: Annotated[bool | None, setting("tune_a")] = None,
+    init: Annotated[str | None, setting("init")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     noise: Annotated[str | None, setting("noise", text="distribution of z: rademacher or gaussian.")] = None,
     schedule: Annotated[str | None, setting("schedule", text="of the learning rate: constant, linear or cosine.")] = None,
@@ -123,18 +164,22 @@ def tune_command(
     config: Annotated[Path | None, typer.Option("--config", help="YAML or JSON file of these settings; options override it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue RUN; more --steps or --minutes may be given.")] = False,
     threads: Threads = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", show_default=False, help="Peak memory to stay below, as 1.5GB: forwards are cut to fit.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tune an edge model in place of its weights, forward passes only; Ctrl-C finishes the step and saves."""
+    """Tune an edge model with forward passes only; Ctrl-C finishes the step and saves."""
     from edgezo import api
 
     settings: dict[str, Any] = {
         "data": data, "valid": valid, "template": unescape(template), "labels": labels, "label_field": label_field, "max_length": max_length,
-        "steps": steps, "minutes": minutes, "lr": lr, "eps": eps, "batch": batch, "seed": seed, "noise": noise, "schedule": schedule,
+        "steps": steps, "minutes": minutes, "lr": lr, "eps": eps, "directions": directions,
+        "batch": batch, "rule": rule, "rank": rank, "alpha": alpha, "tune_a": tune_a, "init": init, "seed": seed, "noise": noise, "schedule": schedule,
         "warmup": warmup, "weight_decay": weight_decay, "eval_every": eval_every, "eval_rows": eval_rows,
     }  # fmt: skip
     with terminal.tuning() as reporter:
-        result = api.tune(directory, output, resume=resume, config=config, threads=threads, reporter=reporter, **settings)
+        result = api.tune(directory, output, resume=resume, config=config, threads=threads, memory=memory, reporter=reporter, **settings)
     if as_json:
         shown = {name: value.as_dict() if hasattr(value, "as_dict") else value for name, value in result._asdict().items()}
         terminal.print_json({**shown, "directory": str(result.directory)})
@@ -146,7 +191,8 @@ def tune_command(
 
 def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple[str, str]]:
     """How a run ended, and what to do with it."""
-    rows = [("run", f"{output}, {result.steps} steps, {result.ended}, {result.seconds:.0f} s")]
+    peak = f", peak memory {result.peak_bytes / 1e6:.0f} MB" if result.peak_bytes is not None else ""
+    rows = [("run", f"{output}, {result.steps} steps, {result.ended}, {result.seconds:.0f} s{peak}")]
     if result.before is not None:
         rows.append(("before", terminal.evaluation_text(result.before)))
     if result.best is not None and result.best_step > 0:
@@ -167,6 +213,7 @@ def eval_command(
     data: Annotated[str, typer.Option("--data", help="Rows to evaluate on: .jsonl, .csv or .tsv.")],
     run: RunDir = None,
     step: Step = None,
+    adapter: AdapterPath = None,
     template: Template = None,
     labels: Labels = None,
     label_field: LabelField = None,
@@ -182,6 +229,7 @@ def eval_command(
         data,
         run=run,
         step=step_of_run(step, run),
+        adapter=adapter,
         threads=threads,
         template=unescape(template),
         labels=labels,
@@ -193,7 +241,7 @@ def eval_command(
     if as_json:
         terminal.print_json({**result.evaluation.as_dict(), "step": result.step, "truncated": result.truncated})
     else:
-        model = {None: "base", 0: "step 0, the base"}.get(result.step, f"step {result.step}")
+        model = {None: "base" if adapter is None else str(adapter), 0: "step 0, the base"}.get(result.step, f"step {result.step}")
         terminal.print_rows([(model, terminal.evaluation_text(result.evaluation))])
 
 
@@ -204,6 +252,7 @@ def predict_command(
     data: Annotated[str | None, typer.Option("--data", help="Or rows without label: .jsonl, .csv or .tsv.")] = None,
     run: RunDir = None,
     step: Step = None,
+    adapter: AdapterPath = None,
     template: Template = None,
     labels: Labels = None,
     max_length: MaxLength = None,
@@ -215,7 +264,9 @@ def predict_command(
 
     words = {"template": unescape(template), "labels": labels, "max_length": max_length}
     chosen = step_of_run(step, run)
-    found = api.predict(directory, texts=None if text is None else [text], data=data, run=run, step=chosen, threads=threads, **words)
+    found = api.predict(
+        directory, texts=None if text is None else [text], data=data, run=run, step=chosen, adapter=adapter, threads=threads, **words
+    )
     if as_json:
         terminal.print_json({"predictions": [prediction._asdict() for prediction in found]})
         return
@@ -230,6 +281,7 @@ def generate_command(
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue; - reads it from standard input.")],
     run: RunDir = None,
     step: Step = None,
+    adapter: AdapterPath = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")] = MAX_TOKENS,
     temperature: Annotated[
@@ -246,7 +298,7 @@ def generate_command(
     from edgezo.runtime.model import EdgeModel
 
     text = read_standard_input() if prompt == "-" else prompt
-    model = EdgeModel(directory, threads=threads, run=run, step=step_of_run(step, run))
+    model = EdgeModel(directory, threads=threads, run=run, step=step_of_run(step, run), adapter=adapter)
     if chat:
         text = model.text.chat([{"role": "user", "content": text}], reply=True)
     sampling = Sampling(DRAW.temperature if temperature is None else temperature, top_k, top_p, seed)
@@ -291,6 +343,7 @@ app.command("replay")(run_commands.replay_command)
 app.command("merge")(run_commands.merge_command)
 app.command("verify")(run_commands.verify_command)
 app.command("diff")(run_commands.diff_command)
+app.command("chat")(chat.chat_command)
 
 
 def read_standard_input() -> str:

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from edgezo.errors import ConfigError, first_line
 
+AdapterKind = Literal["lora", "prefix"]
+ALL_LINEAR = "all-linear"  # targets of LoRA
+PREFIX_TOKENS = 5
 CONFIG_BYTES_LIMIT = 1 << 20
 DEFAULT_STEPS = 500
 
@@ -41,7 +44,13 @@ class TuneConfig(BaseModel):
     minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time budget in minutes, evaluation included")
     lr: float = Field(2e-5, gt=0, le=1e6, description="learning rate")
     eps: float = Field(1e-3, gt=0, le=1e6, description="perturbation scale")
-    batch: int = Field(16, gt=0, description="rows of a step")
+    directions: int = Field(1, gt=0, le=1024, description="directions of a step, each with rows of its own")
+    batch: int = Field(16, gt=0, description="rows of a direction")
+    rule: Literal["sgd", "normalized"] = Field("sgd", description="of the update; normalized has root mean square lr in every weight")
+    rank: int = Field(8, gt=0, le=4096, description="of LoRA")
+    alpha: float = Field(16.0, gt=0, le=1e6, description="of LoRA, whose scaling is alpha / rank")
+    tune_a: bool = Field(False, description="tune LoRA's A too; else B alone (LoRA-FA)")
+    init: str | None = Field(None, description="adapter to start from: a PEFT folder")
     seed: int = Field(0, ge=0, lt=1 << 64, description="of noise and data order; 0 is an ordinary seed")
     noise: Literal["rademacher", "gaussian"] = Field("rademacher", description="distribution of z")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="of the learning rate")
@@ -57,19 +66,35 @@ class TuneConfig(BaseModel):
         return self
 
     @property
+    def rows(self) -> int:
+        """Rows of a step."""
+        return self.directions * self.batch
+
+    @property
     def total_steps(self) -> int | None:
         """Steps of the whole run; None when time alone ends it."""
         return self.steps if self.steps is not None or self.minutes is not None else DEFAULT_STEPS
 
 
-def make_config(file: str | os.PathLike[str] | None, options: dict[str, Any]) -> TuneConfig:
+# what differs from the fields' defaults where an adapter is tuned: measured in docs/adapters.md
+ADAPTER_DEFAULTS: dict[AdapterKind, dict[str, Any]] = {
+    "lora": {"lr": 1.2e-2, "eps": 1e-2, "directions": 16, "batch": 1, "rule": "normalized", "schedule": "cosine"},
+    "prefix": {"lr": 1e-2, "eps": 1e-1, "directions": 16, "batch": 1, "rule": "normalized", "schedule": "cosine"},
+}
+
+
+def make_config(file: str | os.PathLike[str] | None, options: dict[str, Any], kind: AdapterKind | None = None) -> TuneConfig:
     """A configuration from an optional YAML or JSON file and options that override it (None means not given).
+
+    Args:
+        kind: adapter that the edge model is prepared for; it has defaults of its own.
 
     Raises:
         ConfigError: the file cannot be read, or a value is unknown or out of range.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    values = {**(_read_settings(Path(file)) if file is not None else {}), **given}
+    defaults = ADAPTER_DEFAULTS[kind] if kind is not None else {}
+    values = {**defaults, **(_read_settings(Path(file)) if file is not None else {}), **given}
     if values.get("labels") is not None:
         values["labels"] = parse_labels(values["labels"])
     try:

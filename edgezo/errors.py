@@ -6,6 +6,7 @@
     ├── EdgeModelError         an edge model directory that cannot be trusted or read
     ├── ExportError            a model that cannot be exported, or whose export differs from its source
     ├── RunError               a run directory that cannot be read, resumed or written
+    ├── AdapterError           an adapter file that cannot be read, or does not fit the edge model
     ├── DeadTensorError        a tunable tensor whose change the engine does not see
     └── NonFiniteLossError     a loss that is NaN or infinite; the weights are as before the step
 
@@ -40,6 +41,10 @@ class ExportError(EdgezoError):
 
 class RunError(EdgezoError):
     """A run directory cannot be read, resumed or written."""
+
+
+class AdapterError(EdgezoError):
+    """An adapter file cannot be read, or does not fit the edge model."""
 
 
 class DeadTensorError(EdgezoError):

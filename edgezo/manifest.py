@@ -6,29 +6,27 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from edgezo.adapters import PREFIX, Adapter, Record
 from edgezo.errors import EdgeModelError
+from edgezo.quantization import Precision, Quantized
 from edgezo.storage import is_plain_name, sha256_file, write_atomically
 
 FORMAT: Final = "edgezo-edge-model"
-VERSION: Final = 1
+VERSION: Final = 2
+READABLE = (1, 2)  # 2 added adapter, weights, quantized tensors, config; what 1 has means the same
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES_LIMIT = 64 << 20
 ALIGNMENT = 4096  # bytes; every tensor starts on a page, so that any system can map it
-ITEM_BYTES = {"float32": 4, "int64": 8, "bool": 1}
-
-
-class Record(BaseModel):
-    """Strict and immutable: unknown fields, wrong types, NaN and infinity are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+ITEM_BYTES = {"float32": 4, "int64": 8, "bool": 1, "uint8": 1}
 
 
 class Origin(Record):
-    """Where the model came from and what it is."""
+    """Where the model came from and what it is. `weights_sha256` is over its float32 weights, before any quantisation."""
 
     id: str
+    weights_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     revision: str | None = None
     license: str | None = None
     model_type: str
@@ -43,25 +41,31 @@ class TokenizerFacts(Record):
 
     file: str
     bos_token_id: int | None = None
-    eos_token_ids: list[int] = []
+    eos_token_ids: list[int] = Field(default_factory=list)
     pad_token_id: int = 0
-    special_tokens: dict[str, str] = {}
+    special_tokens: dict[str, str] = Field(default_factory=dict)
     chat_template: str | None = None
 
 
 class Tensor(Record):
-    """One stored weight. `name` is the Hugging Face name and the name in both graphs."""
+    """One stored weight. `name` is the Hugging Face name and the name in both graphs; `shape` is that of the stored array."""
 
     name: str = Field(min_length=1)
     shape: list[int]
-    dtype: Literal["float32", "int64", "bool"]
+    dtype: Literal["float32", "int64", "bool", "uint8"]
     file: str
     offset: int = Field(ge=0)
     tunable: bool
     transposed: bool = False
     layer: int | None = None
     kind: str
-    tied_to: list[str] = []
+    tied_to: list[str] = Field(default_factory=list)
+    quantized: Quantized | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether integers are stored."""
+        return self.quantized is not None
 
     @property
     def size(self) -> int:
@@ -89,15 +93,19 @@ class Graph(Record):
     file: str
     inputs: list[str]
     outputs: list[str]
-    past: list[PastState] = []
+    past: list[PastState] = Field(default_factory=list)
 
 
 class Verification(Record):
-    """What the check at the end of the export measured against the source model."""
+    """What the check at the end of the export measured against the source model.
+
+    quantization_loss_change: nats a token of the probes that quantising the weights cost; None for fp32.
+    """
 
     largest_log_prob_difference: float
     greedy_tokens_equal: int
     onnxruntime: str
+    quantization_loss_change: float | None = None
 
 
 class Tuned(Record):
@@ -120,15 +128,18 @@ class Manifest(Record):
     """manifest.json of an edge model. See docs/edge-model.md."""
 
     format: Literal["edgezo-edge-model"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[1, 2] = VERSION
     edgezo: str
     origin: Origin
     tokenizer: TokenizerFacts
     scoring: Graph
     generation: Graph
     tensors: list[Tensor]
+    weights: Precision = "fp32"
+    adapter: Adapter | None = None
+    config: str | None = None
     verification: Verification | None = None
-    tuned: list[Tuned] = []
+    tuned: list[Tuned] = Field(default_factory=list)
     files: dict[str, StoredFile]
 
     @property
@@ -166,8 +177,10 @@ def read_manifest(directory: Path) -> Manifest:
         raise EdgeModelError(f"{path}: not readable as JSON ({error}); export the model again") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise EdgeModelError(f"{path}: not an edge model manifest (format is not {FORMAT!r})")
-    if raw.get("version") != VERSION:
-        raise EdgeModelError(f"{path}: manifest version {raw.get('version')!r}, this edgezo reads {VERSION}; export again or update edgezo")
+    if raw.get("version") not in READABLE:
+        raise EdgeModelError(
+            f"{path}: manifest version {raw.get('version')!r}, this edgezo reads {' and '.join(map(str, READABLE))}; export again or update edgezo"
+        )
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -209,8 +222,7 @@ def _check(manifest: Manifest, path: Path) -> None:
         if not is_plain_name(name):
             refuse(f"file name {name!r} leaves the directory")
     referred = [manifest.scoring.file, manifest.generation.file, manifest.tokenizer.file, *(t.file for t in manifest.tensors)]
-    if manifest.tokenizer.chat_template is not None:
-        referred.append(manifest.tokenizer.chat_template)
+    referred += [name for name in (manifest.tokenizer.chat_template, manifest.config) if name is not None]
     for name in referred:
         if not is_plain_name(name):
             refuse(f"file name {name!r} leaves the directory")
@@ -239,5 +251,12 @@ def _check(manifest: Manifest, path: Path) -> None:
         for (_, end, first), (start, _, second) in pairwise(parts):
             if start < end:
                 refuse(f"tensors {first!r} and {second!r} overlap in {name}")
-    if not manifest.tunable:
+    shapes = {tensor.name: tensor.shape for tensor in manifest.tensors}
+    for tensor in manifest.tensors:
+        stored = tensor.quantized
+        if stored is not None and (tensor.dtype != "uint8" or tensor.shape != stored.packed_shape or stored.scales not in shapes):
+            refuse(f"tensor {tensor.name!r} says it is quantized, but its shape, type or scales do not fit")
+    if manifest.adapter is None and not manifest.tunable:
         refuse("no tensor is tunable")
+    if manifest.adapter is not None and manifest.adapter.kind == "prefix" and PREFIX not in shapes:
+        refuse("it is prepared for a prefix, but none is stored")

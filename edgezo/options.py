@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgezo.config import TuneConfig
+from edgezo.config import ADAPTER_DEFAULTS, TuneConfig
 from edgezo.errors import ConfigError
 
 EdgeDir = Annotated[Path, typer.Argument(metavar="DIR", help="Edge model directory made by `edgezo export`.")]
@@ -18,11 +18,16 @@ def setting(field: str, *, text: str | None = None, shown: str | None = None) ->
     described = text or f"{info.description}."
     value = shown or (None if info.default is None or info.is_required() else str(info.default))
     described = f"{described[0].upper()}{described[1:]}" + (f" [default: {value}]" if value else "")
-    return typer.Option(f"--{field.replace('_', '-')}", show_default=False, help=described)
+    described += "".join(f" [{kind}: {defaults[field]}]" for kind, defaults in ADAPTER_DEFAULTS.items() if field in defaults)
+    name = f"--{field.replace('_', '-')}"
+    return typer.Option(f"{name}/--no-{name[2:]}" if info.annotation is bool else name, show_default=False, help=described)
 
 
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Edge model directory to make.")]
 RunDir = Annotated[Path | None, typer.Option("--run", metavar="RUN", help="Use the tuned model of this run directory.")]
+AdapterPath = Annotated[
+    Path | None, typer.Option("--adapter", metavar="PATH", help="Use an adapter of elsewhere: a PEFT folder or an .onnx_adapter file.")
+]
 Step = Annotated[
     str | None, typer.Option("--step", show_default=False, help="Step of the run: a number, best (by validation) or last. [default: best]")
 ]

@@ -1,13 +1,17 @@
 """Commands over runs: replay, verify, diff, merge."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
 from edgezo import terminal
 from edgezo.errors import ConfigError, RunError
 from edgezo.options import EdgeDir, Json, Output, Step, Threads, step_choice
+from edgezo.storage import sha256_file
+
+if TYPE_CHECKING:
+    from edgezo.manifest import Tuned
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory made by `edgezo tune`.")]
 
@@ -21,15 +25,21 @@ def replay_command(
     as_json: Json = False,
 ) -> None:
     """Write the tuned model of a run as an edge model of its own: base + journal, no forward pass."""
-    from edgezo.runtime.tuned import write_replayed
+    from edgezo.runtime.tuned import write_tuned
 
-    _written(output, write_replayed(directory, run, step_choice(step), output, threads), as_json)
+    _written(output, write_tuned(directory, [run], [1.0], step_choice(step), output, threads=threads), as_json)
 
 
 def merge_command(
     directory: EdgeDir,
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, all tuned from DIR.")],
-    output: Output,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Directory, or .onnx_adapter file, to make.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--format", help="edge: an edge model; hf: a Hugging Face folder; peft: a PEFT folder; onnx-adapter: for onnxruntime."
+        ),
+    ] = "edge",
     weights: Annotated[
         str | None, typer.Option("--weights", show_default=False, help="Share of each run, as 0.5,0.5. [default: equal shares]")
     ] = None,
@@ -37,14 +47,16 @@ def merge_command(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Average the tuned models of several runs of one base, as an edge model of its own."""
-    from edgezo.runtime.tuned import write_averaged
+    """Write what runs of one base have tuned, for elsewhere; of several runs the average."""
+    from edgezo.runtime.tuned import Format, write_tuned
 
+    if to not in get_args(Format):
+        raise ConfigError(f"--format {to}: {', '.join(get_args(Format))} are the formats")
     try:
         shares = [1 / len(runs)] * len(runs) if weights is None else [float(part) for part in weights.split(",")]
     except ValueError:
         raise ConfigError(f"--weights {weights!r}: give one number a run, separated by commas") from None
-    _written(output, write_averaged(directory, runs, shares, step_choice(step), output, threads), as_json)
+    _written(output, write_tuned(directory, runs, shares, step_choice(step), output, cast(Format, to), threads), as_json)
 
 
 def verify_command(
@@ -101,6 +113,8 @@ def diff_command(
     terminal.print_facts({"runs": [str(first), str(second)], **compare_runs(read_run(first), read_run(second))}, as_json)
 
 
-def _written(output: Path, manifest: Any, as_json: bool) -> None:
-    hashes = {tensor.file: manifest.files[tensor.file].sha256 for tensor in manifest.tunable}
-    terminal.print_facts({"edge_model": str(output), "steps": [tuned.step for tuned in manifest.tuned], "sha256": hashes}, as_json)
+def _written(output: Path, tuned: "list[Tuned]", as_json: bool) -> None:
+    facts: dict[str, Any] = {"written": str(output), "steps": [one.step for one in tuned], "shares": [one.weight for one in tuned]}
+    files = [output] if output.is_file() else sorted(output.iterdir())
+    facts["sha256"] = {path.name: sha256_file(path) for path in files if path.suffix in {".bin", ".safetensors", ".onnx_adapter"}}
+    terminal.print_facts(facts, as_json)

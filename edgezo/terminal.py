@@ -112,7 +112,7 @@ def tuning() -> Iterator["Reporter"]:
 
         def step(report: "StepReport") -> None:
             nonlocal shown, smooth
-            smooth = report.estimate.loss if smooth is None else 0.95 * smooth + 0.05 * report.estimate.loss
+            smooth = report.loss if smooth is None else 0.95 * smooth + 0.05 * report.loss
             note = f"loss {smooth:.4f}  {report.step_seconds:.2f} s/step"
             count = f"{report.step}/{total}" if total else f"step {report.step}"
             progress.update(task, description="tuning", completed=report.progress, count=count, note=note)

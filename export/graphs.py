@@ -1,57 +1,42 @@
 """A decoder graph to the two graphs of an edge model: scoring and generation (see docs/edge-model.md)."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from edgezo.adapters import Adapter
 from edgezo.errors import ExportError
-from edgezo.manifest import Graph, PastState, Tensor
+from edgezo.export.adapters import LINEAR, add_lora, add_prefix
+from edgezo.export.decoder import Decoder, Part
+from edgezo.manifest import ITEM_BYTES, Graph, PastState, Tensor
 
 HIDDEN_ROWS, PAIR_ROWS, PAIR_TARGETS = "hidden_rows", "pair_rows", "pair_targets"
 HIDDEN, LOG_PROBS, LOGITS = "hidden", "log_probs", "logits"
 IR_VERSION = 8  # >= 4 makes initializers that are inputs overridable; 8 is read by onnxruntime 1.18
 ELEMENTWISE = {"Cast", "Mul", "Div", "Add", "Sub", "Tanh", "Identity"}  # logit scaling and soft caps after the head
-TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}
+TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL, "uint8": TensorProto.UINT8}
 
 
-@dataclass
-class Weight:
-    """One weight of the source: `name` is its Hugging Face name and its name in the graph."""
-
-    name: str
-    array: npt.NDArray[Any]
-    trainable: bool
-    transposed: bool = False
-    tied_to: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Decoder:
-    """A traced decoder: every weight is a graph input, its values lie in `weights`."""
-
-    model: onnx.ModelProto
-    weights: dict[str, Weight]
-
-    @property
-    def past_inputs(self) -> list[onnx.ValueInfoProto]:
-        """The KV-cache inputs, each [batch, heads, past, head_dim]."""
-        return [value for value in self.model.graph.input if value.name.startswith("past_key_values.")]
-
-
-def scoring_graph(decoder: Decoder) -> tuple[onnx.ModelProto, Graph]:
+def scoring_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[onnx.ModelProto, Graph]:
     """The graph that tuning and evaluation run.
 
     log_probs[p] = log_softmax(head(hidden[pair_rows[p]]))[pair_targets[p]], hidden[h] = the final hidden state at flat position
-    hidden_rows[h] of [batch * sequence]. The vocabulary projection sees the gathered rows alone.
+    hidden_rows[h] of [batch * sequence]. The vocabulary projection sees the gathered rows alone. With `adapter` it has the branch
+    points of stacked LoRA, or a prefix before the first token.
     """
     model = _copy(decoder)
     graph = model.graph
-    _remove_past(graph, decoder)
+    if adapter is not None and adapter.kind == "prefix":
+        add_prefix(model, decoder)
+    else:
+        _remove_past(graph, decoder)
+    if adapter is not None and adapter.kind == "lora":
+        add_lora(model, adapter.targets, stacked=True)
     logits, hidden = _gather_before_head(graph)
     nodes = [
         helper.make_node("Cast", [logits], ["edgezo/logits32"], to=TensorProto.FLOAT),
@@ -72,14 +57,16 @@ def scoring_graph(decoder: Decoder) -> tuple[onnx.ModelProto, Graph]:
         )
     _set_outputs(graph, [(LOG_PROBS, ["pair_count"]), (HIDDEN, ["hidden_count", None])])
     _prune(graph)
-    inputs = [value.name for value in graph.input if value.name not in decoder.weights]
+    inputs = _fed(graph, decoder)
     return model, Graph(file="scoring.onnx", inputs=inputs, outputs=[LOG_PROBS, HIDDEN])
 
 
-def generation_graph(decoder: Decoder) -> tuple[onnx.ModelProto, Graph]:
+def generation_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[onnx.ModelProto, Graph]:
     """The graph with a KV cache: logits [hidden_count, vocabulary] at the gathered rows, and the new keys and values."""
     model = _copy(decoder)
     graph = model.graph
+    if adapter is not None and adapter.kind == "lora":
+        add_lora(model, adapter.targets, stacked=False)
     presents = [output for output in graph.output if output.name.startswith("present.")]
     logits, _ = _gather_before_head(graph)
     graph.node.append(helper.make_node("Identity", [logits], [LOGITS]))
@@ -99,29 +86,41 @@ def generation_graph(decoder: Decoder) -> tuple[onnx.ModelProto, Graph]:
                 head_dim=dims[3].dim_value,
             )
         )
-    inputs = [value.name for value in graph.input if value.name not in decoder.weights and not value.name.startswith("past_key_values.")]
+    inputs = [name for name in _fed(graph, decoder) if not name.startswith("past_key_values.")]
     return model, Graph(file="generation.onnx", inputs=inputs, outputs=[output.name for output in graph.output], past=past)
 
 
-def attach_weights(model: onnx.ModelProto, tensors: Iterable[Tensor]) -> None:
+def attach_weights(model: onnx.ModelProto, tensors: Iterable[Tensor], parts: Mapping[str, Part] = MappingProxyType({})) -> None:
     """Turn the weight inputs into initializers in external files.
 
-    A tunable one stays listed as an input too: an *overridable initializer*, which the engine neither folds nor pre-packs.
+    A tunable one stays listed as an input too: an *overridable initializer*, which the engine neither folds nor pre-packs. So does a
+    frozen one with several uses, such as a tied embedding: packed for one of them it would lie in memory twice.
     """
     graph = model.graph
-    used = {name for node in graph.node for name in node.input}
-    tensors = [tensor for tensor in tensors if tensor.name in used]
-    names = {tensor.name for tensor in tensors}
+    used = Counter(name for node in graph.node for name in node.input)
+    stored = {tensor.name: tensor for tensor in tensors}
+    names = stored.keys() | parts.keys()
     others = [value for value in graph.input if value.name not in names]
     del graph.input[:]
     graph.input.extend(others)
-    for tensor in tensors:
-        proto = TensorProto(name=tensor.name, data_type=TYPES[tensor.dtype], dims=tensor.shape, data_location=TensorProto.EXTERNAL)
-        for key, value in (("location", tensor.file), ("offset", tensor.offset), ("length", tensor.nbytes)):
-            proto.external_data.add(key=key, value=str(value))
-        graph.initializer.append(proto)
-        if tensor.tunable:
-            graph.input.append(helper.make_tensor_value_info(tensor.name, TYPES[tensor.dtype], tensor.shape))
+    for name, tensor in stored.items():
+        if name not in used:
+            continue
+        graph.initializer.append(_external(name, tensor, tensor.shape, tensor.offset))
+        if tensor.tunable or (used[name] > 1 and not tensor.is_quantized):
+            graph.input.append(helper.make_tensor_value_info(name, TYPES[tensor.dtype], tensor.shape))
+    for name, part in parts.items():
+        tensor = stored[part.tensor]
+        row_bytes = tensor.nbytes // tensor.shape[0]
+        graph.initializer.append(_external(name, tensor, [part.rows, *tensor.shape[1:]], tensor.offset + part.first * row_bytes))
+
+
+def _external(name: str, tensor: Tensor, shape: list[int], offset: int) -> TensorProto:
+    proto = TensorProto(name=name, data_type=TYPES[tensor.dtype], dims=shape, data_location=TensorProto.EXTERNAL)
+    length = math.prod(shape) * ITEM_BYTES[tensor.dtype]
+    for key, value in (("location", tensor.file), ("offset", offset), ("length", length)):
+        proto.external_data.add(key=key, value=str(value))
+    return proto
 
 
 def unconnected(model: onnx.ModelProto, names: Iterable[str]) -> list[str]:
@@ -140,6 +139,12 @@ def _log_sum_exp(version: int) -> onnx.NodeProto:
     if version < 18:
         return helper.make_node("ReduceLogSumExp", ["edgezo/logits32"], ["edgezo/lse"], axes=[-1], keepdims=0)
     return helper.make_node("ReduceLogSumExp", ["edgezo/logits32", "edgezo/minus_one"], ["edgezo/lse"], keepdims=0)
+
+
+def _fed(graph: onnx.GraphProto, decoder: Decoder) -> list[str]:
+    """Inputs that every run must feed: neither weights nor overridable."""
+    given = decoder.weights.keys() | decoder.parts.keys() | {value.name for value in graph.initializer}
+    return [value.name for value in graph.input if value.name not in given]
 
 
 def _copy(decoder: Decoder) -> onnx.ModelProto:
@@ -191,12 +196,15 @@ def _gather_before_head(graph: onnx.GraphProto) -> tuple[str, str]:
     name = LOGITS
     while (node := producers.get(name)) is not None and node.op_type in ELEMENTWISE:
         name = next((given for given in node.input if given in producers and producers[given].op_type != "Constant"), "")
-    if node is None or node.op_type not in {"MatMul", "Gemm"}:
-        found = "nothing" if node is None else node.op_type
+    heads = [node] if node is not None else []
+    if node is not None and node.op_type == "Concat":  # a large quantised projection comes in parts
+        heads = [producers[given] for given in node.input if given in producers]
+    if not heads or any(head.op_type not in LINEAR or head.input[0] != heads[0].input[0] for head in heads):
+        found = heads[0].op_type if heads else "nothing"
         raise ExportError(
             f"the graph's logits come from {found}, not from a vocabulary projection (MatMul or Gemm); this architecture is not supported"
         )
-    source = node.input[0]
+    source = heads[0].input[0]
     # 3-D [batch, sequence, width] or already 2-D: the same flat rows
     insert = [
         helper.make_node("Shape", [source], ["edgezo/width"], start=-1),
@@ -205,8 +213,9 @@ def _gather_before_head(graph: onnx.GraphProto) -> tuple[str, str]:
         helper.make_node("Gather", ["edgezo/flat", HIDDEN_ROWS], ["edgezo/hidden"], axis=0),
     ]
     graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "edgezo/minus_one"))
-    node.input[0] = "edgezo/hidden"
-    position = next(index for index, other in enumerate(graph.node) if node.output[0] in other.output)
+    for head in heads:
+        head.input[0] = "edgezo/hidden"
+    position = next(index for index, other in enumerate(graph.node) if heads[0].output[0] in other.output)
     for offset, new in enumerate(insert):
         graph.node.insert(position + offset, new)
     last = producers[LOGITS]

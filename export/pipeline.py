@@ -1,21 +1,32 @@
 """`edgezo export`: source, graphs, weight files, tokenizer, manifest, check; the directory appears whole or not at all."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast, get_args
 
+import numpy as np
 import onnx
 
-from edgezo.errors import ExportError
+from edgezo.adapters import Adapter
+from edgezo.config import ALL_LINEAR, PREFIX_TOKENS
+from edgezo.errors import ConfigError, ExportError
+from edgezo.export.adapters import check_targets, find_targets
+from edgezo.export.decoder import Decoder
+from edgezo.export.freeze import freeze
 from edgezo.export.graphs import attach_weights, generation_graph, scoring_graph, unconnected
+from edgezo.export.prefix import check_tokens, fill_prefix, prefix_weight
 from edgezo.export.source import Source, load_source, save_tokenizer
-from edgezo.export.verify import verify
-from edgezo.export.weights import plan_tensors, tunable_pattern, write_weights
+from edgezo.export.verify import probe_logits, verify
+from edgezo.export.weights import matching, plan_tensors, tunable_pattern, write_weights
 from edgezo.manifest import Manifest, StoredFile, TokenizerFacts, Verification
+from edgezo.quantization import Precision
 from edgezo.storage import directory_in_the_making, refuse_existing, sha256_file
 
+CONFIG_FILE = "config.json"
 Progress = Callable[[str], None]
 
 
@@ -30,56 +41,98 @@ class ExportResult:
 
 
 def export_model(
-    model: str, output: str | Path, *, tunable: str = "all", revision: str | None = None, progress: Progress = lambda stage: None
+    model: str,
+    output: str | Path,
+    *,
+    tunable: str = "all",
+    adapter: str | None = None,
+    targets: str = ALL_LINEAR,
+    tokens: int = PREFIX_TOKENS,
+    weights: str = "fp32",
+    revision: str | None = None,
+    progress: Progress = lambda stage: None,
 ) -> ExportResult:
     """Export a decoder-only causal language model to an edge model directory and check it against its source.
 
     Args:
         model: hub id, Hugging Face folder, .gguf file, or folder with an optimum-style model.onnx.
         output: directory to make; it must not exist.
-        tunable: "all" or a regular expression over Hugging Face weight names.
+        tunable: "all", "norms", or a regular expression over Hugging Face weight names; without `adapter`.
+        adapter: "lora" or "prefix" freezes the base and prepares the graphs; anything else is the same as `tunable`.
+        targets: of LoRA: "all-linear", names as "q_proj,v_proj", or a regular expression over module names.
+        tokens: of a prefix.
+        weights: how frozen linear weights and the token embedding are stored.
         revision: hub revision.
         progress: called with the name of each stage as it begins.
 
     Raises:
-        ExportError: the model cannot be exported, or differs from its source by more than 2e-3 in a log-probability or in one of 16
-            greedy tokens. Nothing is left at `output` then.
-        ConfigError: `tunable` matches nothing.
+        ExportError: the model cannot be exported, or differs from its source (with the weights as quantised) by more than 2e-3 in a
+            log-probability or in one of 16 greedy tokens. Nothing is left at `output` then.
+        ConfigError: `tunable` or `targets` matches nothing; settings that exclude each other.
     """
     started = time.monotonic()
     output = Path(output)
     refuse_existing(output, ExportError, "choose another directory or remove it")
-    tunable_pattern(tunable)  # a mistake in it is told before the minutes of loading
+    precision = _check_settings(tunable, adapter, targets, weights)
+    if adapter not in {None, "lora", "prefix"}:
+        tunable, adapter = str(adapter), None
     progress(f"loading and tracing {Path(model).name if Path(model).exists() else model}")
     source = load_source(model, revision)
-    tensors = plan_tensors(source.decoder.weights.values(), tunable)
+    decoder = source.decoder
+    origin = source.origin.model_copy(update={"weights_sha256": _weights_sha256(decoder)})
+    chosen = set() if adapter is not None else matching(decoder.weights.values(), tunable)
+    unquantized = None
+    if precision != "fp32":
+        if not source.shares_weights:
+            raise ExportError(f"{model}: a model.onnx cannot be quantised and checked here; give the Hugging Face folder it was made from")
+        unquantized = probe_logits(source)
+        progress(f"quantising weights to {weights}")
+    freeze(decoder, [name for name in list(decoder.weights) if name not in chosen], precision)
+    described = None
+    if adapter == "lora":
+        described = Adapter(kind="lora", targets=find_targets(decoder, targets))
+    elif adapter == "prefix":
+        check_tokens(tokens, source)
+        described = Adapter(kind="prefix", tokens=tokens)
     try:
         with directory_in_the_making(output) as folder:
             progress("building the graphs")
-            (scoring_model, scoring), (generation_model, generation) = scoring_graph(source.decoder), generation_graph(source.decoder)
+            scoring_model, scoring = scoring_graph(decoder, described)
+            generation_model, generation = generation_graph(decoder, described)
+            tensors = plan_tensors(decoder.weights.values(), chosen)
             dead = unconnected(scoring_model, [tensor.name for tensor in tensors if tensor.tunable])
             if dead:
                 raise ExportError(
                     f"{model}: {len(dead)} tunable weights do not reach the scores: {', '.join(dead[:3])}; leave them out with --tunable"
                 )
             for proto, graph in ((scoring_model, scoring), (generation_model, generation)):
-                attach_weights(proto, tensors)
+                attach_weights(proto, tensors, decoder.parts)
                 onnx.save(proto, folder / graph.file)
             progress(f"writing {sum(tensor.nbytes for tensor in tensors) / 1e6:,.0f} MB of weights")
-            files = write_weights(folder, tensors, source.decoder.weights)
+            files = write_weights(folder, tensors, decoder.weights)
+            if adapter == "prefix":
+                prefix = prefix_weight(decoder, tokens)
+                fill_prefix(prefix, folder / generation.file, source, generation.inputs)
+                (planned,) = plan_tensors([prefix], {prefix.name})
+                files |= write_weights(folder, [planned], {prefix.name: prefix})
+                tensors.append(planned)
             template, special = save_tokenizer(source, folder)
+            (folder / CONFIG_FILE).write_text(source.config.to_json_string(use_diff=False), encoding="utf-8")
             progress("checking against the source")
-            checked = verify(folder, scoring, generation, source)
+            checked = verify(folder, scoring, generation, source, unquantized)
             for name in sorted(path.name for path in folder.iterdir()):
                 if name not in files:
                     files[name] = StoredFile(bytes=(folder / name).stat().st_size, sha256=sha256_file(folder / name))
             manifest = Manifest(
                 edgezo=version("edgezo"),
-                origin=source.origin,
+                origin=origin,
                 tokenizer=_tokenizer_facts(source, template, special),
                 scoring=scoring,
                 generation=generation,
                 tensors=tensors,
+                weights=precision,
+                adapter=described,
+                config=CONFIG_FILE,
                 verification=checked,
                 files=files,
             )
@@ -89,6 +142,33 @@ def export_model(
             f"{output}: cannot be written ({error.strerror or error}); nothing was kept, free space or choose another directory"
         ) from error
     return ExportResult(output, manifest, checked, time.monotonic() - started)
+
+
+def _check_settings(tunable: str, adapter: str | None, targets: str, weights: str) -> Precision:
+    """Mistakes that can be told before the minutes of loading; returns the precision of the weights."""
+    if weights not in get_args(Precision):
+        raise ConfigError(
+            f"--weights {weights}: fp32, int8 or int4; these are of weights alone, since int8 activations round away the difference of losses that tuning measures"
+        )
+    if adapter is not None and tunable != "all":
+        raise ConfigError(f"--adapter {adapter} freezes the whole base, --tunable {tunable} tunes some of it; give one of the two")
+    if adapter != "lora" and targets != ALL_LINEAR:
+        raise ConfigError(f"--targets {targets}: says where LoRA goes; add --adapter lora or leave it out")
+    if weights != "fp32" and adapter is None and tunable == "all":
+        raise ConfigError(f"--weights {weights}: quantised weights cannot be tuned; add --adapter lora, or leave --weights out")
+    check_targets(targets)
+    tunable_pattern(tunable if adapter in {None, "lora", "prefix"} else str(adapter))
+    return cast(Precision, weights)
+
+
+def _weights_sha256(decoder: Decoder) -> str:
+    """Identity of the source's weights, whatever they are stored as: SHA-256 over names and float32 values as [out, in]."""
+    digest = hashlib.sha256()
+    for name in sorted(decoder.weights):
+        weight = decoder.weights[name]
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(weight.array.T if weight.transposed else weight.array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _tokenizer_facts(source: Source, template: str | None, special: dict[str, str]) -> TokenizerFacts:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgezo.errors import ConfigError, ExportError, first_line
-from edgezo.export.graphs import Decoder
+from edgezo.export.decoder import Decoder
 from edgezo.export.quiet import quiet
 from edgezo.manifest import Origin
 
@@ -23,6 +23,7 @@ class Source:
     """A loaded source: the decoder to convert and the reference to check the result against.
 
     `logits(tokens)` runs the source on int64 [batch, sequence] without padding and returns float32 [batch, sequence, vocabulary].
+    `shares_weights` says that it reads the decoder's own arrays, so that a change of these is a change of the source.
     """
 
     origin: Origin
@@ -31,6 +32,7 @@ class Source:
     tokenizer: Any
     config: Any
     generation_eos: list[int] = field(default_factory=list)
+    shares_weights: bool = False
 
 
 def load_source(model: str, revision: str | None = None) -> Source:
@@ -108,7 +110,8 @@ def _from_torch(location: str, shown: str, keywords: dict[str, Any], revision: s
         return result
 
     eos = getattr(network.generation_config, "eos_token_id", None)
-    return Source(origin, decoder, logits, tokenizer, network.config, eos if isinstance(eos, list) else [eos] if eos is not None else [])
+    eos_ids = eos if isinstance(eos, list) else [eos] if eos is not None else []
+    return Source(origin, decoder, logits, tokenizer, network.config, eos_ids, shares_weights=True)
 
 
 def sizes(config: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import onnx
 import torch
 
 from edgezo.errors import ExportError, first_line
-from edgezo.export.graphs import Decoder, Weight
+from edgezo.export.decoder import Decoder, Weight
 from edgezo.export.quiet import quiet
 
 OPSET = 17  # the newest that onnxruntime 1.18 (JetPack 6) runs with every operator used here

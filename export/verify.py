@@ -15,14 +15,25 @@ GREEDY_TOKENS = 16
 PROBES = ("The quick brown fox jumps over the lazy dog, and then it", "Question: what is the capital of France? Answer:", "It was")
 
 
-def verify(directory: Path, scoring: Graph, generation: Graph, source: Source) -> Verification:
+Logits = list[npt.NDArray[np.float32]]
+
+
+def probe_logits(source: Source) -> Logits:
+    """The source's logits on the probes, float32 [tokens, vocabulary] each."""
+    return [source.logits(tokens[None])[0] for tokens in _probes(source)]
+
+
+def verify(directory: Path, scoring: Graph, generation: Graph, source: Source, unquantized: Logits | None = None) -> Verification:
     """Score and generate with the files in `directory` and compare with the source.
+
+    Args:
+        unquantized: `probe_logits` before the weights were quantised, to tell what that changed.
 
     Raises:
         ExportError: a log-probability differs by more than 2e-3, or one of 16 greedy tokens differs.
     """
     probes = _probes(source)
-    logits = [source.logits(tokens[None])[0] for tokens in probes]
+    logits = probe_logits(source)
     difference = _largest_difference(
         _score(directory, scoring, probes), [_log_probs(own, tokens) for own, tokens in zip(logits, probes, strict=True)]
     )
@@ -37,7 +48,14 @@ def verify(directory: Path, scoring: Graph, generation: Graph, source: Source) -
         raise ExportError(
             f"{source.origin.id}: greedy generation differs from the source after {equal} of {GREEDY_TOKENS} tokens; this architecture cannot be exported faithfully"
         )
-    return Verification(largest_log_prob_difference=difference, greedy_tokens_equal=len(found), onnxruntime=onnxruntime.__version__)
+    own = [_log_probs(values, tokens) for values, tokens in zip(logits, probes, strict=True)]
+    before = [_log_probs(values, tokens) for values, tokens in zip(unquantized, probes, strict=True)] if unquantized else own
+    return Verification(
+        largest_log_prob_difference=difference,
+        greedy_tokens_equal=len(found),
+        onnxruntime=onnxruntime.__version__,
+        quantization_loss_change=float(np.concatenate(before).mean() - np.concatenate(own).mean()) if unquantized else None,
+    )
 
 
 def _probes(source: Source) -> list[npt.NDArray[np.int64]]:

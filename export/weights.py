@@ -9,26 +9,24 @@ from pathlib import Path
 import numpy as np
 
 from edgezo.errors import ConfigError, ExportError
-from edgezo.export.graphs import Weight
+from edgezo.export.decoder import Weight
 from edgezo.manifest import ALIGNMENT, ITEM_BYTES, StoredFile, Tensor
 
+NORMS = r"norm|\bln_"  # layer norms are named input_layernorm, q_norm, ln_1, final_layer_norm
 TUNABLE_FILE, FROZEN_FILE = "tunable.bin", "frozen.bin"
 LAYER = re.compile(r"\.(?:layers|h|blocks|layer)\.(\d+)\.")
 
 
-def plan_tensors(weights: Iterable[Weight], tunable: str) -> list[Tensor]:
+def plan_tensors(weights: Iterable[Weight], chosen: set[str]) -> list[Tensor]:
     """Give every weight its file and offset.
 
     Args:
         weights: the weights of the graphs, in graph order.
-        tunable: "all", or a regular expression searched in the Hugging Face names (tied names count too).
+        chosen: names of the tunable ones.
 
     Raises:
-        ConfigError: the expression is malformed or matches no weight (near names are listed).
         ExportError: a weight holds NaN or infinity, or a type that cannot be stored.
     """
-    weights = list(weights)
-    chosen = _matching(weights, tunable)
     offsets = {TUNABLE_FILE: 0, FROZEN_FILE: 0}
     tensors = []
     for weight in weights:
@@ -50,6 +48,7 @@ def plan_tensors(weights: Iterable[Weight], tunable: str) -> list[Tensor]:
             layer=int(layer.group(1)) if layer else None,
             kind=_kind(weight.name),
             tied_to=weight.tied_to,
+            quantized=weight.quantized,
         )
         offsets[file] = -(-(tensor.offset + tensor.nbytes) // ALIGNMENT) * ALIGNMENT
         tensors.append(tensor)
@@ -86,11 +85,20 @@ def tunable_pattern(tunable: str) -> re.Pattern[str]:
         raise ConfigError(f"--tunable {tunable!r}: not a regular expression ({error})") from None
 
 
-def _matching(weights: list[Weight], tunable: str) -> set[str]:
+def matching(weights: Iterable[Weight], tunable: str) -> set[str]:
+    """Names of the weights to tune.
+
+    Args:
+        weights: of the source.
+        tunable: "all", "norms", or a regular expression searched in the Hugging Face names (tied names count too).
+
+    Raises:
+        ConfigError: the expression is malformed or matches no weight (near names are listed).
+    """
     trainable = [weight for weight in weights if weight.trainable]
     if tunable == "all":
         return {weight.name for weight in trainable}
-    pattern = tunable_pattern(tunable)
+    pattern = tunable_pattern(NORMS if tunable == "norms" else tunable)
     chosen = {weight.name for weight in trainable if any(pattern.search(name) for name in [weight.name, *weight.tied_to])}
     if not chosen:
         kinds = sorted({_kind(weight.name) for weight in trainable})

@@ -4,16 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from edgezo.runtime.dataset import read_dataset
-from edgezo.runtime.estimator import two_sided
 from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.noise import Direction
-from edgezo.runtime.objective import batch_loss
-from edgezo.runtime.optimizer import sgd_step
-from edgezo.runtime.run import JOURNAL, Run, check_base, check_same, journal_header, mutable_weights, read_run
+from edgezo.runtime.run import JOURNAL, Run, check_base, check_same, journal_header, read_run
 from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.theta import Theta, mutable_weights, step_directions
 from edgezo.storage import sha256_file
 
+DECISIVE = ("seed", "eps", "noise", "weight_decay", "directions", "rule", "rank", "alpha", "tune_a")
 LOSS_TOLERANCE = 1e-3  # nats; other processors and engine versions stay within 1e-4
 
 
@@ -21,7 +21,7 @@ class Findings(NamedTuple):
     """What a check of a run found. `problems` is empty when all is well.
 
     files: data file to "as recorded", "changed" or "not there". derived: scalars derived again. largest_loss_difference: over these, of
-    L(theta + eps z) and L(theta - eps z), in nats.
+    (L+ + L-) / 2 and of (L+ - L-) / 2, in nats.
     """
 
     steps: int
@@ -77,19 +77,20 @@ def check_run(
 def _derive_again(run: Run, model: EdgeModel, every: int, progress: Callable[[int], None]) -> tuple[int, float]:
     """Replay, and on the way run the two forwards of every so-manieth step."""
     dataset = read_dataset(model, run.config)
-    check_same(run, dataset.config, journal_header(model.manifest, dataset.config))
-    order, sequences, weights = dataset.order(), Sequences(model), mutable_weights(model, run.config)
+    check_same(run, dataset.config, journal_header(model.manifest, dataset.config, run.start))
+    order, weights = dataset.order(), mutable_weights(model, run.config, run.start)
+    theta = Theta(model, run.config, weights, Sequences(model))
     derived, largest = 0, 0.0
     for step, record in enumerate(run.records):
-        direction = Direction(run.config.seed, step)
+        directions = step_directions(run.config, step)
         if step % every == 0:
-            batch = dataset.batch(order, step)
-            found = two_sided(weights, lambda batch=batch: batch_loss(sequences, batch), direction, weights.eps)  # type: ignore[misc]
-            half = record.projected_grad * weights.eps
-            for own, recorded in ((found.loss_plus, record.loss + half), (found.loss_minus, record.loss - half)):
-                largest = max(largest, abs(own - recorded))
+            found = theta.estimates(directions, theta.groups(dataset.batch(order, step)))
+            loss = float(np.mean([estimate.loss for estimate in found]))
+            largest = max(largest, abs(loss - record.loss))
+            for estimate, recorded in zip(found, record.projected_grads, strict=True):
+                largest = max(largest, abs(estimate.projected_grad - recorded) * weights.eps)
             derived += 1
-        sgd_step(weights, direction, record.projected_grad, record.learning_rate, run.config.weight_decay)
+        theta.step(directions, record.projected_grads, record.learning_rate)
         progress(step + 1)
     weights.flush()
     return derived, largest
@@ -107,12 +108,12 @@ def compare_runs(first: Run, second: Run) -> dict[str, Any]:
         if left != right:
             break
         equal += 1
-    headers = {f"same_{name}": first.header.get(name) == second.header.get(name) for name in ("base", "data", "valid", "tokenizer")}
-    decisive = all(one[name] == other[name] for name in ("seed", "eps", "noise", "weight_decay"))
+    headers = {f"same_{name}": first.header.get(name) == second.header.get(name) for name in ("base", "data", "valid", "tokenizer", "init")}
+    decisive = all(one[name] == other[name] for name in DECISIVE)
     return {
         "steps": [len(first.records), len(second.records)],
         "equal_steps": equal,
-        "equal_weights_up_to_step": equal if headers["same_base"] and decisive else None,
+        "equal_weights_up_to_step": equal if headers["same_base"] and headers["same_init"] and decisive else None,
         **headers,
         "settings": {name: [one[name], other[name]] for name in one if one[name] != other[name]},
         "best_step": [first.best_step, second.best_step],

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from edgezo.config import TuneConfig
+from edgezo.errors import DataError
 from edgezo.runtime.data import Row, read_rows
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.order import DataOrder
@@ -19,7 +20,7 @@ class Dataset(NamedTuple):
 
     def order(self) -> DataOrder:
         """Which rows each step sees."""
-        return DataOrder([_length(example) for example in self.train.examples], self.config.batch, self.config.seed)
+        return DataOrder([_length(example) for example in self.train.examples], self.config.rows, self.config.seed)
 
     def batch(self, order: DataOrder, step: int) -> list[Example]:
         """The training examples of step `step` (from 0)."""
@@ -47,6 +48,10 @@ def read_dataset(model: EdgeModel, config: TuneConfig, notice: Callable[[str], N
             notice(f"{made.truncated} of {len(rows)} {kind} rows were cut to {limit} tokens")
         return made
 
+    if config.directions > len(rows):
+        raise DataError(
+            f"--directions {config.directions}: more than the {len(rows)} rows of {config.data}, each direction needs rows of its own; give at most {len(rows)}"
+        )
     train = make("training", rows)
     if config.valid is None:
         return Dataset(config, train, None)
@@ -57,8 +62,7 @@ def read_dataset(model: EdgeModel, config: TuneConfig, notice: Callable[[str], N
 
 def row_limit(model: EdgeModel, config: TuneConfig) -> int:
     """Tokens a row may have: --max-length, at most the model's context."""
-    context = model.manifest.origin.context_length
-    return min(config.max_length or context, context)
+    return min(config.max_length or model.context, model.context)
 
 
 def _length(example: Example) -> int:

@@ -25,8 +25,10 @@ MAGIC = b"EDGEZOJ1"
 JOURNAL_BYTES_LIMIT = 1 << 30  # 63 million steps
 HEADER_BYTES_LIMIT = 1 << 20
 SETTINGS_BYTES_LIMIT = 1 << 16
-STEP, EVALUATION, SETTINGS = b"S", b"E", b"C"
+STEP, DIRECTIONS, EVALUATION, SETTINGS = b"S", b"D", b"E", b"C"
 STEP_PAYLOAD = struct.Struct("<fff")
+DIRECTIONS_PAYLOAD = struct.Struct("<Hff")  # how many projected gradients follow, learning rate, loss
+DIRECTIONS_LIMIT = (1 << 16) - 1
 EVALUATION_PAYLOAD = struct.Struct("<IIddd?")
 LENGTH = struct.Struct("<I")
 CHECKSUM = struct.Struct("<I")
@@ -36,9 +38,9 @@ SYNC_SECONDS = 5.0  # at most this much work is lost with the power; one sync ta
 
 
 class StepRecord(NamedTuple):
-    """The scalars of one step, exactly as stored (float32 values)."""
+    """The scalars of one step, exactly as stored (float32 values); one projected gradient a direction."""
 
-    projected_grad: float
+    projected_grads: tuple[float, ...]
     learning_rate: float
     loss: float
 
@@ -90,11 +92,15 @@ class Journal:
 
     def append(self, record: StepRecord) -> StepRecord:
         """Append one step and return it as stored: the update must use the stored values."""
-        payload = STEP_PAYLOAD.pack(*record)
-        self._write(STEP, payload)
+        grads, rest = record.projected_grads, (record.learning_rate, record.loss)
+        if len(grads) == 1:
+            kind, payload = STEP, STEP_PAYLOAD.pack(*grads, *rest)
+        else:
+            kind, payload = DIRECTIONS, DIRECTIONS_PAYLOAD.pack(len(grads), *rest) + struct.pack(f"<{len(grads)}f", *grads)
+        self._write(kind, payload)
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()
-        return StepRecord(*STEP_PAYLOAD.unpack(payload))
+        return _step_record(kind, payload)
 
     def mark(self, step: int, evaluation: Evaluation, best: bool) -> None:
         """Append what an evaluation of step `step` found, and whether it is the best so far; synced."""
@@ -185,6 +191,9 @@ def _record_bytes(data: bytes, position: int) -> int:
     kind = data[position : position + 1]
     if kind == STEP:
         return STEP_BYTES
+    if kind == DIRECTIONS:
+        count = data[position + 1 : position + 3]
+        return 1 + DIRECTIONS_PAYLOAD.size + 4 * int.from_bytes(count, "little") + CHECKSUM.size if len(count) == 2 else len(data)
     if kind == EVALUATION:
         return EVALUATION_BYTES
     if kind == SETTINGS:
@@ -198,9 +207,10 @@ def _with_record(path: Path, contents: JournalContents, record: bytes, end: int,
     """`contents` with one more record, whose checksum was right."""
     kind, payload = record[:1], record[1:]
     contents = contents._replace(whole_bytes=end, checksum=checksum)
-    if kind == STEP:
-        contents.records.append(StepRecord(*STEP_PAYLOAD.unpack(payload)))
-        if not all(map(math.isfinite, contents.records[-1])):
+    if kind in (STEP, DIRECTIONS):
+        record_read = _step_record(kind, payload)
+        contents.records.append(record_read)
+        if not all(map(math.isfinite, (*record_read.projected_grads, record_read.learning_rate, record_read.loss))):
             raise RunError(f"{path}: step {len(contents.records)} holds NaN or infinity, which no run writes; the run cannot be used")
         return contents
     if kind == SETTINGS:
@@ -213,6 +223,14 @@ def _with_record(path: Path, contents: JournalContents, record: bytes, end: int,
         raise RunError(f"{path}: the evaluation of step {step} holds values that none can have; the run cannot be used")
     contents.evaluations[step] = Evaluation(rows, loss, *numbers)
     return contents._replace(best_step=step) if best else contents
+
+
+def _step_record(kind: bytes, payload: bytes) -> StepRecord:
+    if kind == STEP:
+        grad, *rest = STEP_PAYLOAD.unpack(payload)
+        return StepRecord((grad,), *rest)
+    count, *rest = DIRECTIONS_PAYLOAD.unpack_from(payload)
+    return StepRecord(struct.unpack_from(f"<{count}f", payload, DIRECTIONS_PAYLOAD.size), *rest)
 
 
 def _json_object(path: Path, body: bytes, what: str) -> dict[str, Any]:

@@ -12,26 +12,35 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from edgezo.adapters import A_ROWS, A_SIGNS, B_ROWS, B_SIGNS, PREFIX, LoraTarget, prefix_inputs
 from edgezo.errors import DeadTensorError, NonFiniteLossError
 from edgezo.runtime import noise
 from edgezo.runtime.graph_file import disconnected
+from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import Array, EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.session import Session
 from edgezo.runtime.weights import MutableWeights
 
 PROBE = Direction(seed=0, step=(1 << 64) - 1)  # no run has this step
+PROBE_COPIES = 32
 PROBE_TOKENS = 8  # more than one, or attention over a single key would hide queries and keys
 
 
 def prove_live(model: EdgeModel, weights: MutableWeights) -> None:
     """Refuse the model unless every tunable tensor is live in its scoring session. The weights are afterwards as before.
 
+    An adapter is fed at every run, so nothing can freeze it; that each of its tensors reaches the scores is proven by copies that
+    differ in one tensor each.
+
     Raises:
         DeadTensorError: names the tensors that are not live.
         NonFiniteLossError: the base, or the base perturbed by eps, gives no finite scores.
     """
-    names = list(model.tunable)
+    if model.adapter is not None:
+        _prove_adapter_live(model)
+        return
+    names = list(model.weights)
     path = model.directory / model.manifest.scoring.file
     dead = disconnected(path, names)
     if dead:
@@ -56,6 +65,70 @@ def prove_live(model: EdgeModel, weights: MutableWeights) -> None:
         fresh = {name: _changed_alone(model, name, feeds, None) for name in names}
         dead = [name for name in names if not np.array_equal(_changed_alone(model, name, feeds, session), fresh[name])]
     raise _refusal(model, dead or names, "the engine does not see their changes")
+
+
+def _prove_adapter_live(model: EdgeModel) -> None:
+    adapter = model.manifest.adapter
+    lora = adapter is not None and adapter.kind == "lora"
+    probe = _LoraProbe(adapter.targets) if lora and adapter is not None else _PrefixProbe(model.weights[PREFIX])
+    path = model.directory / model.manifest.scoring.file
+    dead = disconnected(path, probe.inputs)
+    if dead:
+        raise _refusal(model, dead, "nothing in the scoring graph uses them")
+    dead = []
+    for first in range(0, len(probe.names), PROBE_COPIES - 2):
+        chosen = range(first, min(first + PROBE_COPIES - 2, len(probe.names)))
+        # the first and the last copy are alike: rows of one batch may differ by rounding
+        scores = _scores(model.scoring, {**_probe_feeds(model, len(chosen) + 2), **probe.feeds(chosen)}).reshape(len(chosen) + 2, -1)
+        if not np.isfinite(scores).all():
+            raise NonFiniteLossError("the log-probabilities are NaN or infinite before the first step; export the model again")
+        rounding = np.abs(scores[-1] - scores[0]).max()
+        changes = np.abs(scores[1:-1] - scores[0]).max(axis=1)
+        dead += [probe.names[number] for number, change in zip(chosen, changes, strict=True) if change <= 4 * rounding]
+    if dead:
+        raise _refusal(model, dead, "their changes do not reach the scores")
+
+
+class _LoraProbe:
+    """Rank-one adapters with one tensor perturbed a copy: A and B of every target."""
+
+    def __init__(self, targets: list[LoraTarget]) -> None:
+        self.lora = Lora(targets, rank=1, alpha=1)
+        self.lora.a[...] = noise.uniforms(0, "probe A", self.lora.a.size) / 8
+        self.lora.b[...] = noise.uniforms(0, "probe B", self.lora.b.size) / 8
+        self.inputs = [name for target in targets for name in (target.a, target.b)]
+        self.names = self.inputs
+
+    def feeds(self, chosen: range) -> dict[str, Array]:
+        """Copies: unchanged, each of `chosen` changed, unchanged."""
+        copies, count = len(chosen) + 2, len(self.lora.targets)
+        rows = {A_ROWS: np.zeros((copies, 1, count, 1), np.float32), B_ROWS: np.zeros((copies, 1, 1, count), np.float32)}
+        for copy, number in enumerate(chosen, start=1):
+            target, kind = divmod(number, 2)
+            rows[B_ROWS if kind else A_ROWS][(copy, 0, 0, target) if kind else (copy, 0, target, 0)] = 2**-4
+        signs = {name: np.ones((copies, sum(sizes)), np.int8) for name, sizes in (
+            (A_SIGNS, self.lora.layouts["lora_A"].rows), (B_SIGNS, self.lora.layouts["lora_B"].columns))}  # fmt: skip
+        return {**self.lora.feeds(), **rows, **signs}
+
+
+class _PrefixProbe:
+    """Prefixes with the keys or the values of one layer perturbed a copy."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+        self.inputs = [name for layer in range(len(array)) for name in prefix_inputs(layer)]
+        self.names = self.inputs
+
+    def feeds(self, chosen: range) -> dict[str, Array]:
+        """Copies: unchanged, each of `chosen` changed, unchanged."""
+        feeds = {}
+        for number, name in enumerate(self.names):
+            copies = np.repeat(self.array[number // 2, number % 2][None], len(chosen) + 2, axis=0)
+            if number in chosen:
+                z = noise.draw(PROBE, name, copies[0].size).reshape(copies[0].shape)
+                copies[1 + number - chosen.start] += np.float32(2**-4) * z
+            feeds[name] = copies
+        return feeds
 
 
 @contextmanager
@@ -86,19 +159,20 @@ def _scores(session: Session, feeds: dict[str, Array]) -> Array:
     return session.run(["log_probs"], feeds)[0]
 
 
-def _probe_feeds(model: EdgeModel) -> dict[str, Array]:
-    """One short row of spread-out tokens; a few targets at every position."""
+def _probe_feeds(model: EdgeModel, rows: int = 1) -> dict[str, Array]:
+    """A short row of spread-out tokens, repeated; a few targets at every position."""
     vocabulary = model.manifest.origin.vocab_size
     positions = np.arange(PROBE_TOKENS, dtype=np.int64)
     tokens = ((positions + 1) * (vocabulary // (PROBE_TOKENS + 1) or 1)) % vocabulary
     targets = np.tile((tokens * 7 + 3) % vocabulary, PROBE_TOKENS)
+    before = model.adapter.prefix_tokens if model.adapter is not None else 0
     feeds = {
-        "input_ids": tokens[None],
-        "attention_mask": np.ones((1, PROBE_TOKENS), np.int64),
-        "position_ids": positions[None],
-        "hidden_rows": positions,
-        "pair_rows": np.repeat(positions, PROBE_TOKENS),
-        "pair_targets": targets,
+        "input_ids": np.tile(tokens, (rows, 1)),
+        "attention_mask": np.ones((rows, before + PROBE_TOKENS), np.int64),
+        "position_ids": np.tile(before + positions, (rows, 1)),
+        "hidden_rows": np.arange(rows * PROBE_TOKENS, dtype=np.int64),
+        "pair_rows": np.repeat(np.arange(rows * PROBE_TOKENS, dtype=np.int64), PROBE_TOKENS),
+        "pair_targets": np.tile(targets, rows),
     }
     return {name: feeds[name] for name in model.manifest.scoring.inputs}
 
@@ -106,5 +180,5 @@ def _probe_feeds(model: EdgeModel) -> dict[str, Array]:
 def _refusal(model: EdgeModel, dead: list[str], why: str) -> DeadTensorError:
     shown = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
     return DeadTensorError(
-        f"{model.directory}: {len(dead)} of {len(model.tunable)} tunable tensors would not be tuned, {why}: {shown}; export again, or leave them out with --tunable"
+        f"{model.directory}: {len(dead)} of {len(model.weights)} tunable tensors would not be tuned, {why}: {shown}; export again, or leave them out with --tunable"
     )

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from edgezo.adapters import PREFIX
 from edgezo.config import MAX_TOKENS, Sampling
-from edgezo.errors import DataError, EdgeModelError
+from edgezo.errors import ConfigError, DataError, EdgeModelError
 from edgezo.manifest import Graph, Manifest, StoredFile, Tensor, read_manifest, verify_file, verify_size
 from edgezo.runtime.graph_file import external_files
+from edgezo.runtime.lora import Lora
+from edgezo.runtime.prefix import Prefix
 from edgezo.runtime.session import Session
 from edgezo.runtime.text import TextCodec
 from edgezo.runtime.weights import default_threads
@@ -34,6 +37,11 @@ class EdgeModel:
         threads: threads of the engine and of the passes over the weights; the cores of this process when None.
         run: run directory whose tuned weights to rebuild from its journal; None for the base.
         step: of the run: a number, "best" (by validation) or "last".
+        adapter: PEFT folder or .onnx_adapter file to use instead of a run.
+
+    Attributes:
+        weights: the arrays tuning may change, by Hugging Face name, as stored (`Tensor.transposed` says how); the engine reads them.
+        adapter: what the graphs are fed beside the text; None for the base.
 
     Raises:
         EdgeModelError: a file is missing, truncated or changed, or the manifest cannot be trusted.
@@ -47,6 +55,7 @@ class EdgeModel:
         threads: int | None = None,
         run: str | os.PathLike[str] | None = None,
         step: "StepChoice" = "best",
+        adapter: str | os.PathLike[str] | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.manifest: Manifest = read_manifest(self.directory)
@@ -54,17 +63,65 @@ class EdgeModel:
         files = self.manifest.files
         for name in files:
             verify_size(self.directory, name, files[name])
-        weight_files = {tensor.file for tensor in self.manifest.tensors}
-        for name in files.keys() - weight_files:
+        mutable_files = {tensor.file for tensor in self.manifest.tunable}
+        for name in files.keys() - mutable_files:
             verify_file(self.directory, name, files[name])
         self.text = TextCodec(self.directory, self.manifest.tokenizer)
-        self.buffers = {name: _load(self.directory, name, files[name]) for name in sorted(weight_files)}
-        self.weights: dict[str, Array] = {tensor.name: _view(self.buffers[tensor.file], tensor) for tensor in self.manifest.tensors}
+        self.buffers = {name: _load(self.directory, name, files[name]) for name in sorted(mutable_files)}
+        self.weights: dict[str, npt.NDArray[np.float32]] = {
+            tensor.name: _view(self.buffers[tensor.file], tensor) for tensor in self.manifest.tunable
+        }
+        self.adapter: Lora | Prefix | None = Prefix(self.weights[PREFIX]) if PREFIX in self.weights else None
         self.step: int | None = None
-        if run is not None:
-            from edgezo.runtime.run import load_tuned
+        self._changed = False
+        if run is not None or adapter is not None:
+            self.use(run=run, step=step, adapter=adapter)
 
-            self.step = load_tuned(self, run, step)
+    def use(
+        self,
+        *,
+        run: str | os.PathLike[str] | None = None,
+        step: "StepChoice" = "best",
+        adapter: str | os.PathLike[str] | None = None,
+    ) -> int | None:
+        """Switch to the model of a run, to an adapter, or with neither back to the base. Frozen weights and sessions stay loaded.
+
+        Returns:
+            The number of the step of the run; None without one.
+
+        Raises:
+            EdgezoError: the run or adapter cannot be read or does not fit; the model is then as it was, or the base if the run's own
+                scalars were at fault.
+        """
+        if run is not None and adapter is not None:
+            raise ConfigError(f"--run {run} and --adapter {adapter}: two models were asked for; give one of the two")
+        from edgezo.runtime.adapter_files import read_adapter
+        from edgezo.runtime.run import read_tuned, rebuild
+
+        read = read_tuned(self, run, step) if run is not None else None
+        other = read_adapter(Path(adapter), self.manifest) if adapter is not None else None
+        self._restore()
+        self.step = rebuild(self, *read) if read is not None else None
+        if isinstance(other, Prefix) and isinstance(self.adapter, Prefix):
+            self.adapter.array[...] = other.array
+        elif other is not None:
+            self.adapter = other
+        return self.step
+
+    def _restore(self) -> None:
+        """The base again: tunable weights as in their files, no adapter but the prefix that is stored."""
+        if self._changed or self.step is not None:
+            for name, buffer in self.buffers.items():
+                buffer[...] = _load(self.directory, name, self.manifest.files[name])
+        self._changed = True
+        if isinstance(self.adapter, Lora):
+            self.adapter = None
+        self.step = None
+
+    @property
+    def context(self) -> int:
+        """Tokens a text may have; a prefix takes its share of the model's context."""
+        return self.manifest.origin.context_length - (self.adapter.prefix_tokens if self.adapter is not None else 0)
 
     @cached_property
     def scoring(self) -> Session:
@@ -75,11 +132,6 @@ class EdgeModel:
     def generation(self) -> Session:
         """The generation graph over the same weights; made at first use."""
         return self._session(self.manifest.generation)
-
-    @property
-    def tunable(self) -> dict[str, npt.NDArray[np.float32]]:
-        """The arrays tuning may change, by Hugging Face name, as stored (`Tensor.transposed` says how)."""
-        return {tensor.name: self.weights[tensor.name] for tensor in self.manifest.tunable}
 
     def fresh_scoring(self) -> Session:
         """A new session of the scoring graph, loaded from the weights as they are now."""
@@ -117,9 +169,8 @@ class EdgeModel:
             if self.text.facts.bos_token_id is None:
                 raise DataError("a prompt is empty and this model has no beginning-of-text token; give some text")
             head = [self.text.facts.bos_token_id]
-        context = self.manifest.origin.context_length
-        if len(head) + len(tail) > context:
-            raise DataError(f"prompt and completion have {len(head) + len(tail)} tokens, the model's context is {context}; shorten them")
+        if len(head) + len(tail) > self.context:
+            raise DataError(f"prompt and completion have {len(head) + len(tail)} tokens, the model's context is {self.context}; shorten them")
         return head, tail
 
     def _session(self, graph: Graph) -> Session:
@@ -128,7 +179,8 @@ class EdgeModel:
             raise EdgeModelError(
                 f"{self.directory / graph.file}: refers to {sorted(strange)[0]!r}, which is no weight file of this edge model; copy or export it again"
             )
-        session = Session(self.directory / graph.file, self.weights, self.threads)
+        in_graph = {name: array for name, array in self.weights.items() if name != PREFIX}
+        session = Session(self.directory / graph.file, in_graph, self.threads)
         listed = {*graph.inputs, *(state.input for state in graph.past)}
         written = {*graph.outputs, *(state.output for state in graph.past)}
         if session.inputs != listed or not listed - {state.input for state in graph.past} <= FED or not written <= session.outputs:
@@ -159,7 +211,7 @@ def _load(directory: Path, name: str, stored: StoredFile) -> npt.NDArray[np.uint
     return buffer
 
 
-def _view(buffer: npt.NDArray[np.uint8], tensor: Tensor) -> Array:
+def _view(buffer: npt.NDArray[np.uint8], tensor: Tensor) -> npt.NDArray[np.float32]:
     stored = buffer[tensor.offset : tensor.offset + tensor.nbytes]
-    array: Array = stored.view(np.dtype(tensor.dtype).newbyteorder("<")).reshape(tensor.shape)
+    array: npt.NDArray[np.float32] = stored.view("<f4").reshape(tensor.shape)
     return array

@@ -22,7 +22,7 @@ Distribution = Literal["rademacher", "gaussian"]
 
 TABLE_SIZE = (1 << 18) - 1  # M; 1 MB of float32 stays in the second-level cache of a laptop or Jetson core
 BLOCK = 1 << 16  # elements that share one draw
-NOISE, DITHER, DECAY, ORDER, INIT = range(5)  # second key word: what the draw is for
+NOISE, DITHER, DECAY, ORDER, INIT, SIGNS = range(6)  # second key word: what the draw is for
 
 Floats = npt.NDArray[np.float32]
 
@@ -58,9 +58,24 @@ def block_draws(direction: Direction, tensor: int, first: int, count: int) -> tu
     return offsets.tolist(), (drawn & np.uint64(1)).astype(bool).tolist()
 
 
+def signs(direction: Direction, tensor: int, count: int) -> npt.NDArray[np.int8]:
+    """`count` signs of the SIGNS stream: bit i % 64 of word i // 64, from the lowest, set for -1. For outer products (runtime/outer.py)."""
+    drawn = words(direction.seed, SIGNS, -(-count // 64), tensor=tensor, step=direction.step, direction=direction.number)
+    bits = np.unpackbits(drawn.astype("<u8").view(np.uint8), count=count, bitorder="little")
+    drawn_signs: npt.NDArray[np.int8] = np.int8(1) - np.int8(2) * bits.view(np.int8)
+    return drawn_signs
+
+
 def uniform(seed: int, domain: int, step: int, direction: int = 0) -> float:
     """One number in [0, 1): the upper 53 bits of the first word of a stream."""
     return float(words(seed, domain, 1, step=step, direction=direction)[0] >> np.uint64(11)) * 2.0**-53
+
+
+def uniforms(seed: int, name: str, count: int) -> Floats:
+    """`count` float32 numbers in [-1, 1): (word >> 40) / 2^23 - 1, words of the tensor's INIT stream. Starting values of adapters."""
+    drawn = words(seed, INIT, count, tensor=tensor_id(name), step=1)
+    values: Floats = ((drawn >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23)) - np.float32(1)
+    return values
 
 
 def tensor_id(name: str) -> int:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from edgezo.errors import NonFiniteLossError
 from edgezo.runtime.evaluation import Evaluation
-from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.scoring import Copies, Scores, Sequences
 from edgezo.runtime.tasks import Example
 
 
@@ -19,6 +19,19 @@ def batch_loss(sequences: Sequences, examples: Sequence[Example]) -> float:
     completion: the mean over all completion tokens of -log p.
     """
     return _loss(*_scores(sequences, examples), [example.gold for example in examples])
+
+
+def stacked_losses(
+    sequences: Sequences, groups: Sequence[Sequence[Example]], sides: Sequence[int], copies: Copies
+) -> npt.NDArray[np.float64]:
+    """`batch_loss` of every group under each of its copies, float64 [groups, sides]."""
+    scored = sequences.stacked([[pair for example in group for pair in example.pairs] for group in groups], sides, copies)
+    return np.array(
+        [
+            [_loss(*_by_example(parts, group), [example.gold for example in group]) for parts in by_side]
+            for group, by_side in zip(groups, scored, strict=True)
+        ]
+    )
 
 
 def evaluate(sequences: Sequences, examples: Sequence[Example]) -> Evaluation:
@@ -48,7 +61,10 @@ def macro_f1(predicted: npt.NDArray[np.int64], gold: npt.NDArray[np.int64], clas
 
 def _scores(sequences: Sequences, examples: Sequence[Example]) -> tuple[list[npt.NDArray[np.float64]], int]:
     """Summed log-probabilities of each example's candidates, and the number of scored tokens."""
-    parts = sequences.log_probs([pair for example in examples for pair in example.pairs])
+    return _by_example(sequences.log_probs([pair for example in examples for pair in example.pairs]), examples)
+
+
+def _by_example(parts: Scores, examples: Sequence[Example]) -> tuple[list[npt.NDArray[np.float64]], int]:
     sums = np.array([part.sum() for part in parts])
     return np.split(sums, np.cumsum([len(example.pairs) for example in examples])[:-1]), sum(map(len, parts))
 

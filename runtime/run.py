@@ -19,8 +19,8 @@ from edgezo.runtime import noise
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.journal import Journal, JournalContents, StepRecord, read_journal
 from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.noise import Direction
-from edgezo.runtime.optimizer import sgd_step
+from edgezo.runtime.optimizer import zo_step
+from edgezo.runtime.theta import mutable_weights, step_directions
 from edgezo.runtime.weights import MutableWeights
 from edgezo.storage import PART, refuse_existing, sha256_file, write_atomically
 
@@ -28,6 +28,7 @@ LOCK = ".lock"
 METRICS_LINE_LIMIT = 1 << 16  # characters
 MAY_CHANGE = {"data", "valid", "steps", "minutes", "eval_every"}  # on resume; data files are compared by their content
 CONFIG, JOURNAL, METRICS, SUMMARY = "config.json", "journal.bin", "metrics.jsonl", "summary.json"
+INIT = "init.safetensors"  # the adapter a run started from, when it was given one
 REPLAY_GROUP = 8  # steps added to a block while it lies in cache; each holds a 1.3 MB table
 StepChoice = int | Literal["best", "last"]
 
@@ -49,6 +50,21 @@ class Run(NamedTuple):
     def records(self) -> list[StepRecord]:
         """The scalars of every step."""
         return self.journal.records
+
+    @property
+    def start(self) -> Path | None:
+        """The tensors the run started from, when they were given; checked against the journal.
+
+        Raises:
+            RunError: they are missing or were changed.
+        """
+        recorded = self.header.get("init")
+        if recorded is None:
+            return None
+        path = self.directory / INIT
+        if not path.is_file() or sha256_file(path) != recorded:
+            raise RunError(f"{path}: missing or changed; the run started from this adapter and cannot be rebuilt, restore it from a copy")
+        return path
 
     @property
     def evaluations(self) -> dict[int, Evaluation]:
@@ -77,10 +93,14 @@ def base_id(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def journal_header(manifest: Manifest, config: TuneConfig) -> dict[str, Any]:
+def journal_header(manifest: Manifest, config: TuneConfig, start: Path | None = None) -> dict[str, Any]:
     """The header of a run's journal: what the run was made from.
 
-    The weights depend on `base`, `noise`, the records, and of `config` on seed, eps, noise and weight_decay.
+    The weights depend on `base`, `init`, `noise`, the records, and of `config` on seed, eps, noise, weight_decay, directions, rule, rank,
+    alpha and tune_a.
+
+    Args:
+        start: file of the tensors that the run starts from.
     """
     text = (manifest.tokenizer.file, manifest.tokenizer.chat_template)
     return {
@@ -89,6 +109,7 @@ def journal_header(manifest: Manifest, config: TuneConfig) -> dict[str, Any]:
         "data": sha256_file(Path(config.data)),
         "valid": sha256_file(Path(config.valid)) if config.valid else None,
         "tokenizer": hashlib.sha256("".join(manifest.files[name].sha256 for name in text if name).encode()).hexdigest(),
+        "init": sha256_file(start) if start is not None else None,
         "noise": noise.SPECIFICATION_VERSION,
     }
 
@@ -125,27 +146,27 @@ def check_base(run: Run, model: EdgeModel) -> None:
         )
 
 
-def mutable_weights(model: EdgeModel, config: TuneConfig) -> MutableWeights:
-    """The model's tunable weights as this configuration changes them."""
-    return MutableWeights(model.tunable, eps=config.eps, distribution=config.noise, threads=model.threads)
-
-
 def replay(run: Run, weights: MutableWeights, steps: int) -> None:
     """Bring base weights to the state after `steps` steps, without a forward pass."""
     for step, record in enumerate(run.records[:steps]):
-        sgd_step(weights, Direction(run.config.seed, step), record.projected_grad, record.learning_rate, run.config.weight_decay)
+        directions = step_directions(run.config, step)
+        zo_step(weights, directions, record.projected_grads, record.learning_rate, run.config.rule, run.config.weight_decay)
         if (step + 1) % REPLAY_GROUP == 0:
             weights.flush()
     weights.flush()
 
 
-def load_tuned(model: EdgeModel, directory: str | os.PathLike[str], step: StepChoice = "best") -> int:
-    """Turn a freshly opened model into the one of a run: base + journal. Returns the number of the step."""
+def read_tuned(model: EdgeModel, directory: str | os.PathLike[str], step: StepChoice = "best") -> tuple[Run, int]:
+    """A run of this model and the number of a step of it, checked."""
     run = read_run(directory)
     check_base(run, model)
-    chosen = run.resolve(step)
-    replay(run, mutable_weights(model, run.config), chosen)
-    return chosen
+    return run, run.resolve(step)
+
+
+def rebuild(model: EdgeModel, run: Run, step: int) -> int:
+    """Turn the base into the model of a run after `step` steps: base + journal. Returns the number of the step."""
+    replay(run, mutable_weights(model, run.config, run.start), step)
+    return step
 
 
 @contextmanager
@@ -190,7 +211,7 @@ def held_run(output: Path, resume: bool) -> Iterator[Run | None]:
     finally:
         kept = kept or _has_steps(output / JOURNAL)
         lock.release()
-        for name in () if kept else (LOCK, CONFIG, JOURNAL, METRICS):
+        for name in () if kept else (LOCK, CONFIG, JOURNAL, METRICS, INIT):
             (output / name).unlink(missing_ok=True)
         if made and not kept:
             _remove_parts(output)

@@ -1,6 +1,6 @@
-"""Log-probabilities of token sequences through the scoring graph, in micro-batches of like length."""
+"""Log-probabilities of token sequences through the scoring graph, in micro-batches of like length, of one copy of the weights or many."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,9 @@ BATCH_TOKENS = 2048  # padded tokens of one forward; beyond it a forward gains n
 BATCH_LOGITS_BYTES = 1 << 28  # logits of one forward at most, float32 [hidden rows, vocabulary]
 
 Pair = tuple[list[int], list[int]]  # token ids of prompt and completion
+# feeds of the copies of some groups, in order, every side of each after the other
+Copies = Callable[[Sequence[int], Sequence[int]], dict[str, Array]]
+Scores = list[npt.NDArray[np.float64]]  # of each pair, [completion tokens], in nats
 
 
 class _Layout(NamedTuple):
@@ -26,19 +29,33 @@ class _Layout(NamedTuple):
     scored: list[tuple[int, int]]
 
 
+class _Tile(NamedTuple):
+    """Sequences of one group that run in one forward, with the hidden rows that are wanted of them."""
+
+    group: int
+    sequences: list[int]
+    hidden: list[int]
+    width: int  # tokens of the longest
+
+
 class Sequences:
-    """Scores (prompt, completion) pairs with one edge model at its present weights.
+    """Scores (prompt, completion) pairs with one edge model at its present weights and adapter.
 
     Candidates of one prompt that are one token long share a forward row and a hidden state.
+
+    Args:
+        model: the edge model.
+        batch_tokens: padded tokens of one forward at most, unless one row has more.
     """
 
-    def __init__(self, model: EdgeModel) -> None:
-        self.session = model.scoring
+    def __init__(self, model: EdgeModel, batch_tokens: int = BATCH_TOKENS) -> None:
+        self.model = model
         self.inputs = model.manifest.scoring.inputs
         self.pad = model.manifest.tokenizer.pad_token_id
+        self.batch_tokens = batch_tokens
         self.batch_hidden = max(1, BATCH_LOGITS_BYTES // (4 * model.manifest.origin.vocab_size))
 
-    def log_probs(self, pairs: Sequence[Pair]) -> list[npt.NDArray[np.float64]]:
+    def log_probs(self, pairs: Sequence[Pair]) -> Scores:
         """log p of every completion token given all before it.
 
         Args:
@@ -49,57 +66,110 @@ class Sequences:
         """
         if not pairs:
             return []
-        layout = _lay_out(pairs)
-        scores = np.empty(len(layout.scored))
-        targets = np.array(layout.scored, np.int64).reshape(-1, 2)
-        order = np.argsort(targets[:, 0], kind="stable")
-        for rows in self._micro_batches(layout):
-            # the scored tokens whose hidden state is in this micro-batch
-            place = np.full(len(layout.hidden), -1, np.int64)
-            place[rows] = np.arange(len(rows), dtype=np.int64)
-            chosen = order[place[targets[order, 0]] >= 0]
-            feeds = self._feeds(layout, rows)
-            feeds["pair_rows"], feeds["pair_targets"] = place[targets[chosen, 0]], targets[chosen, 1]
-            scores[chosen] = self.session.run(["log_probs"], {name: feeds[name] for name in self.inputs})[0]
-        return np.split(scores, np.cumsum([len(completion) for _, completion in pairs])[:-1])
+        feeds = self.model.adapter.feeds() if self.model.adapter is not None else {}
+        return self._run([pairs], (1,), lambda groups, sides: feeds, together=1)[0][0]
 
-    def _micro_batches(self, layout: _Layout) -> Iterator[npt.NDArray[np.int64]]:
-        """Hidden rows of sequences sorted by length, as many at a time as one forward may hold."""
+    def stacked(self, groups: Sequence[Sequence[Pair]], sides: Sequence[int], copies: Copies) -> list[list[Scores]]:
+        """Scores of every group of pairs under its own copies of the weights, as many copies in one forward as fit.
+
+        Args:
+            groups: pairs of each direction.
+            sides: the copies of each direction, +1 and -1.
+            copies: feeds of the copies for some of the groups.
+
+        Returns:
+            [group][side], as `log_probs`.
+        """
+        return self._run(groups, sides, copies, together=len(groups))
+
+    def _run(self, groups: Sequence[Sequence[Pair]], sides: Sequence[int], copies: Copies, together: int) -> list[list[Scores]]:
+        layouts = [_lay_out(pairs) for pairs in groups]
+        scores = [np.empty((len(sides), len(layout.scored))) for layout in layouts]
+        tiles = [tile for group, layout in enumerate(layouts) for tile in self._tiles(group, layout, len(sides))]
+        for chosen in self._forwards(tiles, len(sides), together):
+            feeds, wanted = self._feeds(layouts, chosen, len(sides))
+            given = {**{name: feeds[name] for name in self.inputs}, **copies([tile.group for tile in chosen], sides)}
+            found = iter(np.split(self.model.scoring.run(["log_probs"], given)[0], np.cumsum([len(part) for part in wanted])[:-1]))
+            parts = iter(wanted)
+            for tile in chosen:
+                for side in range(len(sides)):
+                    scores[tile.group][side, next(parts)] = next(found)
+        ends = [np.cumsum([len(completion) for _, completion in pairs])[:-1] for pairs in groups]
+        return [[np.split(side, end) for side in group] for group, end in zip(scores, ends, strict=True)]
+
+    def _tiles(self, group: int, layout: _Layout, sides: int) -> Iterator[_Tile]:
+        """Sequences sorted by length, as many at a time as one forward may hold."""
         rows_of: dict[int, list[int]] = {}
         for row, (sequence, _) in enumerate(layout.hidden):
             rows_of.setdefault(sequence, []).append(row)
+        limit = max(1, self.batch_hidden // sides)
+        held: list[int] = []
         rows: list[int] = []
-        held = longest = 0
+        longest = 0
         for sequence in sorted(rows_of, key=lambda s: -len(layout.sequences[s])):
             longest = longest or len(layout.sequences[sequence])
-            if held and ((held + 1) * longest > BATCH_TOKENS or len(rows) + len(rows_of[sequence]) > self.batch_hidden):
-                yield np.array(rows)
-                rows, held, longest = [], 0, len(layout.sequences[sequence])
+            if held and (sides * (len(held) + 1) * longest > self.batch_tokens or len(rows) + len(rows_of[sequence]) > limit):
+                yield _Tile(group, held, rows, longest)
+                held, rows, longest = [], [], len(layout.sequences[sequence])
+            held.append(sequence)
             rows += rows_of[sequence]
-            held += 1
-            while len(rows) > self.batch_hidden:  # one long text: its forward runs again for every part of its hidden rows
-                yield np.array(rows[: self.batch_hidden])
-                rows = rows[self.batch_hidden :]
+            while len(rows) > limit:  # one long text: its forward runs again for every part of its hidden rows
+                yield _Tile(group, held, rows[:limit], longest)
+                rows = rows[limit:]
         if rows:
-            yield np.array(rows)
+            yield _Tile(group, held, rows, longest)
 
-    def _feeds(self, layout: _Layout, rows: npt.NDArray[np.int64]) -> dict[str, Array]:
-        """Right-padded token ids [batch, longest] and the flat positions of the hidden rows."""
-        sequences = list(dict.fromkeys(layout.hidden[row][0] for row in rows))
-        place = {sequence: index for index, sequence in enumerate(sequences)}
-        width = max(len(layout.sequences[sequence]) for sequence in sequences)
-        ids = np.full((len(sequences), width), self.pad, np.int64)
-        mask = np.zeros((len(sequences), width), np.int64)
-        for index, sequence in enumerate(sequences):
-            tokens = layout.sequences[sequence]
-            ids[index, : len(tokens)], mask[index, : len(tokens)] = tokens, 1
-        flat = np.array([place[layout.hidden[row][0]] * width + layout.hidden[row][1] for row in rows], np.int64)
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": np.tile(np.arange(width, dtype=np.int64), (len(sequences), 1)),
-            "hidden_rows": flat,
+    def _forwards(self, tiles: list[_Tile], sides: int, together: int) -> Iterator[list[_Tile]]:
+        """Tiles of like shape, at most `together` and as many as one forward may hold."""
+        chosen: list[_Tile] = []
+        rows = width = hidden = 0
+        for tile in sorted(tiles, key=lambda tile: (-tile.width, -len(tile.sequences))):
+            most_rows, most_width = max(rows, len(tile.sequences)), max(width, tile.width)
+            too_many = sides * (len(chosen) + 1) * most_rows * most_width > self.batch_tokens
+            if chosen and (len(chosen) == together or too_many or sides * (hidden + len(tile.hidden)) > self.batch_hidden):
+                yield chosen
+                chosen, hidden, most_rows, most_width = [], 0, len(tile.sequences), tile.width
+            chosen.append(tile)
+            rows, width, hidden = most_rows, most_width, hidden + len(tile.hidden)
+        if chosen:
+            yield chosen
+
+    def _feeds(self, layouts: list[_Layout], tiles: list[_Tile], sides: int) -> tuple[dict[str, Array], list[npt.NDArray[np.int64]]]:
+        """Right-padded token ids [tiles * sides * rows, width], and for each tile and side the places of its scores."""
+        rows, width = max(len(tile.sequences) for tile in tiles), max(tile.width for tile in tiles)
+        ids = np.full((len(tiles), sides, rows, width), self.pad, np.int64)
+        mask = np.zeros(ids.shape, np.int64)
+        mask[..., 0] = 1  # a row that only fills up its group is one token long
+        hidden_rows: list[npt.NDArray[np.int64]] = []
+        pair_rows, pair_targets, wanted = [], [], []
+        count = 0
+        for index, tile in enumerate(tiles):
+            layout = layouts[tile.group]
+            place = {sequence: row for row, sequence in enumerate(tile.sequences)}
+            for sequence, row in place.items():
+                tokens = layout.sequences[sequence]
+                ids[index, :, row, : len(tokens)], mask[index, :, row, : len(tokens)] = tokens, 1
+            kept = {row: number for number, row in enumerate(tile.hidden)}
+            scored = np.array([number for number, (row, _) in enumerate(layout.scored) if row in kept], np.int64)
+            flat = np.array([place[layout.hidden[row][0]] * width + layout.hidden[row][1] for row in tile.hidden], np.int64)
+            own = np.array([kept[layout.scored[number][0]] for number in scored], np.int64)
+            for side in range(sides):
+                pair_rows.append(own + count)
+                hidden_rows.append(flat + (index * sides + side) * rows * width)
+                pair_targets.append(np.array([layout.scored[number][1] for number in scored], np.int64))
+                wanted.append(scored)
+                count += len(flat)
+        before = self.model.adapter.prefix_tokens if self.model.adapter is not None else 0
+        total = len(tiles) * sides * rows
+        feeds = {
+            "input_ids": ids.reshape(total, width),
+            "attention_mask": np.concatenate([np.ones((total, before), np.int64), mask.reshape(total, width)], axis=1),
+            "position_ids": np.tile(np.arange(before, before + width, dtype=np.int64), (total, 1)),
+            "hidden_rows": np.concatenate(hidden_rows),
+            "pair_rows": np.concatenate(pair_rows),
+            "pair_targets": np.concatenate(pair_targets),
         }
+        return feeds, wanted
 
 
 def _lay_out(pairs: Sequence[Pair]) -> _Layout:

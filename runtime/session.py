@@ -20,8 +20,8 @@ class Session:
     """One graph over shared weight arrays.
 
     Args:
-        path: the .onnx file; its weights lie in external files that are not read, since every one is given in `weights`.
-        weights: arrays by name, C-contiguous; they must not be replaced while the session lives, only written to.
+        path: the .onnx file. Frozen weights lie in external files beside it: the engine maps them and packs them once, with no copy here.
+        weights: mutable arrays by name, C-contiguous; they must not be replaced while the session lives, only written to.
         threads: intra-op threads.
     """
 
@@ -30,6 +30,8 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # one warning per overridable initializer otherwise
         options.intra_op_num_threads = threads
+        # a pattern reserves one more block for every shape of batch: 20 to 70 MB of SmolLM2-135M's peak, and no time (onnxruntime 1.31)
+        options.enable_mem_pattern = False
         # worker threads that spin after a run would compete with the passes over the weights
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self._values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}

@@ -1,6 +1,7 @@
 """`edgezo tune`: the loop, and the set-up around it."""
 
 import json
+import math
 import signal
 import threading
 import time
@@ -12,36 +13,39 @@ from types import FrameType
 from typing import Any, NamedTuple, TextIO
 
 from edgezo.config import TuneConfig
-from edgezo.errors import RunError
+from edgezo.errors import ConfigError, RunError
+from edgezo.runtime.adapter_files import read_adapter
 from edgezo.runtime.dataset import Dataset, read_dataset
-from edgezo.runtime.estimator import Estimate, two_sided
 from edgezo.runtime.evaluation import Evaluation, best_step
 from edgezo.runtime.journal import Journal, StepRecord
 from edgezo.runtime.liveness import prove_live
+from edgezo.runtime.lora import Lora
+from edgezo.runtime.memory import fit_batches, peak_bytes
 from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.noise import Direction
-from edgezo.runtime.objective import batch_loss, evaluate
-from edgezo.runtime.optimizer import schedule_factor, sgd_step
+from edgezo.runtime.objective import evaluate
+from edgezo.runtime.optimizer import schedule_factor
 from edgezo.runtime.run import (
+    INIT,
     METRICS,
     check_base,
     check_same,
     held_run,
     journal_header,
-    mutable_weights,
     open_journal,
     replay,
     write_summary,
 )
 from edgezo.runtime.scoring import Sequences
-from edgezo.runtime.weights import MutableWeights
+from edgezo.runtime.smoothness import smoothness_warning
+from edgezo.runtime.theta import Theta, mutable_weights, step_directions, write_start
 
 
 class StepReport(NamedTuple):
     """One finished step. `step` counts from 1; `progress` is the finished fraction of the run."""
 
     step: int
-    estimate: Estimate
+    loss: float
+    projected_grads: tuple[float, ...]
     learning_rate: float
     step_seconds: float
     seconds: float
@@ -49,7 +53,7 @@ class StepReport(NamedTuple):
 
 
 class TuneResult(NamedTuple):
-    """How a run ended: finished, out of time, or interrupted."""
+    """How a run ended: finished, out of time, or interrupted; `peak_bytes` is the most memory that its last process had."""
 
     directory: Path
     steps: int
@@ -58,6 +62,7 @@ class TuneResult(NamedTuple):
     before: Evaluation | None
     best: Evaluation | None
     seconds: float
+    peak_bytes: int | None
 
 
 @dataclass
@@ -79,7 +84,7 @@ class Tuner:
     config: TuneConfig
     directory: Path
     dataset: Dataset
-    weights: MutableWeights
+    theta: Theta
     journal: Journal
     reporter: Reporter
     first_step: int = 0
@@ -88,8 +93,7 @@ class Tuner:
 
     def loop(self) -> TuneResult:
         """Two forwards and one update a step, until the steps or the minutes are used up or a signal asks to stop."""
-        config, sequences = self.config, Sequences(self.model)
-        order = self.dataset.order()
+        config, order = self.config, self.dataset.order()
         started = time.monotonic() - self.spent_seconds
         step = self.first_step
         if self._progress(step, self.spent_seconds) >= 1:
@@ -99,7 +103,7 @@ class Tuner:
             while True:
                 progress = self._progress(step, time.monotonic() - started)
                 if step not in self.evaluations and (step % config.eval_every == 0 or progress >= 1):
-                    self._evaluate(step, sequences, metrics, started)
+                    self._evaluate(step, metrics, started)
                 if progress >= 1:
                     ended = "finished" if step == config.total_steps else "out of time"
                     break
@@ -107,18 +111,26 @@ class Tuner:
                     ended = "interrupted"
                     break
                 begun = time.monotonic()
-                direction = Direction(config.seed, step)
-                batch = self.dataset.batch(order, step)
-                estimate = two_sided(self.weights, lambda batch=batch: batch_loss(sequences, batch), direction, self.weights.eps)  # type: ignore[misc]
+                directions = step_directions(config, step)
+                estimates = self.theta.estimates(directions, self.theta.groups(self.dataset.batch(order, step)))
                 lr = config.lr * schedule_factor(config.schedule, progress, config.warmup)
-                record = self.journal.append(StepRecord(estimate.projected_grad, lr, estimate.loss))
-                sgd_step(self.weights, direction, record.projected_grad, record.learning_rate, config.weight_decay)
+                loss = sum(estimate.loss for estimate in estimates) / len(estimates)
+                record = self.journal.append(StepRecord(tuple(estimate.projected_grad for estimate in estimates), lr, loss))
+                self.theta.step(directions, record.projected_grads, record.learning_rate)
                 step += 1
                 now = time.monotonic()
-                report = StepReport(step, estimate, record.learning_rate, now - begun, now - started, self._progress(step, now - started))
+                report = StepReport(
+                    step,
+                    loss,
+                    record.projected_grads,
+                    record.learning_rate,
+                    now - begun,
+                    now - started,
+                    self._progress(step, now - started),
+                )
                 _write_step(metrics, report)
                 self.reporter.step(report)
-        self.weights.flush()
+        self.theta.weights.flush()
         self.model.step = step
         return self._finish(step, ended, time.monotonic() - started)
 
@@ -127,12 +139,12 @@ class Tuner:
         total, minutes = self.config.total_steps, self.config.minutes
         return max(step / total if total else 0.0, seconds / (60 * minutes) if minutes else 0.0)
 
-    def _evaluate(self, step: int, sequences: Sequences, metrics: TextIO, started: float) -> None:
+    def _evaluate(self, step: int, metrics: TextIO, started: float) -> None:
         if self.dataset.valid is None:
             return
-        self.weights.flush()
+        self.theta.weights.flush()
         self.reporter.stage("evaluating")
-        found = evaluate(sequences, self.dataset.valid.examples)
+        found = evaluate(self.theta.sequences, self.dataset.valid.examples)
         self.evaluations[step] = found
         best = best_step(self.evaluations, step) == step
         self.journal.mark(step, found, best)
@@ -141,8 +153,14 @@ class Tuner:
 
     def _finish(self, step: int, ended: str, seconds: float) -> TuneResult:
         best = best_step(self.evaluations, step)
-        result = TuneResult(self.directory, step, ended, best, self.evaluations.get(0), self.evaluations.get(best), seconds)
-        summary: dict[str, Any] = {"steps": step, "ended": ended, "best_step": best, "seconds": round(seconds, 1)}
+        result = TuneResult(self.directory, step, ended, best, self.evaluations.get(0), self.evaluations.get(best), seconds, peak_bytes())
+        summary: dict[str, Any] = {
+            "steps": step,
+            "ended": ended,
+            "best_step": best,
+            "seconds": round(seconds, 1),
+            "peak_bytes": result.peak_bytes,
+        }
         for name, evaluation in (("before", result.before), ("best", result.best)):
             if evaluation is not None:
                 summary[name] = evaluation.as_dict()
@@ -150,7 +168,15 @@ class Tuner:
         return result
 
 
-def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bool = False, reporter: Reporter | None = None) -> TuneResult:
+def tune(
+    model: EdgeModel,
+    config: TuneConfig,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    memory: int | None = None,
+    reporter: Reporter | None = None,
+) -> TuneResult:
     """Tune a freshly opened model; afterwards its weights are those of the last step.
 
     Args:
@@ -159,6 +185,7 @@ def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bo
         output: run directory to make, or with `resume` to continue.
         resume: go on after the last step in `output`; only steps, minutes and eval_every, and the places of the data files, may differ from
             the run's own.
+        memory: bytes that the process may take at most; forwards are made small enough.
 
     Raises:
         EdgezoError: bad data, a run that cannot be continued, a dead tensor, a loss that is not finite. The run directory
@@ -168,18 +195,28 @@ def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bo
     if model.step is not None:
         raise RunError(f"{output}: the model given is tuned already; tune starts from the base, open the edge model anew without run=")
     with held_run(output, resume) as previous:
+        start = previous.start if previous is not None else None
+        if previous is None and config.init is not None:
+            config, start = _start_from(model, config, output)
         reporter.stage("reading data")
         dataset = read_dataset(model, config, reporter.notice)
         config = dataset.config
-        header = journal_header(model.manifest, config)
+        header = journal_header(model.manifest, config, start)
         if previous is not None:
             check_base(previous, model)
             check_same(previous, config, header)
-        weights = mutable_weights(model, config)
-        reporter.stage(f"checking that the engine sees changes of {len(model.tunable)} tensors")
+        weights = mutable_weights(model, config, start)
+        theta = Theta(model, config, weights, Sequences(model))
+        reporter.stage("checking that the engine sees changes of every tunable tensor")
         prove_live(model, weights)
+        if memory is not None:
+            reporter.stage("measuring what a forward takes")
+            everything = [*dataset.train.examples, *(dataset.valid.examples if dataset.valid is not None else [])]
+            reporter.notice(f"forwards of at most {fit_batches(theta, everything, memory)} tokens keep to {memory / 1e6:.0f} MB")
+        if previous is None and (warning := smoothness_warning(theta, dataset.train.examples)):
+            reporter.notice(f"warning: {warning}")
         with open_journal(output, config, header, previous) as journal:
-            tuner = Tuner(model, config, output, dataset, weights, journal, reporter)
+            tuner = Tuner(model, config, output, dataset, theta, journal, reporter)
             if previous is not None:
                 reporter.stage(f"rebuilding step {len(previous.records)} from the journal")
                 replay(previous, weights, len(previous.records))
@@ -188,9 +225,25 @@ def tune(model: EdgeModel, config: TuneConfig, output: str | Path, *, resume: bo
             return tuner.loop()
 
 
+def _start_from(model: EdgeModel, config: TuneConfig, output: Path) -> tuple[TuneConfig, Path]:
+    """Read --init and keep its tensors in the run, which must not depend on other files; rank and alpha are the adapter's."""
+    adapter = read_adapter(Path(str(config.init)), model.manifest)
+    if isinstance(adapter, Lora):
+        own = {"rank": adapter.rank, "alpha": adapter.alpha}
+        for name, value in own.items():
+            asked = getattr(config, name)
+            if name in config.model_fields_set and asked != value:
+                raise ConfigError(
+                    f"--{name} {asked}: the adapter {config.init} has {name} {value}; leave --{name} out or start from another"
+                )
+        config = config.model_copy(update=own)
+    write_start(adapter, output / INIT)
+    return config, output / INIT
+
+
 def _write_step(metrics: TextIO, report: StepReport) -> None:
-    estimate = report.estimate
-    line = {"step": report.step, "loss": estimate.loss, "projected_grad": estimate.projected_grad, "lr": report.learning_rate}
+    size = math.sqrt(sum(grad * grad for grad in report.projected_grads) / len(report.projected_grads))
+    line = {"step": report.step, "loss": report.loss, "projected_grad_rms": size, "lr": report.learning_rate}
     metrics.write(json.dumps({**line, "step_seconds": round(report.step_seconds, 4), "seconds": round(report.seconds, 3)}) + "\n")
 
 

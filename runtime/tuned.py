@@ -1,93 +1,149 @@
-"""Tuned weights as an edge model of their own: replayed from a journal, or averaged over several runs of one base."""
+"""Tuned weights for elsewhere: an edge model of their own, a Hugging Face folder, a PEFT folder, an .onnx_adapter file; of one run or averaged."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from edgezo.errors import ConfigError, RunError
-from edgezo.manifest import Manifest, StoredFile, Tuned
+from edgezo.errors import AdapterError, ConfigError, RunError
+from edgezo.manifest import StoredFile, Tuned
+from edgezo.runtime.adapter_files import ONNX_SUFFIX, write_onnx_adapter, write_peft
+from edgezo.runtime.hugging_face import lora_deltas, write_hugging_face
+from edgezo.runtime.lora import A, B, Lora
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.run import JOURNAL, StepChoice, base_id
 from edgezo.storage import directory_in_the_making, refuse_existing, sha256_file
 
-
-def write_replayed(directory: Path, run: Path, step: StepChoice, output: Path, threads: int | None = None) -> Manifest:
-    """Write base + journal as an edge model.
-
-    Args:
-        directory: the edge model the run was tuned from.
-        run: run directory.
-        step: a number, "best" (by validation) or "last".
-        output: directory to make; it must not exist.
-
-    Raises:
-        RunError: the run cannot be read, belongs to another base, or `output` exists or cannot be written.
-    """
-    refuse_existing(output, RunError, "choose another directory or remove it")
-    model = EdgeModel(directory, threads=threads, run=run, step=step)
-    return _write(
-        model, output, [Tuned(base=base_id(model.manifest), journal=sha256_file(run / JOURNAL), step=model.step or 0, weight=1.0)]
-    )
+Format = Literal["edge", "hf", "peft", "onnx-adapter"]
 
 
-def write_averaged(
-    directory: Path, runs: Sequence[Path], weights: Sequence[float], step: StepChoice, output: Path, threads: int | None = None
-) -> Manifest:
-    """Write theta = base + sum_i weights[i] * (theta_i - base) as an edge model, theta_i from run i.
+def write_tuned(
+    directory: Path,
+    runs: Sequence[Path],
+    shares: Sequence[float],
+    step: StepChoice,
+    output: Path,
+    to: Format = "edge",
+    threads: int | None = None,
+) -> list[Tuned]:
+    """Write base + sum_i shares[i] * (tuned_i - base), tuned_i from run i; with shares that add up to 1 it is the mean of the runs.
 
-    The sum is taken in float64 tensor by tensor and rounded to float32. With weights that add up to 1 it is the mean of the runs.
+    Tensors tuned in place and prefixes are summed in float64 and rounded to float32. LoRA matrices are joined along the rank, which is
+    the sum of their products exactly.
 
     Args:
         directory: the edge model that all runs were tuned from.
         runs: run directories.
-        weights: one finite number a run.
+        shares: one finite number a run.
         step: of every run: a number, "best" (by validation) or "last".
-        output: directory to make; it must not exist.
+        output: what to make; it must not exist.
+        to: "edge": an edge model with the change in its weights. "hf": a Hugging Face folder, float32. "peft": a folder that PEFT
+            loads. "onnx-adapter": a file that onnxruntime loads beside the edge model's graphs.
+
+    Returns:
+        What was merged, run by run.
 
     Raises:
-        ConfigError: not one finite weight a run.
+        ConfigError: not one finite share a run.
+        AdapterError: the format cannot hold what was tuned.
         RunError: a run cannot be read or belongs to another base, or `output` exists or cannot be written.
     """
-    if len(weights) != len(runs) or not np.isfinite(weights).all():
-        raise ConfigError(f"--weights: {len(weights)} numbers for {len(runs)} runs; give one finite number a run")
-    refuse_existing(output, RunError, "choose another directory or remove it")
-    model = EdgeModel(directory, threads=threads)
-    sums = {name: array.astype(np.float64) for name, array in model.tunable.items()}
-    tuned = []
-    for run, weight in zip(runs, weights, strict=True):
-        one = EdgeModel(directory, threads=threads, run=run, step=step)
-        for name, array in one.tunable.items():
-            sums[name] += weight * (array.astype(np.float64) - model.weights[name])
-        tuned.append(Tuned(base=base_id(model.manifest), journal=sha256_file(run / JOURNAL), step=one.step or 0, weight=weight))
-    for name, total in sums.items():
-        model.weights[name][...] = total
-    return _write(model, output, tuned)
-
-
-def _write(model: EdgeModel, output: Path, tuned: list[Tuned]) -> Manifest:
-    """The edge model at its present weights; every file but those of tunable weights is a copy."""
-    changed = {tensor.file for tensor in model.manifest.tunable}
+    if len(shares) != len(runs) or not np.isfinite(shares).all():
+        raise ConfigError(f"--weights: {len(shares)} numbers for {len(runs)} runs; give one finite number a run")
+    refuse_existing(output, RunError, "choose another place or remove it")
+    model, tuned = _average(directory, runs, shares, step, threads)
+    if to in {"peft", "onnx-adapter"} and model.adapter is None:
+        raise AdapterError(f"{runs[0]}: tuned the weights of the base, not an adapter, so there is none to write; use --format hf or edge")
+    if to == "onnx-adapter" and output.suffix != ONNX_SUFFIX:
+        raise ConfigError(f"-o {output}: a file that ends in {ONNX_SUFFIX} is written; name it so")
     try:
-        with directory_in_the_making(output) as folder:
-            files = dict(model.manifest.files)
-            for name in files:
-                if name in changed:
-                    files[name] = _write_buffer(folder / name, model.buffers[name])
+        if to == "onnx-adapter":
+            output.parent.mkdir(parents=True, exist_ok=True)
+            assert model.adapter is not None
+            write_onnx_adapter(model.adapter, output)
+        else:
+            with directory_in_the_making(output) as folder:
+                if to == "edge":
+                    _write_edge(model, folder, tuned)
+                elif to == "hf":
+                    write_hugging_face(model, folder)
                 else:
-                    shutil.copyfile(model.directory / name, folder / name)
-            manifest = model.manifest.model_copy(update={"files": files, "tuned": [*model.manifest.tuned, *tuned], "verification": None})
-            manifest.write(folder)
+                    assert model.adapter is not None
+                    write_peft(model.adapter, model.manifest, folder)
     except OSError as error:
         raise RunError(
-            f"{output}: cannot be written ({error.strerror or error}); nothing was kept, free space or choose another directory"
+            f"{output}: cannot be written ({error.strerror or error}); nothing was kept, free space or choose another place"
         ) from error
-    return manifest
+    return tuned
 
 
-def _write_buffer(path: Path, buffer: "np.ndarray[tuple[int], np.dtype[np.uint8]]") -> StoredFile:
-    with open(path, "wb") as file:
-        file.write(buffer.data)
-    return StoredFile(bytes=len(buffer), sha256=hashlib.sha256(buffer.data).hexdigest())
+def _average(
+    directory: Path, runs: Sequence[Path], shares: Sequence[float], step: StepChoice, threads: int | None
+) -> tuple[EdgeModel, list[Tuned]]:
+    if len(runs) == 1 and shares[0] == 1:
+        model = EdgeModel(directory, threads=threads, run=runs[0], step=step)
+        return model, [_tuned(model, runs[0], 1.0)]
+    model = EdgeModel(directory, threads=threads)
+    sums = {name: array.astype(np.float64) for name, array in model.weights.items()}
+    loras, tuned = [], []
+    one = EdgeModel(directory, threads=threads)
+    for run, share in zip(runs, shares, strict=True):
+        one.use(run=run, step=step)
+        for name, array in one.weights.items():
+            sums[name] += share * (array.astype(np.float64) - model.weights[name])
+        if isinstance(one.adapter, Lora):
+            loras.append(one.adapter)
+        tuned.append(_tuned(one, run, share))
+    for name, total in sums.items():
+        model.weights[name][...] = total
+    if loras:
+        model.adapter = _joined(loras, shares)
+    return model, tuned
+
+
+def _joined(loras: Sequence[Lora], shares: Sequence[float]) -> Lora:
+    """One LoRA of the summed rank whose product is the sum of share * alpha/rank * B A."""
+    rank = sum(lora.rank for lora in loras)
+    joined = Lora(loras[0].targets, rank, rank)
+    for place, (a, b) in enumerate(zip(joined.matrices(A), joined.matrices(B), strict=True)):
+        a[...] = np.concatenate([lora.matrices(A)[place] for lora in loras], axis=1)
+        b[...] = np.concatenate(
+            [np.float32(share * lora.scaling) * lora.matrices(B)[place] for lora, share in zip(loras, shares, strict=True)]
+        )
+    return joined
+
+
+def _tuned(model: EdgeModel, run: Path, share: float) -> Tuned:
+    return Tuned(base=base_id(model.manifest), journal=sha256_file(run / JOURNAL), step=model.step or 0, weight=share)
+
+
+def _write_edge(model: EdgeModel, folder: Path, tuned: list[Tuned]) -> None:
+    """The edge model at its present weights, an adapter of LoRA merged into them; its branch points stay."""
+    manifest = model.manifest
+    if isinstance(model.adapter, Lora) and manifest.weights != "fp32":
+        raise AdapterError(
+            f"{model.directory}: its weights are {manifest.weights}, whose steps would swallow the change; use --format peft, onnx-adapter or hf"
+        )
+    deltas = lora_deltas(model.adapter) if isinstance(model.adapter, Lora) else {}
+    files = dict(manifest.files)
+    for name in files:
+        if name in model.buffers:
+            (folder / name).write_bytes(model.buffers[name].data)
+        else:
+            shutil.copyfile(model.directory / name, folder / name)
+    for tensor in manifest.tensors:
+        if tensor.name in deltas:
+            weight = np.memmap(folder / tensor.file, "<f4", "r+", offset=tensor.offset, shape=tuple(tensor.shape))
+            weight += deltas[tensor.name]
+            weight.flush()
+    changed = {tensor.file for tensor in manifest.tensors if tensor.tunable or tensor.name in deltas}
+    for name in changed:
+        files[name] = StoredFile(bytes=files[name].bytes, sha256=sha256_file(folder / name))
+    everything = [*manifest.tuned, *tuned]
+    identity = hashlib.sha256(json.dumps([manifest.origin.weights_sha256, *(entry.model_dump() for entry in everything)]).encode())
+    origin = manifest.origin.model_copy(update={"weights_sha256": identity.hexdigest()})
+    manifest.model_copy(update={"files": files, "tuned": everything, "verification": None, "origin": origin}).write(folder)

@@ -7,7 +7,7 @@ weights after a step are a function of the scalars that made it.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -98,30 +98,31 @@ class MutableWeights:
         }
         self._parallel(lambda tensor, first, last: _add_windows(tensor, first, last, tables[tensor.exponent]))
 
-    def update(self, direction: Direction, scale: float, decay: float = 0.0) -> None:
-        """End a step: theta += q_d(scale * z), then decay, then coarsen the grid of a tensor whose values may outgrow it.
+    def update(self, directions: Sequence[Direction], scales: Sequence[float], decay: float = 0.0) -> None:
+        """End a step: theta += sum of q_d(scale * z), then decay, then coarsen the grid of a tensor whose values may outgrow it.
 
         The result depends on theta and the step's scalars alone, never on how the step was computed: a replay does the same.
 
         Args:
-            direction: names z.
-            scale: -lr * projected_grad.
+            directions: name every z.
+            scales: of every z: -lr * projected_grad, or what the update rule makes of it.
             decay: lr * weight_decay, in [0, 1).
 
         Raises:
             NonFiniteLossError: a weight became NaN or infinite, or outgrew the resolution that eps needs.
         """
-        moved = abs(scale) * noise.largest(self.distribution)
+        moved = sum(map(abs, scales)) * noise.largest(self.distribution)
         for tensor in self.tensors:
-            tensor.bound += moved + tensor.quantum
+            tensor.bound += moved + len(scales) * tensor.quantum
         outgrown = any(self._outgrown(tensor) for tensor in self.tensors)
         if outgrown:  # sums with the restore would leave the range that is exact: the restore first, alone, as in a replay
             self.flush()
-        if scale:
-            self.add(direction, scale)
+        for direction, scale in zip(directions, scales, strict=True):
+            if scale:
+                self.add(direction, scale)
         if decay:
             self.flush()
-            self._decay(direction, decay)
+            self._decay(directions[0], decay)
         if outgrown:
             self.flush()
             self._coarsen()

@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
 def weights_sha256(edge: Path, run: Path) -> str:
     """SHA-256 over the tuned weights of the last step."""
     model = EdgeModel(edge, run=run, step="last")
-    return hashlib.sha256(b"".join(array.tobytes() for array in model.tunable.values())).hexdigest()
+    return hashlib.sha256(b"".join(array.tobytes() for array in model.weights.values())).hexdigest()
 
 
 def tune(edge: Path, run: Path, options: Sequence[str], seconds: float | None = None) -> bool:

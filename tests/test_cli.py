@@ -30,6 +30,7 @@ from edgezo.storage import sha256_file
 
 TASK = ["--data", "rows.jsonl", "--template", r"{text}\nIt was", "--labels", "terrible,great", "--threads", "1"]
 MEASURED = r"accuracy \d+\.\d %, macro F1 \d\.\d{3}, loss \d+\.\d{4} \(16 rows\)"
+PEAK = "" if sys.platform == "win32" else r", peak memory [1-9]\d+ MB"
 
 
 class Outcome(NamedTuple):
@@ -130,7 +131,7 @@ def one_object(text: str) -> dict[str, Any]:
 def test_tune_tells_before_after_and_what_to_do_next(command: Command) -> None:
     found = command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "4", "--eval-every", "2", "--lr", "1e-4")
     matches(
-        r"run     run, 4 steps, finished, \d+ s\n"
+        rf"run     run, 4 steps, finished, \d+ s{PEAK}\n"
         rf"before  {MEASURED}\n"
         rf"step \d  {MEASURED}, kept as best\n"
         r"use it  edgezo predict edge --run run --text '\.\.\.'\n"
@@ -144,7 +145,7 @@ def test_tune_shows_its_progress_on_standard_error(command: Command) -> None:
     found = command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "3", "--eval-every", "2", "--lr", "1e-4")
     step = r"loss \d+\.\d{4}  \d+\.\d\d s/step  \d+:\d\d left\n"
     matches(
-        "  reading data\n  checking that the engine sees changes of 20 tensors\n"
+        "  reading data\n  checking that the engine sees changes of every tunable tensor\n"
         rf"  step 0: {MEASURED}\n  step 1  {step}  step 2  {step}  step 2: {MEASURED}(?:  best so far)?\n"
         rf"  step 3  {step}  step 3: {MEASURED}(?:  best so far)?\n",
         found.err,
@@ -158,7 +159,7 @@ def test_a_long_run_shows_about_twenty_lines_of_progress(command: Command) -> No
 
 def test_tune_without_validation_tells_only_the_run(command: Command) -> None:
     matches(
-        r"run     run, 2 steps, finished, \d+ s\nuse it  edgezo generate .*\ngo on   edgezo tune .*\n",
+        rf"run     run, 2 steps, finished, \d+ s{PEAK}\nuse it  edgezo generate .*\ngo on   edgezo tune .*\n",
         command("tune", "edge", "-o", "run", *TASK, "--steps", "2").out,
     )
 
@@ -171,7 +172,7 @@ def test_tune_says_when_no_step_was_better_than_the_base(command: Command) -> No
 
 def test_tune_as_json_is_one_object(command: Command) -> None:
     found = one_object(command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "2", "--json").out)
-    assert set(found) == {"directory", "steps", "ended", "best_step", "before", "best", "seconds"}
+    assert set(found) == {"directory", "steps", "ended", "best_step", "before", "best", "seconds", "peak_bytes"}
     assert (found["directory"], found["steps"], found["ended"]) == ("run", 2, "finished")
     assert set(found["before"]) == {"rows", "loss", "accuracy", "macro_f1"}
     assert found["before"]["rows"] == 16
@@ -356,7 +357,7 @@ def test_inspect_of_an_edge_model(command: Command) -> None:
         ("chat template", "yes"),
         ("tuned", "none"),
         ("bytes", str(size)),
-        ("files intact", "5"),
+        ("files intact", "6"),
         ("largest log prob difference", f"{difference.largest_log_prob_difference:.6g}"),
         ("made by", f"edgezo {edgezo.__version__}"),
     ]
@@ -387,7 +388,12 @@ def test_inspect_of_a_run(command: Command) -> None:
         ("minutes", "0.01"),
         ("lr", "2e-05"),
         ("eps", "0.001"),
+        ("directions", "1"),
         ("batch", "16"),
+        ("rule", "sgd"),
+        ("rank", "8"),
+        ("alpha", "16"),
+        ("tune a", "no"),
         ("seed", "5"),
         ("noise", "rademacher"),
         ("schedule", "linear"),
@@ -400,7 +406,7 @@ def test_inspect_of_a_run(command: Command) -> None:
 
 def test_inspect_as_json_is_one_object(command: Command, run: str) -> None:
     model, tuned = one_object(command("inspect", "edge", "--json").out), one_object(command("inspect", run, "--json").out)
-    assert (model["parameters"], model["tunable_tensors"], model["files_intact"]) == (25760, 20, 5)
+    assert (model["parameters"], model["tunable_tensors"], model["files_intact"]) == (25760, 20, 6)
     assert (tuned["run"], tuned["steps"], tuned["labels"]) == ("run", 4, {"0": "terrible", "1": "great"})
 
 
@@ -433,7 +439,7 @@ def test_no_arguments_show_help(command: Command) -> None:
     assert shown.startswith("Usage: edgezo [OPTIONS] COMMAND [ARGS]...\n")
     assert re.findall(r"^  ([a-z]+)  ", shown, re.MULTILINE) == [
         *("export", "tune", "eval", "predict", "generate", "inspect", "demo"),
-        *("replay", "merge", "verify", "diff"),
+        *("replay", "merge", "verify", "diff", "chat"),
     ]
 
 
@@ -733,7 +739,7 @@ def test_debug_shows_the_traceback(command: Command, monkeypatch: pytest.MonkeyP
 def weights_hash(directory: str, run: str) -> str:
     """SHA-256 over the tuned weights of the last step."""
     model = EdgeModel(directory, run=run, step="last", threads=1)
-    return hashlib.sha256(b"".join(array.tobytes() for array in model.tunable.values())).hexdigest()
+    return hashlib.sha256(b"".join(array.tobytes() for array in model.weights.values())).hexdigest()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
@@ -748,7 +754,8 @@ def test_an_interrupted_run_goes_on_to_the_weights_of_one_never_interrupted(comm
     assert process.returncode == 130
     assert "Traceback" not in err
     matches(
-        rf"run +parts, \d+ steps, interrupted, \d+ s\nbefore +{MEASURED}\n(step \d+ +{MEASURED}, kept as best|best +step 0, the base: .*)\n"
+        rf"run +parts, \d+ steps, interrupted, \d+ s{PEAK}\nbefore +{MEASURED}\n"
+        rf"(step \d+ +{MEASURED}, kept as best|best +step 0, the base: .*)\n"
         r"use it +edgezo predict edge --run parts --text '\.\.\.'\ngo on +edgezo tune edge -o parts --resume\n",
         out,
     )

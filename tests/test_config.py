@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from edgezo import cli
-from edgezo.config import CONFIG_BYTES_LIMIT, DEFAULT_STEPS, TuneConfig, make_config, parse_labels
+from edgezo.config import ADAPTER_DEFAULTS, CONFIG_BYTES_LIMIT, DEFAULT_STEPS, AdapterKind, TuneConfig, make_config, parse_labels
 from edgezo.errors import ConfigError
 
 Write = Callable[[str, str], Path]
@@ -55,7 +56,7 @@ def test_every_field_is_an_option_of_tune(option_help: dict[str, str], field: st
 
 
 def test_tune_has_no_other_options_than_the_fields_and_how_to_run(option_help: dict[str, str]) -> None:
-    others = {"output", "config", "resume", "threads", "json", "help"}
+    others = {"output", "config", "resume", "threads", "memory", "json", "help"}
     assert set(option_help) == {field.replace("_", "-") for field in FIELDS} | others
 
 
@@ -63,7 +64,23 @@ def test_tune_has_no_other_options_than_the_fields_and_how_to_run(option_help: d
 def test_help_says_the_default_of_the_configuration(option_help: dict[str, str], field: str) -> None:
     said = re.search(r"\[default: ([^\]]*)\]", option_help[field.replace("_", "-")])
     assert said is not None
-    assert type(DEFAULTS[field])(said[1]) == DEFAULTS[field]
+    assert TypeAdapter(type(DEFAULTS[field])).validate_python(said[1]) == DEFAULTS[field]
+
+
+@pytest.mark.parametrize(("kind", "field"), [(kind, field) for kind, defaults in ADAPTER_DEFAULTS.items() for field in defaults])
+def test_help_says_the_defaults_of_each_adapter_and_they_hold(option_help: dict[str, str], kind: AdapterKind, field: str) -> None:
+    default = ADAPTER_DEFAULTS[kind][field]
+    said = re.search(rf"\[{kind}: ([^\]]*)\]", option_help[field.replace("_", "-")])
+    assert said is not None
+    assert TypeAdapter(type(default)).validate_python(said[1]) == default
+    assert getattr(make_config(None, {"data": "x"}, kind), field) == default
+    assert getattr(make_config(None, {"data": "x"}), field) == DEFAULTS[field]
+
+
+def test_a_file_and_options_override_the_defaults_of_an_adapter(write: Write) -> None:
+    path = write("run.yaml", "data: x\nlr: 0.5\neps: 0.25\n")
+    config = make_config(path, {"eps": 0.125}, "lora")
+    assert (config.lr, config.eps, config.directions) == (0.5, 0.125, ADAPTER_DEFAULTS["lora"]["directions"])
 
 
 @pytest.mark.parametrize("field", [field for field in FIELDS if DEFAULTS[field] is None and field not in {"steps", "max_length"}])
@@ -87,7 +104,13 @@ NEITHER_DEFAULT: dict[str, Any] = {  # a value for every field, none of them its
     "minutes": 9.5,
     "lr": 3e-5,
     "eps": 0.004,
+    "directions": 2,
     "batch": 2,
+    "rule": "normalized",
+    "rank": 4,
+    "alpha": 8.0,
+    "tune_a": True,
+    "init": "FOLDER",
     "seed": 7,
     "noise": "gaussian",
     "schedule": "cosine",
@@ -98,24 +121,62 @@ NEITHER_DEFAULT: dict[str, Any] = {  # a value for every field, none of them its
 }
 
 
-def option_text(value: Any) -> str:
-    """A value as it is written on the command line."""
-    return ",".join(f"{label}={word}" for label, word in value.items()) if isinstance(value, dict) else str(value)
+REFUSED_WITHOUT_LORA = {"tune_a", "init"}
+
+
+def option(field: str, value: Any) -> list[str]:
+    """A field as it is written on the command line."""
+    name = f"--{field.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [name if value else f"--no-{name[2:]}"]
+    return [name, ",".join(f"{label}={word}" for label, word in value.items()) if isinstance(value, dict) else str(value)]
+
+
+def test_there_is_a_value_for_every_field_and_none_is_its_default() -> None:
+    assert set(NEITHER_DEFAULT) == set(FIELDS)
+    assert not [field for field in FIELDS if NEITHER_DEFAULT[field] == DEFAULTS[field]]
 
 
 def test_every_option_reaches_the_run(
     exported_dir: Path, tmp_path: Path, write_rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = write_rows([{"body": "a film", "sentiment": 0}, {"body": "a plot", "sentiment": 1}])
-    values = {field: data if value == "DATA" else value for field, value in NEITHER_DEFAULT.items()}
-    assert set(values) == set(FIELDS)
-    assert not [field for field in FIELDS if values[field] == DEFAULTS[field]]
-    options = [part for field, value in values.items() for part in (f"--{field.replace('_', '-')}", option_text(value))]
+    data = write_rows(
+        [{"body": body, "sentiment": number % 2} for number, body in enumerate(["a film", "a plot", "film", "plot", "great"])]
+    )
+    given = {field: data if value == "DATA" else value for field, value in NEITHER_DEFAULT.items() if field not in REFUSED_WITHOUT_LORA}
+    options = [part for field, value in given.items() for part in option(field, value)]
     monkeypatch.setattr("sys.argv", ["edgezo", "tune", str(exported_dir), "-o", str(tmp_path / "run"), *options])
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 0
-    assert json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8")) == values
+    kept = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert kept == {**given, **{field: DEFAULTS[field] for field in REFUSED_WITHOUT_LORA}}
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_tune_a_reaches_the_run_either_way(
+    exported_dir: Path, tmp_path: Path, reviews: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: bool
+) -> None:
+    (tmp_path / "run.yaml").write_text(f"tune_a: {json.dumps(not value)}\n")
+    options = ["--config", str(tmp_path / "run.yaml"), "--data", reviews, "--template", "{text} It was", "--labels", "terrible,great"]
+    arguments = ["edgezo", "tune", str(exported_dir), "-o", str(tmp_path / "run"), "--steps", "1", *options, *option("tune_a", value)]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    refused = "error: --tune-a: this edge model has no branch points for LoRA; export it with --adapter lora\n" in capsys.readouterr().err
+    assert (caught.value.code, refused) == ((1, True) if value else (0, False))
+
+
+def test_init_reaches_the_run(
+    exported_dir: Path, tmp_path: Path, reviews: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data", reviews, "--steps", "1", "--init", str(tmp_path / "nowhere")]
+    monkeypatch.setattr("sys.argv", ["edgezo", "tune", str(exported_dir), "-o", str(tmp_path / "run"), *options])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert (caught.value.code, str(tmp_path / "nowhere") in line) == (1, True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_yaml_file_sets_every_field(write: Write) -> None:
@@ -225,7 +286,13 @@ def test_missing_data_is_said_by_its_file(write: Write) -> None:
         ("lr", float("inf"), "input should be less than or equal to 1000000"),
         ("eps", float("inf"), "input should be less than or equal to 1000000"),
         ("eps", -0.1, "input should be greater than 0"),
+        ("directions", 0, "input should be greater than 0"),
+        ("directions", 1025, "input should be less than or equal to 1024"),
         ("batch", 0, "input should be greater than 0"),
+        ("rule", "adam", "input should be 'sgd' or 'normalized'"),
+        ("rank", 0, "input should be greater than 0"),
+        ("alpha", float("inf"), "input should be less than or equal to 1000000"),
+        ("tune_a", "perhaps", "input should be a valid boolean, unable to interpret input"),
         ("seed", -1, "input should be greater than or equal to 0"),
         ("seed", 1 << 64, "input should be less than 18446744073709551616"),
         ("noise", "uniform", "input should be 'rademacher' or 'gaussian'"),
@@ -240,7 +307,7 @@ def test_a_value_out_of_range_is_refused_by_its_option(field: str, value: Any, r
     assert refusal(None, data="x", **{field: value}) == f"--{field.replace('_', '-')} {value!r}: {reason}"
 
 
-@pytest.mark.parametrize("field", ["lr", "eps", "minutes", "warmup", "weight_decay"])
+@pytest.mark.parametrize("field", ["lr", "eps", "alpha", "minutes", "warmup", "weight_decay"])
 def test_nan_is_refused_by_its_option(field: str) -> None:
     assert refusal(None, data="x", **{field: float("nan")}).startswith(f"--{field.replace('_', '-')} nan: input should be ")
 

@@ -10,7 +10,7 @@ from edgezo.errors import NonFiniteLossError
 from edgezo.runtime import noise
 from edgezo.runtime.estimator import two_sided
 from edgezo.runtime.noise import Direction
-from edgezo.runtime.optimizer import schedule_factor, sgd_step
+from edgezo.runtime.optimizer import Rule, schedule_factor, zo_step
 from edgezo.runtime.weights import MutableWeights
 
 SIZE = 200
@@ -96,7 +96,7 @@ def test_fifty_steps_lower_a_quadratic(seed: int, distribution: noise.Distributi
     for step in range(50):
         direction = Direction(seed, step)
         estimate = two_sided(problem.weights, problem.loss, direction, problem.weights.eps)
-        sgd_step(problem.weights, direction, estimate.projected_grad, lr=2e-3)
+        zo_step(problem.weights, [direction], [estimate.projected_grad], lr=2e-3)
     problem.weights.flush()
     assert problem.loss() < 0.9 * before
 
@@ -107,12 +107,62 @@ def test_the_same_seed_gives_the_same_steps_and_another_does_not() -> None:
         for step in range(5):
             direction = Direction(seed, step)
             estimate = two_sided(problem.weights, problem.loss, direction, problem.weights.eps)
-            sgd_step(problem.weights, direction, estimate.projected_grad, lr=1e-3, weight_decay=0.1)
+            zo_step(problem.weights, [direction], [estimate.projected_grad], lr=1e-3, weight_decay=0.1)
         problem.weights.flush()
         return problem.theta.tobytes()
 
     assert run(0) == run(0)
     assert run(0) != run(1)
+
+
+NUMBERS = [0.7, -3.1e4, 2e-6, -55.0]  # projected gradients of four directions
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+def test_a_step_along_several_directions_is_the_sum_of_steps_along_each(distribution: noise.Distribution) -> None:
+    directions = [Direction(2, 5, number) for number in range(len(NUMBERS))]
+
+    def run(steps: list[tuple[list[Direction], list[float]]], lr: float) -> bytes:
+        theta = np.linspace(-1, 1, 1000, dtype=np.float32).reshape(10, 100)
+        weights = MutableWeights({"theta": theta}, eps=2**-10, distribution=distribution)
+        before = theta.tobytes()
+        for along, grads in steps:
+            zo_step(weights, along, grads, lr)
+        weights.flush()
+        assert theta.tobytes() != before
+        return theta.tobytes()
+
+    together = run([(directions, NUMBERS)], 2e-6)
+    pairs = list(zip(directions, NUMBERS, strict=True))
+    assert run([([direction], [grad]) for direction, grad in pairs], 2e-6 / 4) == together
+    assert run([([direction], [grad]) for direction, grad in reversed(pairs)], 2e-6 / 4) == together
+
+
+def moved(grads: list[float], lr: float = 3e-3, rule: Rule = "normalized") -> np.ndarray:
+    """How far a step moves each of 50,000 weights."""
+    theta = np.random.default_rng(0).uniform(-0.5, 0.5, 50_000).astype(np.float32)
+    weights = MutableWeights({"theta": theta}, eps=2**-10)
+    before = theta.astype(np.float64)
+    zo_step(weights, [Direction(1, 9, number) for number in range(len(grads))], grads, lr, rule)
+    weights.flush()
+    return np.asarray(theta - before)
+
+
+@pytest.mark.parametrize("grads", [[5.0], [-1e-30], NUMBERS, [1.0] * 16])
+def test_a_normalized_step_has_root_mean_square_lr(grads: list[float]) -> None:
+    change = moved(grads)
+    assert np.sqrt((change**2).mean()) == pytest.approx(3e-3, rel=0.02)  # 16 directions are orthogonal up to 1 / sqrt(50,000)
+    assert np.array_equal(moved([grad * 2**40 for grad in grads]), change), "the scale of the loss does not matter"
+    assert np.sqrt((moved(grads, rule="sgd") ** 2).mean()) != pytest.approx(3e-3, rel=0.02)
+
+
+def test_a_normalized_step_is_the_sum_of_directions_by_their_projected_gradients() -> None:
+    expected = sum(-3e-3 * grad / 5 * noise.draw(Direction(1, 9, number), "theta", 50_000) for number, grad in enumerate([3.0, -4.0]))
+    assert moved([3.0, -4.0]) == pytest.approx(expected, abs=2**-22)
+
+
+def test_a_normalized_step_without_any_slope_moves_nothing() -> None:
+    assert not moved([0.0, -0.0, 0.0]).any()
 
 
 def test_schedules() -> None:

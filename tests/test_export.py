@@ -272,17 +272,35 @@ def test_tunable_chooses_by_name_and_freezes_the_rest(source_dir: Path, tmp_path
     assert {tensor.name: tensor.file for tensor in manifest.tensors} == {
         tensor.name: "tunable.bin" if tensor.name in chosen else "frozen.bin" for tensor in manifest.tensors
     }
-    listed = {value.name for value in session(tmp_path / "edge" / manifest.scoring.file).get_overridable_initializers()}
-    assert listed == chosen
+    for graph in (manifest.scoring, manifest.generation):
+        listed = {value.name for value in session(tmp_path / "edge" / graph.file).get_overridable_initializers()}
+        assert listed == chosen | {"model.embed_tokens.weight"}, "the tied embedding has two uses: not packed for one of them"
+    assert EdgeModel(tmp_path / "edge", threads=1).weights.keys() == chosen
 
 
-def test_frozen_weights_keep_their_exact_values(source_dir: Path, tmp_path: Path) -> None:
-    manifest = export_model(str(source_dir), tmp_path / "edge", tunable="norm").manifest
-    parameters = dict(tiny.make_model("llama").named_parameters())
+@pytest.mark.parametrize("name", ["llama", "llama-untied", "gpt2", "opt"])
+def test_frozen_weights_keep_their_exact_values(tmp_path: Path, name: str) -> None:
+    tiny.save(tmp_path / "source", name)
+    manifest = export_model(str(tmp_path / "source"), tmp_path / "edge", tunable="norms").manifest
+    parameters = {name: parameter.detach().numpy() for name, parameter in tiny.make_model(name).named_parameters()}
     frozen = [tensor for tensor in manifest.tensors if not tensor.tunable]
-    assert len(frozen) == 15
+    assert {tensor.name for tensor in frozen} == parameters.keys() - {tensor.name for tensor in manifest.tunable}
+    assert len(frozen) > len(manifest.tunable) > 0
     for tensor in frozen:
-        assert stored(tmp_path / "edge", tensor).tobytes() == parameters[tensor.name].detach().numpy().tobytes()
+        values = stored(tmp_path / "edge", tensor)
+        expected = parameters[tensor.name].T if tensor.transposed else parameters[tensor.name]
+        assert (values.shape, values.tobytes()) == (expected.shape, expected.tobytes()), tensor.name
+
+
+def test_a_frozen_linear_weight_is_read_by_matmul_as_it_is_stored(source_dir: Path, tmp_path: Path) -> None:
+    manifest = export_model(str(source_dir), tmp_path / "edge", tunable="norm").manifest
+    linear = {tensor.name for tensor in manifest.tensors if "_proj." in tensor.name}
+    assert len(linear) == 14
+    assert {tensor.name for tensor in manifest.tensors if tensor.transposed} == linear
+    for graph in (manifest.scoring, manifest.generation):
+        nodes = onnx.load(tmp_path / "edge" / graph.file, load_external_data=False).graph.node
+        uses = [(name, node.op_type, index) for node in nodes for index, name in enumerate(node.input) if name in linear]
+        assert sorted(uses) == sorted((name, "MatMul", 1) for name in linear)
 
 
 def test_a_tied_name_chooses_the_weight_it_is_tied_to(source_dir: Path, tmp_path: Path) -> None:

@@ -15,11 +15,15 @@ from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.journal import JOURNAL_BYTES_LIMIT, MAGIC, STEP_BYTES, Journal, StepRecord, read_journal
 
 HEADER = {"base": "0" * 64, "config": {"lr": 0.5}}
+THREE_BYTES = 1 + 2 + 4 + 4 + 3 * 4 + 4  # kind D: count, learning rate, loss, three projected gradients, checksum
 
 
-def write(path: Path, steps: int) -> list[StepRecord]:
+def write(path: Path, steps: int, directions: int = 1) -> list[StepRecord]:
     with Journal.create(path, HEADER) as journal:
-        return [journal.append(StepRecord(step + 0.1, 1e-3 * step, 1 / 3)) for step in range(steps)]
+        return [
+            journal.append(StepRecord(tuple(step + 0.1 - number for number in range(directions)), 1e-3 * step, 1 / 3))
+            for step in range(steps)
+        ]
 
 
 def test_what_was_appended_is_read(tmp_path: Path) -> None:
@@ -32,26 +36,40 @@ def test_what_was_appended_is_read(tmp_path: Path) -> None:
 
 def test_append_returns_the_values_as_stored(tmp_path: Path) -> None:
     with Journal.create(tmp_path / "j", HEADER) as journal:
-        stored = journal.append(StepRecord(0.1, 0.2, 0.3))
-    assert stored == StepRecord(*np.float32([0.1, 0.2, 0.3]).tolist()) != StepRecord(0.1, 0.2, 0.3)
+        stored = journal.append(StepRecord((0.1,), 0.2, 0.3))
+    grad, lr, loss = np.float32([0.1, 0.2, 0.3]).tolist()
+    assert stored == StepRecord((grad,), lr, loss) != StepRecord((0.1,), 0.2, 0.3)
     assert read_journal(tmp_path / "j").records == [stored]
+
+
+def test_steps_of_several_directions_are_read_as_stored(tmp_path: Path) -> None:
+    given = [StepRecord((0.1, -2e30, 3e-40), 0.2, 0.3), StepRecord((0.5,), 0.25, 0.125), StepRecord((0.0, -0.0, 0.7), 0.2, 0.3)]
+    with Journal.create(tmp_path / "j", HEADER) as journal:
+        start = (tmp_path / "j").stat().st_size
+        stored = [journal.append(record) for record in given]
+    assert [record.projected_grads for record in stored] == [tuple(np.float32(record.projected_grads).tolist()) for record in given]
+    assert (stored[0].learning_rate, stored[0].loss) == tuple(np.float32([0.2, 0.3]).tolist())
+    assert read_journal(tmp_path / "j").records == stored
+    data = (tmp_path / "j").read_bytes()
+    assert (data[start : start + 3], data[start + THREE_BYTES : start + THREE_BYTES + 1]) == (b"D\x03\0", b"S")
+    assert len(data) == start + 2 * THREE_BYTES + STEP_BYTES
 
 
 def test_marks_and_changes_of_settings_are_read(tmp_path: Path) -> None:
     found = [Evaluation(9, 1.5, 0.25, 0.125), Evaluation(9, 0.1, None, None), Evaluation(9, 2.5, 0.0, 0.0)]
     with Journal.create(tmp_path / "j", HEADER) as journal:
         journal.mark(0, found[0], best=True)
-        journal.append(StepRecord(1.0, 0.5, 0.25))
+        journal.append(StepRecord((1.0,), 0.5, 0.25))
         journal.mark(1, found[1], best=True)
         journal.change({"steps": 9, "eval_every": 2})
         journal.change({"steps": 12})
-        journal.append(StepRecord(2.0, 0.5, 0.25))
+        journal.append(StepRecord((2.0,), 0.5, 0.25))
         journal.mark(2, found[2], best=False)
     contents = read_journal(tmp_path / "j")
     assert contents.evaluations == dict(enumerate(found))
     assert contents.best_step == 1
     assert contents.settings == {"steps": 12, "eval_every": 2}
-    assert [record.projected_grad for record in contents.records] == [1.0, 2.0]
+    assert [record.projected_grads for record in contents.records] == [(1.0,), (2.0,)]
 
 
 def test_an_evaluation_of_a_step_to_come_is_refused(tmp_path: Path) -> None:
@@ -74,10 +92,12 @@ def test_ten_thousand_steps_stay_under_200_kilobytes(tmp_path: Path) -> None:
     assert (tmp_path / "j").stat().st_size < 200_000
 
 
-@pytest.mark.parametrize("torn", range(1, STEP_BYTES))
-def test_a_torn_last_record_is_left_out_and_cut_off_when_reopened(tmp_path: Path, torn: int) -> None:
+@pytest.mark.parametrize(
+    ("directions", "torn"), [*((1, torn) for torn in range(1, STEP_BYTES)), *((3, torn) for torn in range(1, THREE_BYTES))]
+)
+def test_a_torn_last_record_is_left_out_and_cut_off_when_reopened(tmp_path: Path, directions: int, torn: int) -> None:
     path = tmp_path / "j"
-    records = write(path, 4)
+    records = write(path, 4, directions)
     path.write_bytes(path.read_bytes()[:-torn])
     contents = read_journal(path)
     assert contents.records == records[:3]
@@ -110,11 +130,12 @@ def test_zeros_at_the_end_are_left_out(tmp_path: Path, count: int) -> None:
     assert (contents.records, contents.torn_bytes) == (records, count)
 
 
-def test_a_changed_record_with_others_behind_it_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("directions", "place"), [(1, -3 * STEP_BYTES), (3, -3 * THREE_BYTES), (3, -2 * THREE_BYTES - 5)])
+def test_a_changed_record_with_others_behind_it_is_an_error(tmp_path: Path, directions: int, place: int) -> None:
     path = tmp_path / "j"
-    write(path, 4)
+    write(path, 4, directions)
     data = bytearray(path.read_bytes())
-    data[-3 * STEP_BYTES] ^= 1
+    data[place] ^= 1
     path.write_bytes(data)
     with pytest.raises(RunError, match=r"the record after step 1 was changed \(checksum differs\) and others follow it"):
         read_journal(path)
@@ -162,7 +183,7 @@ def test_a_missing_journal_is_refused(tmp_path: Path) -> None:
 def test_any_damage_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "j"
     path.unlink(missing_ok=True)
-    records = write(path, 3)
+    records = write(path, 3, data.draw(st.sampled_from([1, 3])))
     whole = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
@@ -174,7 +195,18 @@ def test_any_damage_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> N
     assert found == records[: len(found)]
 
 
-@pytest.mark.parametrize("record", [StepRecord(math.nan, 0.1, 0.1), StepRecord(0.1, math.inf, 0.1), StepRecord(0.1, 0.1, -math.inf)])
+@pytest.mark.parametrize(
+    "record",
+    [
+        StepRecord((math.nan,), 0.1, 0.1),
+        StepRecord((0.1,), math.inf, 0.1),
+        StepRecord((0.1,), 0.1, -math.inf),
+        StepRecord((0.1, 0.2, math.nan), 0.1, 0.1),
+        StepRecord((math.inf, 0.2, 0.3), 0.1, 0.1),
+        StepRecord((0.1, 0.2, 0.3), math.nan, 0.1),
+        StepRecord((0.1, 0.2, 0.3), 0.1, -math.inf),
+    ],
+)
 def test_steps_that_are_no_numbers_are_refused(tmp_path: Path, record: StepRecord) -> None:
     with Journal.create(tmp_path / "j", HEADER) as journal:
         journal.append(record)

@@ -35,7 +35,7 @@ def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 def prove(model: EdgeModel, eps: float = 1e-3) -> None:
     """The proof with the weights of a run."""
-    prove_live(model, MutableWeights(model.tunable, eps=eps, threads=1))
+    prove_live(model, MutableWeights(model.weights, eps=eps, threads=1))
 
 
 def digest(model: EdgeModel) -> str:
@@ -59,7 +59,7 @@ def refusal(directory: Path) -> str:
 @pytest.mark.parametrize("eps", [1e-3, 1e-5])
 def test_every_tensor_is_live_and_the_weights_are_put_back(architecture: Path, eps: float) -> None:
     model = EdgeModel(architecture, threads=1)
-    weights = MutableWeights(model.tunable, eps=eps, threads=1)
+    weights = MutableWeights(model.weights, eps=eps, threads=1)
     before = digest(model)
     prove_live(model, weights)
     assert digest(model) == before
@@ -69,16 +69,20 @@ def test_the_session_that_was_proven_is_the_one_that_scores(exported_dir: Path) 
     model = EdgeModel(exported_dir, threads=1)
     prove(model)
     before = model.log_probs(["the film"], [" is great"])
-    for array in model.tunable.values():
+    for array in model.weights.values():
         array *= np.float32(1.5)
     assert model.log_probs(["the film"], [" is great"]) != before
 
 
 def test_frozen_weights_need_no_proof(source_dir: Path, tmp_path: Path) -> None:
-    model = EdgeModel(export_model(str(source_dir), tmp_path / "edge", tunable="norm").directory, threads=1)
+    directory = export_model(str(source_dir), tmp_path / "edge", tunable="norm").directory
+    frozen = (directory / "frozen.bin").read_bytes()
+    model = EdgeModel(directory, threads=1)
+    assert len(model.weights) == 5
     before = digest(model)
     prove(model)
     assert digest(model) == before
+    assert (directory / "frozen.bin").read_bytes() == frozen, "the engine maps it"
 
 
 # frozen tensors
@@ -193,7 +197,7 @@ def test_each_tensor_that_the_engine_copied_is_refused_by_name(architecture: Pat
     names = [tensor.name for tensor in read_manifest(architecture).tunable]
     for name in names:
         model = detach(EdgeModel(architecture, threads=1), [name])
-        weights = MutableWeights(model.tunable, eps=1e-3, threads=1)
+        weights = MutableWeights(model.weights, eps=1e-3, threads=1)
         before = digest(model)
         with pytest.raises(DeadTensorError) as caught:
             prove_live(model, weights)
@@ -224,7 +228,7 @@ def bake_head(graph: onnx.GraphProto, values: np.ndarray) -> None:
 
 def test_an_engine_that_sees_no_change_at_all_is_refused(exported_dir: Path) -> None:
     model = EdgeModel(exported_dir, threads=1)
-    names = list(model.tunable)
+    names = list(model.weights)
     with pytest.raises(DeadTensorError, match=f"20 of 20 tunable tensors would not be tuned, {UNSEEN}: .* and 15 more;"):
         prove(detach(model, names))
 

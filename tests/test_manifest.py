@@ -20,7 +20,7 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.storage import is_plain_name
 
 Raw = dict[str, Any]
-FILES = ["tunable.bin", "scoring.onnx", "generation.onnx", "tokenizer.json", "chat_template.jinja"]
+FILES = ["tunable.bin", "scoring.onnx", "generation.onnx", "tokenizer.json", "chat_template.jinja", "config.json"]
 NO_EDGE_MODEL = "neither an edge model (manifest.json) nor a run (journal.bin) is in it"
 
 
@@ -59,7 +59,32 @@ def inspect(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_the_undamaged_model_is_accepted(edge_dir: Path) -> None:
-    assert len(EdgeModel(edge_dir, threads=1).tunable) == 20
+    model = EdgeModel(edge_dir, threads=1)
+    assert len(model.weights) == 20
+    assert model.manifest.version == 2
+
+
+def test_a_manifest_of_version_1_is_read(edge_dir: Path) -> None:
+    """As edgezo 0.1.0 wrote it: without config.json and without the fields that came with version 2."""
+    expected = EdgeModel(edge_dir, threads=1).log_probs(["the film"], [" is great"])
+
+    def older(raw: Raw) -> None:
+        raw["version"] = 1
+        for holder, *names in (
+            (raw, "weights", "adapter", "config"),
+            (raw["origin"], "weights_sha256"),
+            (raw["verification"], "quantization_loss_change"),
+            (raw["files"], "config.json"),
+            *((tensor, "quantized") for tensor in raw["tensors"]),
+        ):
+            for name in names:
+                del holder[name]
+
+    edit(edge_dir, older)
+    (edge_dir / "config.json").unlink()
+    model = EdgeModel(edge_dir, threads=1)
+    assert (model.manifest.version, model.manifest.weights, model.manifest.adapter, model.adapter) == (1, "fp32", None, None)
+    assert model.log_probs(["the film"], [" is great"]) == expected
 
 
 def test_a_manifest_is_read_back_as_it_was_written(edge_dir: Path, tmp_path: Path) -> None:
@@ -100,10 +125,10 @@ def test_json_of_another_format_is_refused(edge_dir: Path, data: str) -> None:
     assert refusal(edge_dir) == "/manifest.json: not an edge model manifest (format is not 'edgezo-edge-model')"
 
 
-@pytest.mark.parametrize("version", [0, 2, 99, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 3, 99, "1", None, [1]])
 def test_an_unknown_version_is_refused_by_number(edge_dir: Path, version: object) -> None:
     edit(edge_dir, lambda raw: raw.update(version=version))
-    assert refusal(edge_dir) == f"/manifest.json: manifest version {version!r}, this edgezo reads 1; export again or update edgezo"
+    assert refusal(edge_dir) == f"/manifest.json: manifest version {version!r}, this edgezo reads 1 and 2; export again or update edgezo"
 
 
 def test_a_huge_manifest_is_refused_before_it_is_read(edge_dir: Path) -> None:
@@ -144,7 +169,7 @@ def test_a_missing_field_is_refused_by_name(edge_dir: Path, field: str) -> None:
         (lambda raw: raw["tensors"][2].update(offset=-4096), "tensors.2.offset: Input should be greater than or equal to 0"),
         (lambda raw: raw["tensors"][2].update(shape=[32.5, 32]), "tensors.2.shape.0: Input should be a valid integer"),
         (lambda raw: raw["tensors"][2].update(tunable=1), "tensors.2.tunable: Input should be a valid boolean"),
-        (lambda raw: raw["tensors"][2].update(dtype="float16"), "tensors.2.dtype: Input should be 'float32', 'int64' or 'bool'"),
+        (lambda raw: raw["tensors"][2].update(dtype="float16"), "tensors.2.dtype: Input should be 'float32', 'int64', 'bool' or 'uint8'"),
         (lambda raw: raw["tensors"][2].update(name=""), "tensors.2.name: String should have at least 1 character"),
         (lambda raw: raw["origin"].update(vocab_size=0), "origin.vocab_size: Input should be greater than 0"),
         (lambda raw: raw["origin"].update(context_length=-1), "origin.context_length: Input should be greater than 0"),
@@ -175,9 +200,13 @@ def test_a_used_file_outside_the_directory_is_refused(edge_dir: Path, user: str,
     assert refusal(edge_dir) == f"/manifest.json: file name {name!r} leaves the directory; export the model again"
 
 
-def test_a_chat_template_outside_the_directory_is_refused(edge_dir: Path) -> None:
-    edit(edge_dir, lambda raw: raw["tokenizer"].update(chat_template="../x"))
-    assert refusal(edge_dir) == "/manifest.json: file name '../x' leaves the directory; export the model again"
+@pytest.mark.parametrize("field", ["chat_template", "config"])
+@pytest.mark.parametrize(
+    ("name", "problem"), [("../x", "file name '../x' leaves the directory"), ("other", "file 'other' is used but not listed under files")]
+)
+def test_a_chat_template_or_configuration_elsewhere_is_refused(edge_dir: Path, field: str, name: str, problem: str) -> None:
+    edit(edge_dir, lambda raw: (raw if field == "config" else raw["tokenizer"]).update({field: name}))
+    assert refusal(edge_dir) == f"/manifest.json: {problem}; export the model again"
 
 
 @pytest.mark.parametrize("name", ["a b.bin", "ünï.json", "..x", "x..", "-"])
@@ -234,7 +263,7 @@ def test_a_tensor_that_is_not_on_a_page_is_refused(edge_dir: Path) -> None:
     assert "tensor 'model.norm.weight' has shape [32] at offset" in refusal(edge_dir)
 
 
-@pytest.mark.parametrize("dtype", ["int64", "bool"])
+@pytest.mark.parametrize("dtype", ["int64", "bool", "uint8"])
 def test_a_tunable_tensor_that_is_not_float_is_refused(edge_dir: Path, dtype: str) -> None:
     edit(edge_dir, lambda raw: raw["tensors"][0].update(dtype=dtype))
     assert refusal(edge_dir) == f"/manifest.json: tensor 'model.embed_tokens.weight' is tunable but {dtype}; export the model again"
@@ -356,7 +385,7 @@ def use(model: EdgeModel, graph: str) -> None:
         (lambda path: shutil.rmtree(path), f": {NO_EDGE_MODEL}"),
         (lambda path: (path / "manifest.json").unlink(), f": {NO_EDGE_MODEL}"),
         (lambda path: (path / "manifest.json").write_text("{"), "/manifest.json: not readable as JSON ("),
-        (lambda path: edit(path, lambda raw: raw.update(version=2)), "/manifest.json: manifest version 2, this edgezo reads 1;"),
+        (lambda path: edit(path, lambda raw: raw.update(version=3)), "/manifest.json: manifest version 3, this edgezo reads 1 and 2;"),
         (
             lambda path: edit(path, lambda raw: raw["tokenizer"].update(file="../x")),
             "/manifest.json: file name '../x' leaves the directory;",

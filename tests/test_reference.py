@@ -13,7 +13,7 @@ from edgezo.runtime import noise
 from edgezo.runtime.estimator import two_sided
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
-from edgezo.runtime.optimizer import sgd_step
+from edgezo.runtime.optimizer import zo_step
 from edgezo.runtime.scoring import Pair, Sequences
 from edgezo.runtime.weights import MutableWeights
 
@@ -46,11 +46,11 @@ def edge_loss(sequences: Sequences, pairs: list[Pair]) -> float:
 def edge_steps(model: EdgeModel, pairs: list[Pair]) -> Iterator[tuple[float, float, float]]:
     """(loss_plus, loss_minus, projected_grad) of every step; the model is tuned as it goes."""
     sequences = Sequences(model)
-    weights = MutableWeights(model.tunable, eps=EPS)
+    weights = MutableWeights(model.weights, eps=EPS)
     for step in range(STEPS):
         direction = Direction(SEED, step)
         estimate = two_sided(weights, lambda: edge_loss(sequences, pairs), direction, weights.eps)
-        sgd_step(weights, direction, estimate.projected_grad, LR)
+        zo_step(weights, [direction], [estimate.projected_grad], LR)
         yield estimate.loss_plus, estimate.loss_minus, estimate.projected_grad
     weights.flush()
 

@@ -18,14 +18,14 @@ import pytest
 import edgezo
 from edgezo import cli
 from edgezo.errors import ConfigError, RunError
-from edgezo.manifest import read_manifest
+from edgezo.manifest import Manifest, read_manifest
 from edgezo.runtime import run as run_module
 from edgezo.runtime import weights as weights_module
 from edgezo.runtime.check import check_run, compare_runs
 from edgezo.runtime.journal import STEP_BYTES, Journal, StepRecord, read_journal
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.run import read_run
-from edgezo.runtime.tuned import write_averaged, write_replayed
+from edgezo.runtime.tuned import write_tuned
 from edgezo.storage import sha256_file
 
 SETTINGS: dict[str, Any] = {"template": "{text} It was", "labels": "terrible,great", "batch": 4, "lr": 1e-3, "eval_every": 5, "threads": 1}
@@ -49,6 +49,14 @@ def rewritten(run: Path, change: Callable[[int, StepRecord], StepRecord]) -> Non
 
 
 # replay and merge
+
+
+def write_replayed(directory: Path, run: Path, step: Any, output: Path, threads: int | None = None) -> Manifest:
+    """The tuned model of one run as an edge model; returns its manifest."""
+    tuned = write_tuned(directory, [run], [1.0], step, output, threads=threads)
+    manifest = read_manifest(output)
+    assert manifest.tuned[-1:] == tuned
+    return manifest
 
 
 @pytest.mark.parametrize("step", [0, 7, "best", "last"])
@@ -88,20 +96,21 @@ def test_replay_does_not_depend_on_threads_shares_and_groups(
 
 def test_an_average_is_the_weighted_sum_of_changes(exported_dir: Path, run: Path, reviews: str, tmp_path: Path) -> None:
     edgezo.tune(exported_dir, tmp_path / "second", data=reviews, steps=6, seed=1, **SETTINGS)
-    manifest = write_averaged(exported_dir, [run, tmp_path / "second"], [0.75, 0.25], "last", tmp_path / "out")
+    tuned = write_tuned(exported_dir, [run, tmp_path / "second"], [0.75, 0.25], "last", tmp_path / "out")
     base, merged = EdgeModel(exported_dir), EdgeModel(tmp_path / "out")
     first, second = (EdgeModel(exported_dir, run=folder, step="last") for folder in (run, tmp_path / "second"))
-    for name, array in merged.tunable.items():
+    for name, array in merged.weights.items():
         expected = 0.75 * first.weights[name].astype(np.float64) + 0.25 * second.weights[name]
         assert np.abs(array - expected).max() <= 1e-7 * max(1, np.abs(expected).max())
         assert not np.array_equal(array, base.weights[name])
-    assert [(entry.step, entry.weight) for entry in manifest.tuned] == [(12, 0.75), (6, 0.25)]
+    assert [(entry.step, entry.weight) for entry in tuned] == [(12, 0.75), (6, 0.25)]
+    assert merged.manifest.tuned == tuned
 
 
 @pytest.mark.parametrize("weights", [[1.0], [0.5, float("nan")], []])
 def test_an_average_needs_one_finite_number_a_run(exported_dir: Path, run: Path, tmp_path: Path, weights: list[float]) -> None:
     with pytest.raises(ConfigError, match=rf"^--weights: {len(weights)} numbers for 2 runs; give one finite number a run"):
-        write_averaged(exported_dir, [run, run], weights, "last", tmp_path / "out")
+        write_tuned(exported_dir, [run, run], weights, "last", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -117,9 +126,20 @@ def test_a_good_run_is_verified_to_the_last_scalar(exported_dir: Path, run: Path
 
 
 def test_forged_scalars_are_found(exported_dir: Path, run: Path) -> None:
-    rewritten(run, lambda step, record: record._replace(projected_grad=-record.projected_grad) if step == 6 else record)
+    rewritten(run, lambda step, record: record._replace(projected_grads=(-record.projected_grads[0],)) if step == 6 else record)
     assert check_run(run, EdgeModel(exported_dir, threads=1)).problems == []
     (problem,) = check_run(run, EdgeModel(exported_dir, threads=1), every=3).problems
+    assert problem.startswith("losses derived again differ by ")
+
+
+def test_a_run_of_several_directions_is_verified_and_a_forged_one_is_found(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=5, directions=3, rule="normalized", **SETTINGS)
+    found = check_run(tmp_path / "run", EdgeModel(exported_dir, threads=1), every=1)
+    assert (found.derived, found.problems) == (5, [])
+    rewritten(
+        tmp_path / "run", lambda step, record: record._replace(projected_grads=record.projected_grads[::-1]) if step == 2 else record
+    )
+    (problem,) = check_run(tmp_path / "run", EdgeModel(exported_dir, threads=1), every=1).problems
     assert problem.startswith("losses derived again differ by ")
 
 
@@ -170,9 +190,9 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def test_replay_tells_what_it_wrote(command: Callable[..., Any], exported_dir: Path, run: Path, tmp_path: Path) -> None:
     code, out, err = command("replay", exported_dir, run, "--step", "7", "-o", tmp_path / "out")
     digest = sha256_file(tmp_path / "out" / "tunable.bin")
-    assert (code, out, err) == (0, f"edge model  {tmp_path / 'out'}\nsteps       7\nsha256      tunable.bin {digest}\n", "")
+    assert (code, out, err) == (0, f"written  {tmp_path / 'out'}\nsteps    7\nshares   1\nsha256   tunable.bin {digest}\n", "")
     code, out, err = command("replay", exported_dir, run, "-o", tmp_path / "out")
-    assert (code, out, err) == (1, "", f"error: {tmp_path / 'out'}: exists already; choose another directory or remove it\n")
+    assert (code, out, err) == (1, "", f"error: {tmp_path / 'out'}: exists already; choose another place or remove it\n")
 
 
 def test_merge_of_one_run_is_its_replay(command: Callable[..., Any], exported_dir: Path, run: Path, tmp_path: Path) -> None:

@@ -61,32 +61,109 @@ def test_the_reference_tells_models_apart(model: EdgeModel) -> None:
     assert abs(Sequences(model).log_probs(PAIRS[:1])[0][0] - torch_log_probs(other, PAIRS[0])[0]) > 1e-2
 
 
+def recorded(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The feeds of every forward from now on."""
+    forwards: list[dict[str, Any]] = []
+    run = model.scoring.run
+    monkeypatch.setattr(model.scoring, "run", lambda outputs, feeds: forwards.append(feeds) or run(outputs, feeds))
+    return forwards
+
+
+def limited(model: EdgeModel, tokens: int, hidden: int) -> Sequences:
+    """With other limits of a forward than the usual ones."""
+    sequences = Sequences(model, batch_tokens=tokens)
+    sequences.batch_hidden = hidden
+    return sequences
+
+
+def hidden_of(feeds: dict[str, Any]) -> list[tuple[int, ...]]:
+    """What each hidden row of a forward has read: the tokens up to it."""
+    ids, mask = feeds["input_ids"], feeds["attention_mask"]
+    places = [divmod(int(place), ids.shape[1]) for place in feeds["hidden_rows"]]
+    assert all(mask[row, : position + 1].all() for row, position in places)
+    return [tuple(ids[row, : position + 1].tolist()) for row, position in places]
+
+
 @pytest.mark.parametrize(("tokens", "hidden"), [(1, 1), (1, 1000), (2048, 1), (2048, 3), (16, 2), (130, 5), (300, 1000)])
 def test_micro_batch_limits_do_not_change_the_numbers(model: EdgeModel, monkeypatch: pytest.MonkeyPatch, tokens: int, hidden: int) -> None:
     whole = joined(Sequences(model).log_probs(PAIRS))
-    monkeypatch.setattr(scoring, "BATCH_TOKENS", tokens)
-    sequences = Sequences(model)
-    sequences.batch_hidden = hidden
-    assert joined(sequences.log_probs(PAIRS)) == pytest.approx(whole, abs=1e-5)
+    forwards = recorded(model, monkeypatch)
+    assert joined(limited(model, tokens, hidden).log_probs(PAIRS)) == pytest.approx(whole, abs=1e-5)
+    assert len(forwards) > 1
 
 
 def test_tiny_limits_make_more_forwards(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    sequences, layout = Sequences(model), scoring._lay_out(PAIRS)
-    assert len(list(sequences._micro_batches(layout))) == 1
-    monkeypatch.setattr(scoring, "BATCH_TOKENS", 1)
-    assert len(list(sequences._micro_batches(layout))) == len(layout.sequences)
+    forwards = recorded(model, monkeypatch)
+    Sequences(model).log_probs(PAIRS)
+    assert len(forwards) == 1
+    Sequences(model, batch_tokens=1).log_probs(PAIRS)
+    assert len(forwards) == 1 + len(scoring._lay_out(PAIRS).sequences)
+
+
+STAIRS: list[Pair] = [([*range(2, 2 + length)], [5, 6]) for length in range(1, 20)]
 
 
 @pytest.mark.parametrize(("tokens", "hidden"), [(60, 1000), (1000, 7), (60, 7), (60, 1)])
 def test_no_forward_holds_more_than_its_limits(model: EdgeModel, monkeypatch: pytest.MonkeyPatch, tokens: int, hidden: int) -> None:
-    monkeypatch.setattr(scoring, "BATCH_TOKENS", tokens)
-    pairs: list[Pair] = [([*range(2, 2 + length)], [5, 6]) for length in range(1, 20)]
-    sequences, layout = Sequences(model), scoring._lay_out(pairs)
-    sequences.batch_hidden = hidden
-    batches = list(sequences._micro_batches(layout))
-    assert sorted(row for rows in batches for row in rows) == list(range(len(layout.hidden)))
-    assert max(sequences._feeds(layout, rows)["input_ids"].size for rows in batches) <= tokens
-    assert max(map(len, batches)) <= hidden
+    forwards = recorded(model, monkeypatch)
+    limited(model, tokens, hidden).log_probs(STAIRS)
+    expected = [part for prompt, _ in STAIRS for part in (tuple(prompt), (*prompt, 5))]
+    assert sorted(row for feeds in forwards for row in hidden_of(feeds)) == sorted(expected)
+    assert max(feeds["input_ids"].size for feeds in forwards) <= tokens
+    assert max(feeds["hidden_rows"].size for feeds in forwards) <= hidden
+
+
+GROUPS = [STAIRS[3:9], STAIRS[:5], PAIRS[:4], STAIRS[4:14]]  # of four directions, unlike in rows and lengths
+
+
+def same_copies(asked: list[tuple[list[int], tuple[int, ...]]]) -> scoring.Copies:
+    """Copies that are all the base itself; what was asked for is written down."""
+
+    def copies(groups: Any, sides: Any) -> dict[str, Any]:
+        asked.append((list(groups), tuple(sides)))
+        return {}
+
+    return copies
+
+
+@pytest.mark.parametrize("sides", [(1, -1), (1,)])
+@pytest.mark.parametrize(("tokens", "hidden"), [(2048, 1000), (120, 1000), (2048, 14), (60, 6), (48, 2)])
+def test_stacked_copies_of_the_base_have_its_numbers_within_the_same_limits(
+    model: EdgeModel, monkeypatch: pytest.MonkeyPatch, tokens: int, hidden: int, sides: tuple[int, ...]
+) -> None:
+    whole = [joined(Sequences(model).log_probs(group)) for group in GROUPS]
+    forwards = recorded(model, monkeypatch)
+    asked: list[tuple[list[int], tuple[int, ...]]] = []
+    found = limited(model, tokens, hidden).stacked(GROUPS, sides, same_copies(asked))
+    for group, expected in zip(found, whole, strict=True):
+        assert len(group) == len(sides)
+        for side in group:
+            assert joined(side) == pytest.approx(expected, abs=1e-5)
+    assert max(feeds["input_ids"].size for feeds in forwards) <= tokens
+    assert max(feeds["hidden_rows"].size for feeds in forwards) <= hidden
+    assert (len(forwards) == 1) == (tokens == 2048 and hidden == 1000)
+    assert [copies for _, copies in asked] == [sides] * len(forwards)
+
+
+def test_the_rows_of_a_stacked_forward_are_in_equal_parts_in_the_order_of_its_copies(
+    model: EdgeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards = recorded(model, monkeypatch)
+    asked: list[tuple[list[int], tuple[int, ...]]] = []
+    limited(model, 400, 1000).stacked(GROUPS, (1, -1), same_copies(asked))
+    assert 1 < len(forwards) < len(GROUPS)
+    wanted: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+    for feeds, (groups, sides) in zip(forwards, asked, strict=True):
+        rows, rest = divmod(len(feeds["input_ids"]), len(groups) * len(sides))
+        assert rest == 0
+        copies = [(group, side) for group in groups for side in sides]
+        width = feeds["input_ids"].shape[1]
+        for place, state in zip(feeds["hidden_rows"], hidden_of(feeds), strict=True):
+            wanted.setdefault(copies[int(place) // width // rows], []).append(state)
+    for number, group in enumerate(GROUPS):
+        layout = scoring._lay_out(group)
+        expected = sorted(layout.sequences[sequence][: position + 1] for sequence, position in layout.hidden)
+        assert sorted(wanted[number, 1]) == sorted(wanted[number, -1]) == expected
 
 
 def test_single_token_candidates_of_a_prompt_share_one_hidden_state() -> None:

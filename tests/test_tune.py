@@ -13,7 +13,7 @@ import pytest
 
 import edgezo
 from edgezo.config import make_config
-from edgezo.errors import ConfigError, NonFiniteLossError, RunError
+from edgezo.errors import ConfigError, DataError, NonFiniteLossError, RunError
 from edgezo.runtime.journal import read_journal
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.order import WINDOW_BATCHES, DataOrder
@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
 def digest(directory: Path, run: Path, step: Any = "last", threads: int = 1) -> str:
     """SHA-256 over the tuned weights of a step."""
     model = EdgeModel(directory, run=run, step=step, threads=threads)
-    return hashlib.sha256(b"".join(array.tobytes() for array in model.tunable.values())).hexdigest()
+    return hashlib.sha256(b"".join(array.tobytes() for array in model.weights.values())).hexdigest()
 
 
 def test_tuning_lowers_the_loss(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
@@ -50,7 +50,9 @@ def test_the_edge_model_is_not_changed(edge_dir: Path, reviews: str, tmp_path: P
     assert {path.name: path.read_bytes() for path in edge_dir.iterdir()} == before
 
 
-@pytest.mark.parametrize("extra", [{}, {"noise": "gaussian"}, {"weight_decay": 0.5}, {"seed": 2**64 - 1}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"noise": "gaussian"}, {"weight_decay": 0.5}, {"seed": 2**64 - 1}, {"directions": 3, "rule": "normalized"}]
+)
 def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(
     exported_dir: Path, reviews: str, tmp_path: Path, extra: dict[str, Any]
 ) -> None:
@@ -66,9 +68,35 @@ def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(
 def test_the_weights_in_memory_are_those_of_base_and_journal(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
     model = EdgeModel(exported_dir, threads=2)
     tune(model, make_config(None, {"data": reviews, "valid": reviews, "steps": 11, **SETTINGS}), tmp_path / "run")
-    live = hashlib.sha256(b"".join(array.tobytes() for array in model.tunable.values())).hexdigest()
+    live = hashlib.sha256(b"".join(array.tobytes() for array in model.weights.values())).hexdigest()
     assert digest(exported_dir, tmp_path / "run", threads=1) == live
     assert digest(exported_dir, tmp_path / "run", 10) != live
+
+
+def test_a_step_of_several_directions_is_recorded_and_told_whole(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    reports: list[StepReport] = []
+    edgezo.tune(
+        exported_dir,
+        tmp_path / "run",
+        data=reviews,
+        steps=3,
+        directions=4,
+        reporter=Reporter(step=reports.append),
+        **{**SETTINGS, "batch": 2},
+    )
+    records = read_journal(tmp_path / "run" / "journal.bin").records
+    assert [len(set(record.projected_grads)) for record in records] == [4, 4, 4]
+    assert [(report.projected_grads, report.learning_rate) for report in reports] == [record[:2] for record in records]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for line, report in zip(lines, reports, strict=True):
+        assert line["projected_grad_rms"] == pytest.approx(np.sqrt(np.mean(np.square(report.projected_grads))))
+        assert line.keys() == {"step", "loss", "projected_grad_rms", "lr", "step_seconds", "seconds"}
+
+
+def test_each_direction_has_rows_of_its_own(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^--directions 17: more than the 16 rows of .*, each direction needs rows of its own"):
+        edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=1, directions=17, **SETTINGS)
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluating_on_the_way_changes_nothing(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
@@ -80,7 +108,7 @@ def test_evaluating_on_the_way_changes_nothing(exported_dir: Path, reviews: str,
 def test_step_zero_is_the_base_rounded_to_its_grid(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
     edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=2, **SETTINGS)
     base, start = EdgeModel(exported_dir), EdgeModel(exported_dir, run=tmp_path / "run", step=0)
-    for name, array in base.tunable.items():
+    for name, array in base.weights.items():
         assert np.abs(array - start.weights[name]).max() < 1e-6
 
 
@@ -148,6 +176,8 @@ def test_a_run_can_be_made_outside_the_main_thread(exported_dir: Path, reviews: 
         ({"seed": 3}, r"--seed 3 differs from the run's 0"),
         ({"noise": "gaussian"}, r"--noise 'gaussian' differs"),
         ({"batch": 8}, r"--batch 8 differs"),
+        ({"directions": 2}, r"--directions 2 differs"),
+        ({"rule": "normalized"}, r"--rule 'normalized' differs"),
     ],
 )
 def test_what_must_not_change_is_refused_by_name(

@@ -116,7 +116,7 @@ def test_values_that_outgrow_their_grid_get_a_coarser_one(distribution: Distribu
     reference = tensors["w"].astype(np.float64)
     for step in range(60):
         direction = Direction(0, step)
-        weights.update(direction, 0.2)
+        weights.update([direction], [0.2])
         reference += 0.2 * noise.draw(direction, "w", 16, distribution).reshape(2, 8)
     weights.flush()
     assert weights.tensors[0].exponent > exponent
@@ -134,7 +134,7 @@ def test_coarsening_does_not_depend_on_when_passes_happen() -> None:
             if flush_each:
                 weights.flush()
             weights.add(direction, weights.eps, -1)
-            weights.update(direction, 0.07)
+            weights.update([direction], [0.07])
         weights.flush()
         return tensors["w"].tobytes()
 
@@ -143,19 +143,20 @@ def test_coarsening_does_not_depend_on_when_passes_happen() -> None:
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("scale", [1e-5, 4e-3, 0.02, 0.05, 0.4])
-def test_an_update_of_any_size_is_that_of_a_replay(distribution: Distribution, scale: float) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_update_of_any_size_is_that_of_a_replay(distribution: Distribution, scale: float, count: int) -> None:
     """The restore joins the update's pass only where their sum is exact."""
 
     def run(live: bool) -> bytes:
         tensors = {"w": np.linspace(-0.01, 0.01, 5000, dtype=np.float32).reshape(50, 100), "bias": np.zeros(70, np.float32)}
         weights = MutableWeights(tensors, eps=1e-3, distribution=distribution)
         for step in range(6):
-            direction = Direction(0, step)
-            if live:
+            directions = [Direction(0, step, number) for number in range(count)]
+            for direction in directions if live else []:
                 weights.add(direction, weights.eps)
                 weights.flush()
                 weights.add(direction, weights.eps, -1)
-            weights.update(direction, scale, 0.001)
+            weights.update(directions, [scale, -scale / 3, scale / 7][:count], 0.001)
         weights.flush()
         return tensors["w"].tobytes() + tensors["bias"].tobytes()
 
@@ -166,14 +167,14 @@ def test_weights_that_outgrow_the_resolution_of_eps_are_refused() -> None:
     weights = MutableWeights({"w": np.full(8, 0.5, np.float32)}, eps=1e-5)
     with pytest.raises(NonFiniteLossError, match=r"^eps 1e-05 is below the float32 resolution .* of w; the weights grew too large"):
         for step in range(9):
-            weights.update(Direction(0, step), 100.0)
+            weights.update([Direction(0, step)], [100.0])
 
 
 def test_eps_stays_a_multiple_of_every_grid_while_they_coarsen() -> None:
     weights = MutableWeights({"w": np.full(8, 0.5, np.float32), "v": np.zeros(8, np.float32)}, eps=1e-3)
     first = weights.eps
     for step in range(40):
-        weights.update(Direction(0, step), 20.0)
+        weights.update([Direction(0, step)], [20.0])
         assert all((weights.eps / tensor.quantum).is_integer() for tensor in weights.tensors)
     assert weights.eps != first
 
@@ -182,7 +183,7 @@ def test_weight_decay_shrinks_matrices_alone() -> None:
     tensors = {"matrix": np.full((4, 4), 0.5, np.float32), "bias": np.full(4, 0.5, np.float32)}
     weights = MutableWeights(tensors, eps=1e-3)
     for step in range(100):
-        weights.update(Direction(0, step), 0.0, 0.01)
+        weights.update([Direction(0, step)], [0.0], 0.01)
     assert tensors["matrix"] == pytest.approx(0.5 * 0.99**100, rel=1e-4)
     assert np.array_equal(tensors["bias"], np.full(4, 0.5))
 

@@ -53,7 +53,7 @@ def measure(edge: Path, kind: type[MutableWeights], seed: int, steps: int) -> di
     """Validation loss and accuracy after a run."""
 
     def make(model: EdgeModel, config: tune_module.TuneConfig) -> MutableWeights:
-        tunable: dict[str, Floats] = model.tunable
+        tunable: dict[str, Floats] = model.weights
         return kind(tunable, eps=config.eps, distribution="rademacher", threads=model.threads)
 
     tune_module.mutable_weights = run_module.mutable_weights = make

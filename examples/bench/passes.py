@@ -26,7 +26,7 @@ EPS, UPDATE = 1e-3, 1e-5
 def measure_passes(edge: Path, rounds: int) -> dict[str, float]:
     """Median seconds of one pass over all tunable weights, by kind."""
     model = EdgeModel(edge)
-    weights = MutableWeights(model.tunable, eps=EPS, threads=model.threads)
+    weights = MutableWeights(model.weights, eps=EPS, threads=model.threads)
     kinds: dict[str, Callable[[int], object]] = {
         "bandwidth": lambda number: weights._parallel(add_constant),
         "perturb": lambda number: _add(weights, Direction(0, number)),
@@ -79,13 +79,13 @@ def measure_grid(edge: Path) -> list[dict[str, object]]:
         feeds["pair_rows"] = np.arange(8 * 64)
         feeds["pair_targets"] = np.roll(feeds["input_ids"].reshape(-1), -1)
         random = np.random.default_rng(1)
-        for array in model.tunable.values() if kind != "as exported" else ():
+        for array in model.weights.values() if kind != "as exported" else ():
             bits = array.reshape(-1).view(np.uint32)
             bits[...] = (bits & ~np.uint32(0xFFFF)) | random.integers(0, 1 << 16, bits.size, dtype=np.uint32)
         before = model.scoring.run(["log_probs"], feeds)[0]
-        old = {name: array.copy() for name, array in model.tunable.items()}
-        MutableWeights(model.tunable, eps=EPS, threads=model.threads)
-        changed = sum(int((old[name] != array).sum()) for name, array in model.tunable.items())
+        old = {name: array.copy() for name, array in model.weights.items()}
+        MutableWeights(model.weights, eps=EPS, threads=model.threads)
+        changed = sum(int((old[name] != array).sum()) for name, array in model.weights.items())
         after = model.scoring.run(["log_probs"], feeds)[0]
         share = changed / sum(array.size for array in old.values())
         found.append({"weights": kind, "changed_share": share, "largest_log_prob_change": float(np.abs(after - before).max())})

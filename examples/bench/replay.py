@@ -16,7 +16,7 @@ import numpy as np
 
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
-from edgezo.runtime.optimizer import sgd_step
+from edgezo.runtime.optimizer import zo_step
 from edgezo.runtime.run import REPLAY_GROUP
 from edgezo.runtime.weights import MutableWeights
 from examples.bench.passes import add_constant
@@ -28,7 +28,7 @@ ROUNDS, SAMPLE = 3, 64  # steps of one measurement
 def measure(edge: Path, steps: int, groups: list[int]) -> dict[str, object]:
     """Seconds for `steps` steps by group, from samples of 64 steps; the limit; and the whole replay in the group that edgezo uses."""
     model = EdgeModel(edge)
-    weights = MutableWeights(model.tunable, eps=EPS, threads=model.threads)
+    weights = MutableWeights(model.weights, eps=EPS, threads=model.threads)
     scalars = np.random.default_rng(0).standard_normal(max(steps, SAMPLE))
     seconds: dict[int, list[float]] = {group: [] for group in groups}
     passes = []
@@ -55,7 +55,7 @@ def measure(edge: Path, steps: int, groups: list[int]) -> dict[str, object]:
 def _replay(weights: MutableWeights, scalars: "np.ndarray[tuple[int], np.dtype[np.float64]]", group: int) -> float:
     begun = time.perf_counter()
     for step, projected_grad in enumerate(scalars.tolist()):
-        sgd_step(weights, Direction(1, step), projected_grad, LR)
+        zo_step(weights, [Direction(1, step)], [projected_grad], LR)
         if (step + 1) % group == 0:
             weights.flush()
     weights.flush()

@@ -20,7 +20,7 @@ from edgezo.runtime.estimator import two_sided
 from edgezo.runtime.liveness import prove_live
 from edgezo.runtime.model import Array, EdgeModel
 from edgezo.runtime.noise import Direction
-from edgezo.runtime.optimizer import sgd_step
+from edgezo.runtime.optimizer import zo_step
 from edgezo.runtime.weights import MutableWeights
 
 SIZES = ((8, 64), (16, 32))
@@ -50,7 +50,7 @@ def make_step(model: EdgeModel, weights: MutableWeights, feeds: dict[str, Array]
     def step(number: int) -> None:
         direction = Direction(0, number)
         estimate = two_sided(weights, loss, direction, weights.eps)
-        sgd_step(weights, direction, estimate.projected_grad, LR)
+        zo_step(weights, [direction], [estimate.projected_grad], LR)
 
     return step
 
@@ -58,7 +58,7 @@ def make_step(model: EdgeModel, weights: MutableWeights, feeds: dict[str, Array]
 def measure_times(edge: Path, rounds: int) -> list[dict[str, float]]:
     """Seconds of two forwards and of a step, medians, for every size; and of the liveness proof over a hundred steps."""
     model = EdgeModel(edge)
-    weights = MutableWeights(model.tunable, eps=EPS, threads=model.threads)
+    weights = MutableWeights(model.weights, eps=EPS, threads=model.threads)
     proof = _seconds(lambda: prove_live(model, weights))
     results = []
     for rows, tokens in SIZES:
@@ -103,7 +103,7 @@ def _peak(edge: str, kind: str, send: "multiprocessing.connection.Connection") -
     model = EdgeModel(edge)
     feeds = make_feeds(model, *SIZES[0])
     if kind == "tune":
-        weights = MutableWeights(model.tunable, eps=EPS, threads=model.threads)
+        weights = MutableWeights(model.weights, eps=EPS, threads=model.threads)
         prove_live(model, weights)
         step = make_step(model, weights, feeds)
     for number in range(3):

@@ -1,0 +1,160 @@
+"""Stacked LoRA directions on frozen bases: a step over plain inference of the same rows, in time and memory; smoothness of the base.
+
+    python -m examples.bench.adapter EDGE... [--plain EDGE] [--rounds 7] [--json]
+
+EDGE are edge models with LoRA branch points (fp32, int8, int4 of one source); --plain is the same model without branch points, whose
+inference is the yardstick of memory. 16 directions of one row of 32 tokens, both signs: 32 rows. Times are interleaved in one process,
+medians over rounds; peak memory is that of a process of its own.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from edgezo.config import TuneConfig, make_config
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.noise import Direction
+from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.tasks import Example
+from edgezo.runtime.theta import Theta, mutable_weights, step_directions
+
+DIRECTIONS, TOKENS, LR = 16, 32, 1e-3
+GRADIENT_DIRECTIONS = 64
+
+
+def make_rows(model: EdgeModel, rows: int, tokens: int) -> list[Example]:
+    """Random rows of one length with two candidates of one token each."""
+    ids = np.random.default_rng(0).integers(0, model.manifest.origin.vocab_size, (rows, tokens)).tolist()
+    return [Example(pairs=[(row, [10]), (row, [20])], gold=index % 2) for index, row in enumerate(ids)]
+
+
+def make_theta(edge: Path, directions: int, batch: int) -> Theta:
+    """A freshly opened model with an untuned adapter."""
+    model = EdgeModel(edge)
+    settings = {"data": "-", "directions": directions, "batch": batch, "lr": LR, "eps": 1e-2, "rule": "normalized"}
+    config: TuneConfig = make_config(None, settings)
+    return Theta(model, config, mutable_weights(model, config), Sequences(model))
+
+
+def stacked_step(theta: Theta, rows: list[Example], number: int) -> None:
+    """One whole step: all directions, both signs, and the update."""
+    directions = step_directions(theta.config, number)
+    estimates = theta.estimates(directions, [[row] for row in rows])
+    theta.step(directions, [estimate.projected_grad for estimate in estimates], LR)
+
+
+def plain(theta: Theta, rows: list[Example]) -> None:
+    """Inference of the same number of rows: every row twice."""
+    pairs = [pair for example in rows for pair in example.pairs]
+    feeds = [(prompt, completion) for prompt, completion in pairs]
+    doubled = [([*prompt[:-1], (prompt[-1] + 1) % 1000], completion) for prompt, completion in pairs]  # no row may be shared
+    theta.sequences.log_probs([*feeds, *doubled])
+
+
+def measure_times(edge: Path, rounds: int) -> dict[str, float]:
+    """Seconds of a stacked step, of inference of the same rows without an adapter, and of 16 sequential two-sided steps of two rows."""
+    tuned, base, alone = make_theta(edge, DIRECTIONS, 1), make_theta(edge, 1, 1), make_theta(edge, 1, 1)
+    base.model.adapter = None
+    alone.model, alone.sequences = base.model, base.sequences  # one session for both
+    rows = make_rows(tuned.model, DIRECTIONS, TOKENS)
+    single = make_theta(edge, 1, 1)
+
+    def sequential(number: int) -> None:
+        for offset, row in enumerate(rows):
+            stacked_step(single, [row], number * DIRECTIONS + offset)
+
+    actions: dict[str, Callable[[int], None]] = {
+        "step": lambda number: stacked_step(tuned, rows, number),
+        "inference": lambda number: plain(base, rows),
+        "sequential": sequential,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for number in range(rounds + 1):
+        for name, action in actions.items():
+            begun = time.perf_counter()
+            action(number)
+            if number:
+                seconds[name].append(time.perf_counter() - begun)
+    medians = {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}
+    ratio = statistics.median([one / two for one, two in zip(seconds["step"], seconds["inference"], strict=True)])
+    faster = statistics.median([one / two for one, two in zip(seconds["sequential"], seconds["step"], strict=True)])
+    return {**medians, "step_over_inference": ratio, "sequential_over_step": faster}
+
+
+def projected_grads(edge: Path) -> np.ndarray:
+    """Projected gradients of 64 directions, one row each, at the untuned adapter; the same rows and directions for every base."""
+    theta = make_theta(edge, GRADIENT_DIRECTIONS, 1)
+    rows = make_rows(theta.model, GRADIENT_DIRECTIONS, TOKENS)
+    directions = [Direction(0, 0, number) for number in range(GRADIENT_DIRECTIONS)]
+    return np.array([estimate.projected_grad for estimate in theta.estimates(directions, [[row] for row in rows])])
+
+
+def _peak(edge: str, kind: str, rows: int, tokens: int, send: Connection) -> None:
+    """Peak resident bytes of three forwards, or steps, of so many rows (both signs counted)."""
+    import resource
+
+    if kind == "step":
+        theta = make_theta(Path(edge), rows // 2, 1)
+        data = make_rows(theta.model, rows // 2, tokens)
+        for number in range(3):
+            stacked_step(theta, data, number)
+    else:
+        model = EdgeModel(edge)
+        pairs = [pair for example in make_rows(model, rows, tokens) for pair in example.pairs]
+        for _ in range(3):
+            Sequences(model).log_probs(pairs)
+    send.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+
+
+def peak_bytes(edge: Path, kind: str, rows: int, tokens: int) -> int:
+    """Peak resident bytes of a fresh process."""
+    receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=_peak, args=(str(edge), kind, rows, tokens, send))
+    process.start()
+    send.close()  # else the parent would wait forever for a child that died
+    found = int(receive.recv())
+    process.join()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("edges", type=Path, nargs="+")
+    parser.add_argument("--plain", type=Path)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    yardstick = peak_bytes(arguments.plain, "inference", 8, 64) if arguments.plain else None
+    first: np.ndarray | None = None
+    results = []
+    for edge in arguments.edges:
+        grads = projected_grads(edge)
+        first = grads if first is None else first
+        result: dict[str, float | str] = {"edge": str(edge), **measure_times(edge, arguments.rounds)}
+        result["gradient_correlation_with_first"] = float(np.corrcoef(first, grads)[0, 1])
+        result["gradient_rms"] = float(np.sqrt(np.mean(grads**2)))
+        step, inference = peak_bytes(edge, "step", 2 * DIRECTIONS, TOKENS), peak_bytes(edge, "inference", 2 * DIRECTIONS, TOKENS)
+        result |= {"step_peak_mb": step / 1e6, "inference_peak_mb": inference / 1e6, "memory_over_inference": step / inference}
+        if yardstick is not None:
+            small = peak_bytes(edge, "step", 8, 64)
+            result |= {"step_8x64_peak_mb": small / 1e6, "plain_8x64_peak_mb": yardstick / 1e6, "memory_over_plain": small / yardstick}
+        results.append(result)
+        if not arguments.json:
+            print(
+                "  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in result.items()),
+                flush=True,
+            )
+    if arguments.json:
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Branch points: what an exported graph needs so that an adapter of any size can be fed to it, many directions at once.
+
+Every adapter tensor is an overridable initializer of symbolic shape, whose default has rank (or tokens) 0: without an adapter the graph is
+the base model.
+"""
+
+import re
+from difflib import get_close_matches
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from edgezo.adapters import A_ROWS, A_SIGNS, B_ROWS, B_SIGNS, LoraTarget, prefix_inputs
+from edgezo.config import ALL_LINEAR
+from edgezo.errors import ConfigError, ExportError
+from edgezo.export.decoder import Decoder
+from edgezo.export.surgery import Surgery
+from edgezo.export.weights import LAYER
+
+LINEAR = {"MatMul", "Gemm", "MatMulNBits"}
+
+
+def check_targets(targets: str) -> None:
+    """Refuse an expression that cannot be one, before the minutes of loading."""
+    if not targets:
+        raise ConfigError(f"--targets '': empty; give {ALL_LINEAR}, names such as q_proj,v_proj, or a regular expression")
+    if not _is_names(targets):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ConfigError(f"--targets {targets!r}: not a regular expression ({error})") from None
+
+
+def find_targets(decoder: Decoder, targets: str) -> list[LoraTarget]:
+    """The linear layers an expression means.
+
+    Args:
+        decoder: after `freeze`.
+        targets: "all-linear" (every one but the vocabulary projection), names as q_proj,v_proj (the last part of a module's name), or a
+            regular expression searched in the modules' names.
+
+    Raises:
+        ConfigError: nothing matches; near names are listed.
+    """
+    surgery = Surgery(decoder.model.graph)
+    linear: dict[str, LoraTarget] = {}
+    for weight in decoder.weights.values():
+        uses = surgery.uses(weight.name)
+        module = weight.name.removesuffix(".weight")
+        if len(uses) != 1 or uses[0][1] != 1 or uses[0][0].op_type not in LINEAR or not LAYER.search(f".{module}."):
+            continue
+        out_first = weight.quantized is not None or any(item.name == "transB" and item.i for item in uses[0][0].attribute)
+        shape = weight.quantized.shape if weight.quantized else weight.array.shape
+        out, width = shape if out_first else shape[::-1]
+        linear[module] = LoraTarget(module=module, in_features=width, out_features=out, out_first=out_first)
+    if not linear:
+        raise ExportError("no linear layer was found in this model's graph; --adapter lora cannot be used, try --adapter prefix")
+    if targets == ALL_LINEAR:
+        return list(linear.values())
+    names = targets.split(",")
+    if _is_names(targets):
+        kinds = {module.split(".")[-1] for module in linear}
+        missing = [name for name in names if name.strip() not in kinds]
+        found = [target for module, target in linear.items() if module.split(".")[-1] in {name.strip() for name in names}]
+    else:
+        missing = []
+        found = [target for module, target in linear.items() if re.search(targets, module)]
+    if missing or not found:
+        kinds = {module.split(".")[-1] for module in linear}
+        asked = missing[0] if missing else targets
+        near = get_close_matches(asked, kinds, cutoff=0.3) or sorted(kinds)
+        raise ConfigError(
+            f"--targets {targets!r}: {asked!r} matches none of the {len(linear)} linear layers; they are named like {next(iter(linear))}, near names are {', '.join(near[:5])}"
+        )
+    return found
+
+
+def add_lora(model: onnx.ModelProto, targets: list[LoraTarget], *, stacked: bool) -> None:
+    """Add y = W x + B_k A_k x to every target, k the direction that a row belongs to.
+
+    With `stacked` the rows of a batch are in equal groups, one a copy: copy (q, s) of B is B + rows[q, s] signs[q]^T, of A likewise, made
+    layer by layer inside the graph: 32 whole copies outside would cost 30 % of SmolLM2-135M's memory, these 6 %. Without it there is one.
+    """
+    surgery = Surgery(model.graph)
+    if stacked:
+        _add_stacks(surgery, targets)
+    else:
+        surgery.constant("edgezo/lora/first", [0])
+    for index, target in enumerate(targets):
+        ((node, _),) = surgery.uses(f"{target.module}.weight")
+        p, y = f"edgezo/lora{index}/", node.output[0]
+        node.output[0] = base = p + "base"
+        # defaults of rank 0, and of one output: the branch of a base without adapter is a column of zeros
+        a = surgery.overridable(target.a, np.zeros((1, target.in_features, 0), np.float32), [1, target.in_features, "rank"])
+        b = surgery.overridable(target.b, np.zeros((1, 0, 1), np.float32), [1, "rank", f"out{index}"])
+        branch = _stacked_branch(surgery, node, target, index, a, b) if stacked else _plain_branch(p, node.input[0], a, b)
+        surgery.replace(node, node, *branch, helper.make_node("Add", [base, p + "branch"], [y]))
+    surgery.finish()
+
+
+def add_prefix(model: onnx.ModelProto, decoder: Decoder) -> None:
+    """Let the cache inputs of a scoring graph be a prefix [directions, heads, tokens, head_dim], repeated for the rows of its direction."""
+    surgery = Surgery(model.graph)
+    names = {value.name for value in decoder.past_inputs}
+    kept = [value for value in model.graph.input if value.name not in names]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    one = surgery.constant("edgezo/prefix/one", [1])
+    ones = surgery.constant("edgezo/prefix/ones", [1, 1, 1])
+    surgery.begin(helper.make_node("Shape", ["input_ids"], ["edgezo/prefix/batch"], start=0, end=1))
+    for value in decoder.past_inputs:
+        dims = value.type.tensor_type.shape.dim
+        heads, head_dim = dims[1].dim_value, dims[3].dim_value
+        layer, part = int(value.name.split(".")[1]), value.name.split(".")[2]
+        given = surgery.overridable(
+            prefix_inputs(layer)[part == "value"],
+            np.zeros((1, heads, 0, head_dim), np.float32),
+            ["directions", heads, "prefix_tokens", head_dim],
+        )
+        p = f"edgezo/{given}/"
+        surgery.begin(
+            helper.make_node("Shape", [given], [p + "directions"], start=0, end=1),
+            helper.make_node("Shape", [given], [p + "one_shape"], start=1),
+            helper.make_node("Div", ["edgezo/prefix/batch", p + "directions"], [p + "rows"]),
+            helper.make_node("Concat", [one, p + "rows", ones], [p + "repeat"], axis=0),
+            helper.make_node("Unsqueeze", [given, one], [p + "apart"]),
+            helper.make_node("Expand", [p + "apart", p + "repeat"], [p + "repeated"]),
+            helper.make_node("Concat", ["edgezo/prefix/batch", p + "one_shape"], [p + "shape"], axis=0),
+            helper.make_node("Reshape", [p + "repeated", p + "shape"], [value.name], allowzero=1),
+        )
+    surgery.finish()
+
+
+def _add_stacks(surgery: Surgery, targets: list[LoraTarget]) -> None:
+    """The inputs with rows and signs of all targets, split once."""
+    count = len(targets)
+    ones = surgery.constant("edgezo/lora/ones", [1] * count)
+    for rows, signs, sizes, shape, axis in (
+        (B_ROWS, B_SIGNS, [target.out_features for target in targets], (1, 1, 1, count), 3),
+        (A_ROWS, A_SIGNS, [target.in_features for target in targets], (1, 1, count, 1), 2),
+    ):
+        symbols: list[str | int] = ["directions", "sides", "rows", count] if axis == 3 else ["directions", "sides", count, "rows"]
+        surgery.overridable(rows, np.zeros(shape, np.float32), symbols)
+        surgery.overridable(signs, np.zeros((1, sum(sizes)), np.int8), ["directions", sum(sizes)])
+        surgery.begin(
+            helper.make_node("Split", [rows, ones], [f"edgezo/lora{i}/{rows}" for i in range(count)], axis=axis),
+            helper.make_node(
+                "Split",
+                [signs, surgery.constant(f"edgezo/lora/{signs}", sizes)],
+                [f"edgezo/lora{i}/{signs}" for i in range(count)],
+                axis=1,
+            ),
+        )
+    surgery.constant("edgezo/lora/zero", [0])
+    surgery.constant("edgezo/lora/minus_one", [-1])
+    surgery.constant("edgezo/lora/as_columns", [1, 1, -1])
+    surgery.constant("edgezo/lora/as_rows", [1, -1, 1])
+
+
+def _stacked_branch(surgery: Surgery, node: onnx.NodeProto, target: LoraTarget, index: int, a: str, b: str) -> list[onnx.NodeProto]:
+    p, base = f"edgezo/lora{index}/", node.output[0]
+    width = surgery.constant(p + "in", [target.in_features])
+    nodes = [
+        # 0 * batch: a zero that the engine cannot know before the layer runs, or it would make the copies of all layers first
+        helper.make_node("Shape", [base], [p + "batch"], start=0, end=1),
+        helper.make_node("Mul", [p + "batch", "edgezo/lora/zero"], [p + "late"]),
+    ]
+    for tensor, rows, signs, layout in ((b, B_ROWS, B_SIGNS, "as_columns"), (a, A_ROWS, A_SIGNS, "as_rows")):
+        q = f"{p}{signs}/"
+        nodes += [
+            helper.make_node("Concat", [p + "late", f"edgezo/lora/{layout}"], [q + "layout"], axis=0),
+            helper.make_node("Reshape", [p + signs, q + "layout"], [q + "laid"]),
+            helper.make_node("Cast", [q + "laid"], [q + "float"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", [p + rows, q + "float"], [q + "product"]),
+            helper.make_node("Add", [q + "product", tensor], [q + "sum"]),  # [directions, sides, rows, columns]
+            helper.make_node("Shape", [q + "sum"], [q + "outer"], start=0, end=2),
+            helper.make_node("Shape", [q + "sum"], [q + "inner"], start=2),
+            helper.make_node("ReduceProd", [q + "outer"], [q + "count"], keepdims=1),
+            helper.make_node("Concat", [q + "count", q + "inner"], [q + "shape"], axis=0),
+            helper.make_node("Reshape", [q + "sum", q + "shape"], [q + "copies"], allowzero=1),
+        ]
+    return [
+        *nodes,
+        helper.make_node("Concat", [f"{p}{B_SIGNS}/count", "edgezo/lora/minus_one", width], [p + "grouped"], axis=0),
+        helper.make_node("Reshape", [node.input[0], p + "grouped"], [p + "x"]),
+        helper.make_node("MatMul", [p + "x", f"{p}{A_SIGNS}/copies"], [p + "low"]),
+        helper.make_node("MatMul", [p + "low", f"{p}{B_SIGNS}/copies"], [p + "high"]),
+        helper.make_node("Shape", [base], [p + "places"], end=-1),
+        helper.make_node("Concat", [p + "places", "edgezo/lora/minus_one"], [p + "as_base"], axis=0),
+        helper.make_node("Reshape", [p + "high", p + "as_base"], [p + "branch"]),
+    ]
+
+
+def _plain_branch(p: str, x: str, a: str, b: str) -> list[onnx.NodeProto]:
+    """One copy: squeezed to matrices, so that x may have any number of dimensions."""
+    return [
+        helper.make_node("Squeeze", [a, "edgezo/lora/first"], [p + "a"]),
+        helper.make_node("Squeeze", [b, "edgezo/lora/first"], [p + "b"]),
+        helper.make_node("MatMul", [x, p + "a"], [p + "low"]),
+        helper.make_node("MatMul", [p + "low", p + "b"], [p + "branch"]),
+    ]
+
+
+def _is_names(targets: str) -> bool:
+    return re.fullmatch(r"\w+(\s*,\s*\w+)*", targets) is not None

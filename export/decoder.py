@@ -1,0 +1,43 @@
+"""A traced decoder: what a source becomes, and what the graphs are made from."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
+import onnx
+
+from edgezo.quantization import Quantized
+
+
+@dataclass
+class Weight:
+    """One weight of the source: `name` is its Hugging Face name and its name in the graph; `array` is q where it is `quantized`."""
+
+    name: str
+    array: npt.NDArray[Any]
+    trainable: bool
+    transposed: bool = False
+    tied_to: list[str] = field(default_factory=list)
+    quantized: Quantized | None = None
+
+
+class Part(NamedTuple):
+    """Rows of a stored tensor that a graph uses under a name of their own."""
+
+    tensor: str
+    first: int
+    rows: int
+
+
+@dataclass
+class Decoder:
+    """A traced decoder: every weight is a graph input, its values lie in `weights`; `parts` name rows of some of them."""
+
+    model: onnx.ModelProto
+    weights: dict[str, Weight]
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    @property
+    def past_inputs(self) -> list[onnx.ValueInfoProto]:
+        """The KV-cache inputs, each [batch, heads, past, head_dim]."""
+        return [value for value in self.model.graph.input if value.name.startswith("past_key_values.")]

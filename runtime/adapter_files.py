@@ -1,0 +1,238 @@
+"""Adapters of others and for others: PEFT folders and .onnx_adapter files."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from edgezo.errors import AdapterError, first_line
+from edgezo.manifest import Manifest
+from edgezo.runtime.lora import A, B, Lora
+from edgezo.runtime.prefix import Prefix
+
+Array = npt.NDArray[Any]
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+STEM = "base_model.model."  # what PEFT puts before every module name
+PROMPT = "prompt_embeddings"  # of a prefix: [tokens, layers * 2 * heads * head_dim]
+BASE_KEY = "edgezo_base"  # in the metadata of the tensors: Origin.weights_sha256 of the model that was tuned
+ONNX_SUFFIX = ".onnx_adapter"
+UNSUPPORTED = {"use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}
+
+
+def read_adapter(path: Path, manifest: Manifest) -> Lora | Prefix:
+    """Read an adapter for an edge model.
+
+    Args:
+        path: a PEFT folder, or an .onnx_adapter file (LoRA).
+        manifest: of the edge model; its branch points say what may be adapted. Targets that the adapter leaves out stay unchanged.
+
+    Raises:
+        AdapterError: it cannot be read, belongs to another base, is of another kind, or changes what this edge model cannot.
+    """
+    if manifest.adapter is None:
+        raise AdapterError(f"{path}: this edge model has no branch points for adapters; export it again with --adapter lora or prefix")
+    if path.is_file() and path.suffix == ONNX_SUFFIX:
+        return _lora(path, manifest, _onnx_matrices(path), alpha=None)
+    config, tensors = read_peft_config(path), _read_tensors(path, manifest)
+    kind = {"LORA": "lora", "PREFIX_TUNING": "prefix"}.get(str(config.get("peft_type")))
+    if kind != manifest.adapter.kind:
+        raise AdapterError(
+            f"{path}: holds {config.get('peft_type')}, the edge model is prepared for {manifest.adapter.kind}; export it with --adapter {kind or 'lora'}"
+        )
+    if kind == "prefix":
+        return _prefix(path, manifest, tensors)
+    return _lora(path, manifest, _peft_matrices(path, tensors), alpha=peft_alpha(config))
+
+
+def read_peft_config(path: Path) -> dict[str, Any]:
+    """adapter_config.json of a PEFT folder.
+
+    Raises:
+        AdapterError: it is not there, not readable, or asks for what edgezo has not.
+    """
+    file = path / CONFIG
+    if not file.is_file():
+        raise AdapterError(f"{path}: no adapter ({CONFIG} is missing); give a PEFT folder, or a run with --run")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{file}: not readable as JSON ({first_line(error)}); save the adapter again") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{file}: holds a {type(config).__name__}, not settings; save the adapter again")
+    for name, plain in UNSUPPORTED.items():
+        if config.get(name, plain) not in (plain, None):
+            raise AdapterError(f"{file}: has {name} = {config[name]!r}, which edgezo does not do; train the adapter without it")
+    if config.get("peft_type") == "LORA":
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            raise AdapterError(f"{file}: rank {rank!r} with alpha {alpha!r}; both must be positive numbers")
+    return config
+
+
+def peft_alpha(config: dict[str, Any]) -> float:
+    """alpha such that alpha / rank is the scaling, which rank-stabilised LoRA has as alpha / sqrt(rank)."""
+    return float(config["lora_alpha"]) * (math.sqrt(config["r"]) if config.get("use_rslora") else 1.0)
+
+
+def write_peft(adapter: Lora | Prefix, manifest: Manifest, folder: Path) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained` loads onto the source model.
+
+    Args:
+        adapter: to write.
+        manifest: of the edge model it was tuned on.
+        folder: an existing, empty directory.
+    """
+    common = {"base_model_name_or_path": manifest.origin.id, "revision": None, "task_type": "CAUSAL_LM", "inference_mode": True}
+    if isinstance(adapter, Prefix):
+        layers, _, heads, tokens, head_dim = adapter.array.shape
+        # PEFT keeps [tokens, layers * 2, heads, head_dim]
+        tensors = {PROMPT: np.ascontiguousarray(adapter.array.transpose(3, 0, 1, 2, 4)).reshape(tokens, -1)}
+        config = {
+            **common, "peft_type": "PREFIX_TUNING", "num_virtual_tokens": tokens, "num_layers": layers, "num_attention_heads": heads,
+            "token_dim": heads * head_dim, "num_transformer_submodules": 1, "prefix_projection": False,
+            "encoder_hidden_size": heads * head_dim,
+        }  # fmt: skip
+    else:
+        tensors = {}
+        for target, a, b in zip(adapter.targets, adapter.matrices(A), adapter.matrices(B), strict=True):
+            tensors[f"{STEM}{target.a}"], tensors[f"{STEM}{target.b}"] = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
+        alpha = int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha
+        config = {
+            **common, "peft_type": "LORA", "r": adapter.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
+            "target_modules": _target_modules(adapter, manifest), "fan_in_fan_out": _is_in_out(adapter, manifest),
+            "init_lora_weights": True,
+        }  # fmt: skip
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt", BASE_KEY: manifest.origin.weights_sha256 or ""})
+
+
+def write_onnx_adapter(adapter: Lora | Prefix, path: Path) -> None:
+    """Write what the scoring graph is fed (for LoRA the generation graph too) as a file that `onnxruntime.LoraAdapter` loads.
+
+    References:
+        onnxruntime >= 1.20: LoraAdapter, RunOptions.add_active_adapter; alpha / rank is multiplied into A.
+    """
+    if not hasattr(onnxruntime, "AdapterFormat"):
+        raise AdapterError(
+            f"onnxruntime {onnxruntime.__version__} has no .onnx_adapter files; update it to 1.20 or later, or use --format peft"
+        )
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in adapter.feeds().items()}
+    file = onnxruntime.AdapterFormat()
+    file.set_adapter_version(1)
+    file.set_model_version(1)
+    file.set_parameters(values)
+    file.export_adapter(str(path))
+
+
+def _read_tensors(path: Path, manifest: Manifest) -> dict[str, Array]:
+    file = path / TENSORS
+    if not file.is_file():
+        raise AdapterError(f"{path}: {TENSORS} is missing; save the adapter as safetensors (PEFT's default)")
+    try:
+        with safe_open(file, framework="np") as opened:
+            made_for = (opened.metadata() or {}).get(BASE_KEY)
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, OSError, TypeError) as error:
+        raise AdapterError(f"{file}: not readable as float tensors ({first_line(error)}); save the adapter again in float32") from None
+    own = manifest.origin.weights_sha256
+    if made_for and own and made_for != own:
+        raise AdapterError(
+            f"{path}: was tuned on another base (weights {made_for[:12]}) than this edge model ({own[:12]}); give its own base"
+        )
+    for name, array in tensors.items():
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise AdapterError(f"{file}: {name} holds NaN, infinity or {array.dtype}; it cannot be used")
+    return {name: array.astype(np.float32) for name, array in tensors.items()}
+
+
+def _peft_matrices(path: Path, tensors: dict[str, Array]) -> dict[str, dict[str, Array]]:
+    """module: {lora_A: A^T [in, rank], lora_B: B^T [rank, out]}."""
+    modules: dict[str, dict[str, Array]] = {}
+    for name, array in tensors.items():
+        module, _, rest = name.removeprefix(STEM).rpartition(".lora_")
+        if rest not in {"A.weight", "B.weight"} or array.ndim != 2:
+            raise AdapterError(
+                f"{path}: tensor {name!r} of shape {list(array.shape)} is no LoRA matrix of a linear layer; it cannot be used"
+            )
+        modules.setdefault(module, {})[f"lora_{rest[0]}"] = array.T
+    return modules
+
+
+def _onnx_matrices(path: Path) -> dict[str, dict[str, Array]]:
+    try:
+        parameters = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
+    except Exception as error:  # the engine's own exception classes are not importable in every version
+        raise AdapterError(f"{path}: onnxruntime {onnxruntime.__version__} cannot read it ({first_line(error)})") from None
+    modules: dict[str, dict[str, Array]] = {}
+    for name, value in parameters.items():
+        module, _, rest = name.rpartition(".lora_")
+        array = np.array(value.numpy())
+        if rest not in {"A.weight", "B.weight"} or array.ndim != 3 or array.dtype != np.float32 or not np.isfinite(array).all():
+            raise AdapterError(f"{path}: parameter {name!r} is no LoRA matrix of finite float32; it cannot be used")
+        modules.setdefault(module, {})[f"lora_{rest[0]}"] = array[0]
+    return modules
+
+
+def _lora(path: Path, manifest: Manifest, modules: dict[str, dict[str, Array]], alpha: float | None) -> Lora:
+    """`alpha` None says that the scaling is in A."""
+    assert manifest.adapter is not None
+    targets = {target.module: target for target in manifest.adapter.targets}
+    strange = [module for module in modules if module not in targets]
+    if strange or not modules:
+        what = f"changes {len(strange)} layers without branch points ({strange[0]})" if strange else "holds no matrices"
+        raise AdapterError(f"{path}: {what}; export the model with --targets that cover it")
+    ranks = set()
+    for module, pair in modules.items():
+        if pair.keys() != {A, B}:
+            raise AdapterError(
+                f"{path}: {module} has {', '.join(sorted(pair))} alone; lora_A and lora_B are both needed, save the adapter again"
+            )
+        target, a, b = targets[module], pair[A], pair[B]
+        if (a.shape[0], b.shape[1]) != (target.in_features, target.out_features) or a.shape[1] != b.shape[0]:
+            raise AdapterError(
+                f"{path}: {module} has A of {list(a.T.shape)} and B of {list(b.T.shape)}, the layer has {target.in_features} inputs and {target.out_features} outputs"
+            )
+        ranks.add(a.shape[1])
+    if len(ranks) != 1 or 0 in ranks:
+        raise AdapterError(f"{path}: ranks {sorted(ranks)}; edgezo needs one rank for all layers, above 0")
+    (rank,) = ranks
+    lora = Lora(manifest.adapter.targets, rank, rank if alpha is None else alpha)
+    for target, a, b in zip(lora.targets, lora.matrices(A), lora.matrices(B), strict=True):
+        if target.module in modules:
+            a[...], b[...] = modules[target.module][A], modules[target.module][B]
+    return lora
+
+
+def _prefix(path: Path, manifest: Manifest, tensors: dict[str, Array]) -> Prefix:
+    (stored,) = [tensor for tensor in manifest.tensors if tensor.name == "prefix"]
+    layers, _, heads, tokens, head_dim = stored.shape
+    found = tensors.get(PROMPT)
+    if found is None or found.shape != (tokens, layers * 2 * heads * head_dim):
+        shape = None if found is None else list(found.shape)
+        raise AdapterError(
+            f"{path}: its prefix has shape {shape}, this edge model needs [{tokens}, {layers * 2 * heads * head_dim}]; export with --tokens of the adapter"
+        )
+    array = found.reshape(tokens, layers, 2, heads, head_dim).transpose(1, 2, 3, 0, 4)
+    return Prefix(np.ascontiguousarray(array))
+
+
+def _target_modules(adapter: Lora, manifest: Manifest) -> list[str]:
+    """Short names where every layer of that name is a target, else the full ones (PEFT compares ends of names)."""
+    modules = {target.module for target in adapter.targets}
+    named = {tensor.name.removesuffix(".weight") for tensor in manifest.tensors if len(tensor.shape) > 1}
+    short = {module.split(".")[-1] for module in modules}
+    if {module for module in named if module.split(".")[-1] in short} == modules:
+        return sorted(short)
+    return sorted(modules)
+
+
+def _is_in_out(adapter: Lora, manifest: Manifest) -> bool:
+    """Whether the source keeps these weights as [in, out], as GPT-2 does."""
+    transposed = {tensor.name: tensor.transposed for tensor in manifest.tensors}
+    return all(target.out_first == transposed[f"{target.module}.weight"] for target in adapter.targets)

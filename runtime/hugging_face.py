@@ -1,0 +1,80 @@
+"""Tuned weights under their Hugging Face names and shapes, and as a folder that transformers loads."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+
+from edgezo.errors import AdapterError
+from edgezo.manifest import Tensor
+from edgezo.runtime.lora import A, B, Lora
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.prefix import Prefix
+
+Floats = npt.NDArray[np.float32]
+WEIGHTS, TOKENIZER_CONFIG = "model.safetensors", "tokenizer_config.json"
+
+
+def frozen_array(model: EdgeModel, tensor: Tensor) -> npt.NDArray[Any]:
+    """A frozen tensor as stored, mapped from its file."""
+    dtype = np.dtype(tensor.dtype).newbyteorder("<")
+    return np.memmap(model.directory / tensor.file, dtype, "r", offset=tensor.offset, shape=tuple(tensor.shape))
+
+
+def lora_deltas(lora: Lora) -> dict[str, Floats]:
+    """alpha/rank * B A of every target's weight, float32, laid out as that weight is stored."""
+    deltas = {}
+    for target, a, b in zip(lora.targets, lora.matrices(A), lora.matrices(B), strict=True):
+        delta = (np.float64(lora.scaling) * (a.astype(np.float64) @ b.astype(np.float64))).astype(np.float32)
+        deltas[f"{target.module}.weight"] = delta.T if target.out_first else delta
+    return deltas
+
+
+def source_weights(model: EdgeModel) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Every weight under its Hugging Face name, in the source's layout, with the adapter of `model` merged in.
+
+    Raises:
+        AdapterError: the adapter is a prefix, which is no change of weights.
+    """
+    if isinstance(model.adapter, Prefix):
+        raise AdapterError(f"{model.directory}: a prefix is no change of weights and cannot be merged into them; use --format peft or edge")
+    tensors = {tensor.name: tensor for tensor in model.manifest.tensors}
+    scales = {tensor.quantized.scales for tensor in tensors.values() if tensor.quantized}
+    deltas = lora_deltas(model.adapter) if isinstance(model.adapter, Lora) else {}
+    for name, tensor in tensors.items():
+        if name in scales:
+            continue
+        weight: npt.NDArray[Any] = model.weights[name] if tensor.tunable else frozen_array(model, tensor)
+        if tensor.quantized is not None:
+            weight = tensor.quantized.dequantize(weight, frozen_array(model, tensors[tensor.quantized.scales]))
+        if name in deltas:
+            weight = weight + deltas[name]
+        yield name, np.ascontiguousarray(weight.T if tensor.transposed else weight)
+
+
+def write_hugging_face(model: EdgeModel, folder: Path) -> None:
+    """Write config.json, model.safetensors (float32) and the tokenizer into an existing, empty directory.
+
+    Raises:
+        AdapterError: the adapter cannot be merged, or the edge model keeps no config.json (made by an older edgezo).
+    """
+    manifest = model.manifest
+    if manifest.config is None or any("::" in tensor.name for tensor in manifest.tensors):
+        raise AdapterError(
+            f"{model.directory}: lacks what a Hugging Face folder needs (its configuration, or its own names); export the model again"
+        )
+    shutil.copyfile(model.directory / manifest.config, folder / "config.json")
+    save_file(dict(source_weights(model)), folder / WEIGHTS, metadata={"format": "pt"})
+    facts = manifest.tokenizer
+    shutil.copyfile(model.directory / facts.file, folder / "tokenizer.json")
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **facts.special_tokens}
+    settings["model_max_length"] = manifest.origin.context_length
+    settings["clean_up_tokenization_spaces"] = False
+    if facts.chat_template is not None:
+        settings["chat_template"] = (model.directory / facts.chat_template).read_text(encoding="utf-8")
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,97 @@
+"""Peak memory of this process, and batches that keep it below a limit: measured by forwards of growing size, not estimated."""
+
+import re
+import sys
+from collections.abc import Sequence
+
+from edgezo.errors import ConfigError
+from edgezo.runtime.noise import Direction
+from edgezo.runtime.scoring import BATCH_TOKENS
+from edgezo.runtime.smoothness import PROBE_STEP
+from edgezo.runtime.tasks import Example
+from edgezo.runtime.theta import Theta
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+RESERVE = 0.03  # of the limit, for what grows later: fragmentation, the journal, other shapes of batches
+
+
+def parse_bytes(text: str) -> int:
+    """`1.5GB`, `800MB`, `2GiB` as bytes.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?B?)\s*", text.upper())
+    if not found or found[2] not in UNITS or float(found[1]) <= 0:
+        raise ConfigError(f"--memory {text!r}: give a size, as 1.5GB or 800MB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def peak_bytes() -> int | None:
+    """The most resident memory this process ever had; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def fit_batches(theta: Theta, examples: Sequence[Example], limit: int) -> int:
+    """Choose how many tokens a forward may have, so that the peak of the process stays below `limit`; set it in `theta.sequences`.
+
+    Forwards of the longest rows are run, each twice the size of the one before, as long as the next is sure to fit; between the last two
+    the growth is taken as linear.
+
+    Args:
+        theta: at its start, its session made and proven; afterwards as before.
+        examples: all rows that the run will see.
+        limit: bytes.
+
+    Raises:
+        ConfigError: the model alone, or one row of the longest, does not fit; says what would.
+    """
+    before = peak_bytes()
+    if before is None:
+        raise ConfigError(
+            "--memory: this system does not tell how much memory a process takes; leave it out and lower --batch and --max-length"
+        )
+    usable = limit * (1 - RESERVE)
+    if before >= usable:
+        raise ConfigError(
+            f"--memory {_mb(limit)}: the model alone takes {_mb(before)}; give more, or export with --adapter lora --weights int8 or int4"
+        )
+    rows = sorted(examples, key=_width, reverse=True)
+    width = _width(rows[0])
+    least = width * (1 if theta.model.adapter is None else 2)
+    tokens, peak = least, _peak_of(theta, rows, least)
+    if peak > usable:
+        raise ConfigError(
+            f"--memory {_mb(limit)}: a step with one row of {width} tokens takes {_mb(peak)}; give --memory {_mb(peak / (1 - RESERVE) + 1e6)}, or shorten rows with --max-length"
+        )
+    growth = max(0.0, float(peak - before))
+    while tokens < BATCH_TOKENS and peak + 2 * growth <= usable and tokens // least < len(rows):
+        larger = _peak_of(theta, rows, 2 * tokens)
+        growth, peak, tokens = max(0.0, float(larger - peak)), larger, 2 * tokens
+    if tokens < BATCH_TOKENS and growth > 0:
+        tokens += int(tokens / 2 * max(0.0, usable - peak) / growth)
+    theta.sequences.batch_tokens = max(least, min(tokens, BATCH_TOKENS))
+    return theta.sequences.batch_tokens
+
+
+def _peak_of(theta: Theta, rows: Sequence[Example], tokens: int) -> int:
+    """Peak after one estimate whose forwards have `tokens` tokens."""
+    theta.sequences.batch_tokens = tokens
+    count = max(1, min(len(rows), tokens // _width(rows[0]) // (1 if theta.model.adapter is None else 2)))
+    groups = [list(rows[:count])] if theta.model.adapter is None else [[row] for row in rows[:count]]
+    directions = [Direction(theta.config.seed, PROBE_STEP, number) for number in range(len(groups))]
+    theta.estimates(directions, groups)
+    theta.weights.flush()
+    return peak_bytes() or 0
+
+
+def _width(example: Example) -> int:
+    return max(len(prompt) + len(completion) - 1 for prompt, completion in example.pairs)
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:,.0f}MB".replace(",", "")

@@ -1,0 +1,42 @@
+"""Whether the loss is smooth at the chosen eps: a projected gradient that changes with eps measures rounding or curvature, not slope."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from edgezo.runtime.noise import Direction
+from edgezo.runtime.tasks import Example
+from edgezo.runtime.theta import Theta
+
+DIRECTIONS, ROWS = 4, 4  # at least so many directions, of at most so many rows: two steps' worth of forwards
+TOLERANCE = 0.5
+PROBE_STEP = (1 << 64) - 2  # no run has this step
+
+
+def smoothness_warning(theta: Theta, examples: Sequence[Example]) -> str | None:
+    """Compare c = (L+ - L-) / (2 eps) at eps / 2 and at 2 eps, along the same directions on the same rows.
+
+    Args:
+        theta: at its start; it is afterwards as before.
+        examples: training rows to take a few of.
+
+    Returns:
+        A warning with the numbers when the root mean square of the difference exceeds half of that of c; None when all is well.
+    """
+    eps, config = theta.weights.eps, theta.config
+    count = min(max(config.directions, DIRECTIONS), len(examples))
+    size = max(1, min(config.batch, ROWS, len(examples) // count))
+    groups = [list(examples[place * size : (place + 1) * size]) for place in range(count)]
+    directions = [Direction(config.seed, PROBE_STEP, number) for number in range(count)]
+    half, double = (
+        np.array([estimate.projected_grad for estimate in theta.estimates(directions, groups, factor * eps)]) for factor in (0.5, 2.0)
+    )
+    at_half, at_double = float(np.sqrt(np.mean(half**2))), float(np.sqrt(np.mean(double**2)))
+    change = float(np.sqrt(np.mean((half - double) ** 2))) / (max(at_half, at_double) or 1.0)
+    if change <= TOLERANCE:
+        return None
+    cause, advice = ("rounding drowns the difference of losses", "larger") if at_half > at_double else ("the loss curves", "smaller")
+    return (
+        f"the loss is not smooth at eps {eps:g}: projected gradients of {count} directions are {at_half:.3g} at eps / 2 and {at_double:.3g} at 2 eps"
+        f" (root mean square) and differ by {100 * change:.0f} %; {cause}, try a {advice} --eps"
+    )

@@ -1,0 +1,117 @@
+"""What a run tunes: base tensors perturbed in place, one direction after the other, or an adapter whose directions are stacked."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save
+
+from edgezo.adapters import PREFIX
+from edgezo.config import TuneConfig
+from edgezo.errors import ConfigError
+from edgezo.runtime.estimator import Estimate, stacked_two_sided, two_sided
+from edgezo.runtime.lora import A, B, Lora
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.noise import Direction
+from edgezo.runtime.objective import batch_loss, stacked_losses
+from edgezo.runtime.optimizer import zo_step
+from edgezo.runtime.outer import OuterWeights
+from edgezo.runtime.prefix import Prefix
+from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.tasks import Example
+from edgezo.runtime.weights import MutableWeights
+from edgezo.storage import write_atomically
+
+
+def step_directions(config: TuneConfig, step: int) -> list[Direction]:
+    """The directions of step `step` (from 0)."""
+    return [Direction(config.seed, step, number) for number in range(config.directions)]
+
+
+def mutable_weights(model: EdgeModel, config: TuneConfig, start: Path | None = None) -> MutableWeights:
+    """theta of a run at its start; a model prepared for LoRA gets its adapter here.
+
+    Args:
+        start: tensors to start from, written by `write_start`; else those of the base, or of the run's seed.
+
+    Raises:
+        EdgezoError: the configuration does not fit the model.
+    """
+    described = model.manifest.adapter
+    if described is not None and described.kind == "lora":
+        if config.noise != "rademacher":
+            raise ConfigError(f"--noise {config.noise}: directions of LoRA are outer products of signs; leave it out")
+        lora = Lora(described.targets, config.rank, config.alpha)
+        if start is None:
+            lora.initialise(config.seed)
+        else:
+            found = load_file(start)
+            lora.a[...], lora.b[...] = found[A], found[B]
+        model.adapter = lora
+        return lora.weights(config.eps, config.tune_a)
+    if config.tune_a:
+        raise ConfigError("--tune-a: this edge model has no branch points for LoRA; export it with --adapter lora")
+    if start is not None:
+        model.weights[PREFIX][...] = load_file(start)[PREFIX]
+    return MutableWeights(model.weights, eps=config.eps, distribution=config.noise, threads=model.threads)
+
+
+def write_start(adapter: Lora | Prefix, path: Path) -> None:
+    """Keep the tensors a run starts from: float32 lora_A and lora_B, flat as in `Lora`, or prefix."""
+    tensors = {A: adapter.a, B: adapter.b} if isinstance(adapter, Lora) else {PREFIX: adapter.array}
+    write_atomically(path, save(tensors))
+
+
+class Theta:
+    """The tunable weights of a model with the loss of examples under them.
+
+    Args:
+        model: its weights and adapter are those of `weights`.
+        config: of the run.
+        weights: from `mutable_weights`.
+        sequences: how the forwards are cut.
+    """
+
+    def __init__(self, model: EdgeModel, config: TuneConfig, weights: MutableWeights, sequences: Sequences) -> None:
+        self.model, self.config, self.weights, self.sequences = model, config, weights, sequences
+
+    def groups(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
+        """The examples of a step shared out, `batch` to every direction."""
+        size = self.config.batch
+        return [examples[place * size : (place + 1) * size] for place in range(self.config.directions)]
+
+    def estimates(self, directions: Sequence[Direction], groups: Sequence[Sequence[Example]], eps: float | None = None) -> list[Estimate]:
+        """Two-sided estimates, each on its own group of examples; theta is as before, restoring additions may be pending.
+
+        Raises:
+            NonFiniteLossError: a loss is NaN or infinite; theta is as before.
+        """
+        eps = self.weights.eps if eps is None else eps
+        if self.model.adapter is None:
+            return [
+                two_sided(self.weights, lambda group=group: batch_loss(self.sequences, group), direction, eps)  # type: ignore[misc]
+                for direction, group in zip(directions, groups, strict=True)
+            ]
+
+        def losses(directions: Sequence[Direction], sides: Sequence[int], eps: float) -> npt.NDArray[np.float64]:
+            def copies(chosen: Sequence[int], sides: Sequence[int]) -> dict[str, Any]:
+                return self._stacked_feeds([directions[index] for index in chosen], sides, eps)
+
+            return stacked_losses(self.sequences, groups, sides, copies)
+
+        return stacked_two_sided(losses, directions, eps)
+
+    def step(self, directions: Sequence[Direction], projected_grads: Sequence[float], learning_rate: float) -> None:
+        """Apply the update of one step from its scalars."""
+        zo_step(self.weights, directions, projected_grads, learning_rate, self.config.rule, self.config.weight_decay)
+
+    def _stacked_feeds(self, directions: Sequence[Direction], sides: Sequence[int], eps: float) -> dict[str, Any]:
+        self.weights.flush()
+        adapter = self.model.adapter
+        if isinstance(adapter, Lora):
+            assert isinstance(self.weights, OuterWeights)
+            return adapter.stacked_feeds(self.weights, directions, sides, eps)
+        assert adapter is not None
+        return adapter.stacked_feeds(self.weights, directions, sides, eps)
