@@ -91,15 +91,14 @@ class Conversation:
 
     def _fitted(self, text: str) -> str:
         """The rendered conversation with a new message; the oldest exchanges are dropped until it fits with room for an answer."""
-        context = self.model.manifest.origin.context_length
-        longest = context - (self.model.adapter.prefix_tokens if self.model.adapter is not None else 0)
+        context = self.model.context
         room = min(self.max_tokens, context // 4)
         for dropped in range(len(self.exchanges) + 1):
             prompt = self._render(self.exchanges[dropped:], text)
             tokens = len(self.model.text.encode(prompt, special=False))
-            if tokens + room <= longest:
+            if tokens + room <= context:
                 break
-        if tokens >= longest:
+        if tokens >= context:
             raise DataError(f"the message alone has {tokens} tokens in the chat template, the model's context is {context}; shorten it")
         if dropped:
             oldest = "the oldest exchange" if dropped == 1 else f"the {dropped} oldest exchanges"

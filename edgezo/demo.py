@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEMPLATE = "Note: {text}\nTopic:"
 TOPICS = ("family", "health", "money", "travel", "work")
-SETTINGS: dict[str, Any] = {"steps": 700, "lr": 4e-5, "batch": 8, "eval_every": 100, "seed": 0}
+SETTINGS: dict[str, Any] = {"steps": 400, "directions": 16, "batch": 1, "eval_every": 100, "seed": 0}
 QUESTION = "What is the capital of France?"
 NOTE = "Grandma's blood pressure pills are running out, call the pharmacy before Friday."
 
@@ -41,16 +41,19 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
             say(f"1. {edge} is there already, used as it is")
         else:
             source = model or default_model()
-            say(f"1. Export {Path(source).name} to an edge model")
+            say(f"1. Export {Path(source).name} to an edge model with LoRA branch points")
             with terminal.stages() as progress:
-                api.export_model(source, edge, progress=progress)
+                api.export_model(source, edge, adapter="lora", progress=progress)
         say("2. Zero-shot: sort notes into five topics by the likelihood of the topic's name")
         words: dict[str, Any] = {"template": TEMPLATE, "labels": ",".join(f"{topic}={topic}" for topic in TOPICS)}
         before = api.evaluate(edge, data / "test.jsonl", **words).evaluation
         answers = [_answer(EdgeModel(edge))]
         say(f"  {terminal.evaluation_text(before)}")
         settings = {**SETTINGS, **({"steps": steps} if steps else {})}
-        say(f"3. Tune all parameters with forward passes alone: {settings['steps']} steps of {settings['batch']} notes")
+        count = settings["directions"]
+        say(
+            f"3. Tune LoRA with forward passes alone: {settings['steps']} steps of {count} directions, a note each, both signs in one forward"
+        )
         rows: dict[str, Any] = {"data": str(data / "train.jsonl"), "valid": str(data / "validation.jsonl")}
         with terminal.tuning() as reporter:
             result = api.tune(edge, run, resume=(run / JOURNAL).is_file(), reporter=reporter, **rows, **words, **settings)
@@ -81,7 +84,8 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
     terminal.print_rows(
         [
             ("Try next", f"edgezo predict {edge} --run {run} --text 'Train to Lyon at nine, seat by the window'"),
-            ("", f"edgezo generate {edge} --run {run} --chat --prompt 'Why is the sky blue?'"),
+            ("", f"edgezo chat {edge} --run {run}"),
+            ("", f"edgezo merge {edge} {run} --format peft -o adapter"),
             ("", f"edgezo inspect {run}"),
             ("", f"edgezo tune {edge} --data YOUR.jsonl --template '{{text}} Topic:' -o my-run"),
         ]

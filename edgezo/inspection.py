@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from edgezo.adapters import PREFIX
 from edgezo.errors import EdgezoError
 from edgezo.manifest import MANIFEST_NAME, read_manifest, verify_file
 
@@ -28,6 +29,8 @@ def _edge_model(path: Path) -> dict[str, Any]:
         verify_file(path, name, stored)
     origin, checked = manifest.origin, manifest.verification
     tied = [f"{tensor.name} = {other}" for tensor in manifest.tensors for other in tensor.tied_to]
+    scales = {tensor.quantized.scales for tensor in manifest.tensors if tensor.quantized}
+    adapter = manifest.adapter
     return {
         "edge_model": str(path),
         "model": origin.id,
@@ -36,7 +39,11 @@ def _edge_model(path: Path) -> dict[str, Any]:
         "architecture": origin.model_type,
         "context_length": origin.context_length,
         "vocabulary": origin.vocab_size,
-        "parameters": sum(tensor.size for tensor in manifest.tensors),
+        "parameters": sum(tensor.parameters for tensor in manifest.tensors if tensor.name not in {*scales, PREFIX}),
+        "weights": manifest.weights,
+        "adapter": adapter.kind if adapter else None,
+        "adapter_targets": len(adapter.targets) if adapter else 0,
+        "prefix_tokens": adapter.tokens if adapter else 0,
         "tunable_parameters": manifest.tunable_size,
         "tunable_tensors": len(manifest.tunable),
         "tunable_kinds": sorted({tensor.kind for tensor in manifest.tunable}),

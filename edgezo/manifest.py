@@ -63,6 +63,11 @@ class Tensor(Record):
     quantized: Quantized | None = None
 
     @property
+    def parameters(self) -> int:
+        """Number of weights it stands for."""
+        return math.prod(self.quantized.shape) if self.quantized else self.size
+
+    @property
     def is_quantized(self) -> bool:
         """Whether integers are stored."""
         return self.quantized is not None

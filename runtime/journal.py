@@ -156,8 +156,9 @@ def read_journal(path: Path) -> JournalContents:
     header, position, checksum = _read_header(path, data)
     contents = JournalContents(header, [], {}, None, {}, position, len(data) - position, checksum)
     written = len(data.rstrip(b"\0"))
+    directions = _directions(path, header)
     while position < len(data):
-        size = _record_bytes(data, position)
+        size = _record_bytes(data, position, directions)
         end = position + size
         stored = CHECKSUM.unpack_from(data, end - CHECKSUM.size)[0] if size > 0 and end <= len(data) else None
         checksum = zlib.crc32(data[position : end - CHECKSUM.size], checksum)
@@ -186,14 +187,25 @@ def _read_header(path: Path, data: bytes) -> tuple[dict[str, Any], int, int]:
     return _json_object(path, data[12:end], "the header"), end + CHECKSUM.size, checksum
 
 
-def _record_bytes(data: bytes, position: int) -> int:
-    """Size of the record at `position` with kind and checksum; 0 for a kind that does not exist."""
+def _directions(path: Path, header: dict[str, Any]) -> int:
+    """Projected gradients of a step, by the configuration in the header."""
+    config = header.get("config")
+    count = config.get("directions", 1) if isinstance(config, dict) else 1
+    if not isinstance(count, int) or not 0 < count <= DIRECTIONS_LIMIT:
+        raise RunError(f"{path}: the header says {count!r} directions a step; the run cannot be used")
+    return count
+
+
+def _record_bytes(data: bytes, position: int, directions: int) -> int:
+    """Size of the record at `position` with kind and checksum; 0 for one that does not exist in a run of so many directions."""
     kind = data[position : position + 1]
     if kind == STEP:
-        return STEP_BYTES
+        return STEP_BYTES if directions == 1 else 0
     if kind == DIRECTIONS:
         count = data[position + 1 : position + 3]
-        return 1 + DIRECTIONS_PAYLOAD.size + 4 * int.from_bytes(count, "little") + CHECKSUM.size if len(count) == 2 else len(data)
+        if directions == 1 or count != directions.to_bytes(2, "little")[: len(count)]:
+            return 0
+        return 1 + DIRECTIONS_PAYLOAD.size + 4 * directions + CHECKSUM.size
     if kind == EVALUATION:
         return EVALUATION_BYTES
     if kind == SETTINGS:

@@ -21,7 +21,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ConfigError: it is none of these.
     """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?B?)\s*", text.upper())
+    found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([KMG]?I?B?)\s*", text.upper())
     if not found or found[2] not in UNITS or float(found[1]) <= 0:
         raise ConfigError(f"--memory {text!r}: give a size, as 1.5GB or 800MB")
     return int(float(found[1]) * UNITS[found[2]])

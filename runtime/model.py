@@ -170,7 +170,9 @@ class EdgeModel:
                 raise DataError("a prompt is empty and this model has no beginning-of-text token; give some text")
             head = [self.text.facts.bos_token_id]
         if len(head) + len(tail) > self.context:
-            raise DataError(f"prompt and completion have {len(head) + len(tail)} tokens, the model's context is {self.context}; shorten them")
+            raise DataError(
+                f"prompt and completion have {len(head) + len(tail)} tokens, the model's context is {self.context}; shorten them"
+            )
         return head, tail
 
     def _session(self, graph: Graph) -> Session:

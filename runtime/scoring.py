@@ -83,13 +83,14 @@ class Sequences:
         return self._run(groups, sides, copies, together=len(groups))
 
     def _run(self, groups: Sequence[Sequence[Pair]], sides: Sequence[int], copies: Copies, together: int) -> list[list[Scores]]:
+        session = self.model.scoring  # made at first use, which checks the graph's inputs
         layouts = [_lay_out(pairs) for pairs in groups]
         scores = [np.empty((len(sides), len(layout.scored))) for layout in layouts]
         tiles = [tile for group, layout in enumerate(layouts) for tile in self._tiles(group, layout, len(sides))]
         for chosen in self._forwards(tiles, len(sides), together):
             feeds, wanted = self._feeds(layouts, chosen, len(sides))
             given = {**{name: feeds[name] for name in self.inputs}, **copies([tile.group for tile in chosen], sides)}
-            found = iter(np.split(self.model.scoring.run(["log_probs"], given)[0], np.cumsum([len(part) for part in wanted])[:-1]))
+            found = iter(np.split(session.run(["log_probs"], given)[0], np.cumsum([len(part) for part in wanted])[:-1]))
             parts = iter(wanted)
             for tile in chosen:
                 for side in range(len(sides)):
@@ -114,7 +115,7 @@ class Sequences:
             held.append(sequence)
             rows += rows_of[sequence]
             while len(rows) > limit:  # one long text: its forward runs again for every part of its hidden rows
-                yield _Tile(group, held, rows[:limit], longest)
+                yield _Tile(group, list(held), rows[:limit], longest)
                 rows = rows[limit:]
         if rows:
             yield _Tile(group, held, rows, longest)

@@ -36,6 +36,34 @@ def exported_dir(source_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return export_model(str(source_dir), tmp_path_factory.mktemp("edge") / "llama").directory
 
 
+@pytest.fixture(scope="session")
+def export_tiny(exported_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Export a tiny model, once a test run for each name and settings; shared, never to be changed."""
+    made = {("llama",): exported_dir}
+
+    def export(name: str = "llama", **settings: Any) -> Path:
+        key = (name, *(f"{setting}={value}" for setting, value in sorted(settings.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("tiny")
+            made[key] = export_model(str(tiny.save(folder / "source", name)), folder / name, **settings).directory
+            shutil.rmtree(folder / "source")
+        return made[key]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def lora_dir(export_tiny: Callable[..., Path]) -> Path:
+    """The tiny Llama with branch points for LoRA; shared, never to be changed."""
+    return export_tiny("llama", adapter="lora")
+
+
+@pytest.fixture(scope="session")
+def prefix_dir(export_tiny: Callable[..., Path]) -> Path:
+    """The tiny Llama with a prefix; shared, never to be changed."""
+    return export_tiny("llama", adapter="prefix")
+
+
 @pytest.fixture
 def edge_dir(exported_dir: Path, tmp_path: Path) -> Path:
     """A copy of the edge model that a test may damage."""

@@ -345,6 +345,10 @@ def test_inspect_of_an_edge_model(command: Command) -> None:
         ("context length", "128"),
         ("vocabulary", "320"),
         ("parameters", str(320 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32)),
+        ("weights", "fp32"),
+        ("adapter", "none"),
+        ("adapter targets", "0"),
+        ("prefix tokens", "0"),
         ("tunable parameters", "25760"),
         ("tunable tensors", "20"),
         (

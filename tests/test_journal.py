@@ -18,8 +18,12 @@ HEADER = {"base": "0" * 64, "config": {"lr": 0.5}}
 THREE_BYTES = 1 + 2 + 4 + 4 + 3 * 4 + 4  # kind D: count, learning rate, loss, three projected gradients, checksum
 
 
+def header(directions: int) -> dict[str, object]:
+    return HEADER if directions == 1 else {**HEADER, "config": {"directions": directions}}
+
+
 def write(path: Path, steps: int, directions: int = 1) -> list[StepRecord]:
-    with Journal.create(path, HEADER) as journal:
+    with Journal.create(path, header(directions)) as journal:
         return [
             journal.append(StepRecord(tuple(step + 0.1 - number for number in range(directions)), 1e-3 * step, 1 / 3))
             for step in range(steps)
@@ -43,16 +47,16 @@ def test_append_returns_the_values_as_stored(tmp_path: Path) -> None:
 
 
 def test_steps_of_several_directions_are_read_as_stored(tmp_path: Path) -> None:
-    given = [StepRecord((0.1, -2e30, 3e-40), 0.2, 0.3), StepRecord((0.5,), 0.25, 0.125), StepRecord((0.0, -0.0, 0.7), 0.2, 0.3)]
-    with Journal.create(tmp_path / "j", HEADER) as journal:
+    given = [StepRecord((0.1, -2e30, 3e-40), 0.2, 0.3), StepRecord((0.5, 1.0, 2.0), 0.25, 0.125), StepRecord((0.0, -0.0, 0.7), 0.2, 0.3)]
+    with Journal.create(tmp_path / "j", header(3)) as journal:
         start = (tmp_path / "j").stat().st_size
         stored = [journal.append(record) for record in given]
     assert [record.projected_grads for record in stored] == [tuple(np.float32(record.projected_grads).tolist()) for record in given]
     assert (stored[0].learning_rate, stored[0].loss) == tuple(np.float32([0.2, 0.3]).tolist())
     assert read_journal(tmp_path / "j").records == stored
     data = (tmp_path / "j").read_bytes()
-    assert (data[start : start + 3], data[start + THREE_BYTES : start + THREE_BYTES + 1]) == (b"D\x03\0", b"S")
-    assert len(data) == start + 2 * THREE_BYTES + STEP_BYTES
+    assert (data[start : start + 3], data[start + THREE_BYTES : start + THREE_BYTES + 1]) == (b"D\x03\0", b"D")
+    assert len(data) == start + 3 * THREE_BYTES
 
 
 def test_marks_and_changes_of_settings_are_read(tmp_path: Path) -> None:
@@ -130,7 +134,7 @@ def test_zeros_at_the_end_are_left_out(tmp_path: Path, count: int) -> None:
     assert (contents.records, contents.torn_bytes) == (records, count)
 
 
-@pytest.mark.parametrize(("directions", "place"), [(1, -3 * STEP_BYTES), (3, -3 * THREE_BYTES), (3, -2 * THREE_BYTES - 5)])
+@pytest.mark.parametrize(("directions", "place"), [(1, -3 * STEP_BYTES), (3, -3 * THREE_BYTES), (3, -3 * THREE_BYTES + 2), (3, -2 * THREE_BYTES - 5)])
 def test_a_changed_record_with_others_behind_it_is_an_error(tmp_path: Path, directions: int, place: int) -> None:
     path = tmp_path / "j"
     write(path, 4, directions)
@@ -208,7 +212,7 @@ def test_any_damage_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> N
     ],
 )
 def test_steps_that_are_no_numbers_are_refused(tmp_path: Path, record: StepRecord) -> None:
-    with Journal.create(tmp_path / "j", HEADER) as journal:
+    with Journal.create(tmp_path / "j", header(len(record.projected_grads))) as journal:
         journal.append(record)
     with pytest.raises(RunError, match="step 1 holds NaN or infinity"):
         read_journal(tmp_path / "j")
@@ -228,4 +232,12 @@ def test_a_file_too_large_for_a_journal_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "j", "wb") as file:
         file.truncate(JOURNAL_BYTES_LIMIT + 1)  # sparse
     with pytest.raises(RunError, match="this is no journal"):
+        read_journal(tmp_path / "j")
+
+
+@pytest.mark.parametrize("count", [0, -1, 1 << 16, "3", None])
+def test_a_header_with_impossible_directions_is_refused(tmp_path: Path, count: object) -> None:
+    with Journal.create(tmp_path / "j", {**HEADER, "config": {"directions": count}}):
+        pass
+    with pytest.raises(RunError, match="the header says .* directions a step; the run cannot be used"):
         read_journal(tmp_path / "j")

@@ -136,9 +136,7 @@ def test_a_run_of_several_directions_is_verified_and_a_forged_one_is_found(expor
     edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=5, directions=3, rule="normalized", **SETTINGS)
     found = check_run(tmp_path / "run", EdgeModel(exported_dir, threads=1), every=1)
     assert (found.derived, found.problems) == (5, [])
-    rewritten(
-        tmp_path / "run", lambda step, record: record._replace(projected_grads=record.projected_grads[::-1]) if step == 2 else record
-    )
+    rewritten(tmp_path / "run", lambda step, record: record._replace(projected_grads=record.projected_grads[::-1]) if step == 2 else record)
     (problem,) = check_run(tmp_path / "run", EdgeModel(exported_dir, threads=1), every=1).problems
     assert problem.startswith("losses derived again differ by ")
 

@@ -1,33 +1,37 @@
 """Stacked LoRA directions on frozen bases: a step over plain inference of the same rows, in time and memory; smoothness of the base.
 
-    python -m examples.bench.adapter EDGE... [--plain EDGE] [--rounds 7] [--json]
+    python -m examples.bench.adapter EDGE... [--plain EDGE] [--whole] [--rounds 7] [--json]
 
 EDGE are edge models with LoRA branch points (fp32, int8, int4 of one source); --plain is the same model without branch points, whose
 inference is the yardstick of memory. 16 directions of one row of 32 tokens, both signs: 32 rows. Times are interleaved in one process,
-medians over rounds; peak memory is that of a process of its own.
+medians over rounds; peak memory is that of a process of its own. --whole feeds whole copies of B instead of sign vectors.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 
 from edgezo.config import TuneConfig, make_config
-from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.lora import Lora
+from edgezo.runtime.model import Array, EdgeModel
 from edgezo.runtime.noise import Direction
+from edgezo.runtime.outer import OuterWeights
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.tasks import Example
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions
 
 DIRECTIONS, TOKENS, LR = 16, 32, 1e-3
 GRADIENT_DIRECTIONS = 64
+WHOLE = "EDGEZO_BENCH_WHOLE_COPIES"
 
 
 def make_rows(model: EdgeModel, rows: int, tokens: int) -> list[Example]:
@@ -38,10 +42,25 @@ def make_rows(model: EdgeModel, rows: int, tokens: int) -> list[Example]:
 
 def make_theta(edge: Path, directions: int, batch: int) -> Theta:
     """A freshly opened model with an untuned adapter."""
+    if os.environ.get(WHOLE):
+        Lora.stacked_feeds = whole_copies  # type: ignore[method-assign]
     model = EdgeModel(edge)
     settings = {"data": "-", "directions": directions, "batch": batch, "lr": LR, "eps": 1e-2, "rule": "normalized"}
     config: TuneConfig = make_config(None, settings)
     return Theta(model, config, mutable_weights(model, config), Sequences(model))
+
+
+def whole_copies(lora: Lora, theta: OuterWeights, directions: Sequence[Direction], sides: Sequence[int], eps: float) -> dict[str, Array]:
+    """What `Lora.stacked_feeds` feeds, with every copy of B made outside the graph."""
+    feeds, drawn = lora.feeds(), [theta.signs(direction, "lora_B") for direction in directions]
+    column = 0
+    for index, (target, b) in enumerate(zip(lora.targets, lora.matrices("lora_B"), strict=True)):
+        rows = np.stack([r[index * lora.rank : (index + 1) * lora.rank] for r, _ in drawn]).astype(np.float32)
+        columns = np.stack([s[column : column + target.out_features] for _, s in drawn]).astype(np.float32)
+        z = rows[:, None, :, None] * columns[:, None, None, :] * np.array(sides, np.float32)[None, :, None, None]
+        feeds[target.b] = (b + np.float32(eps) * z).reshape(-1, *b.shape)
+        column += target.out_features
+    return feeds
 
 
 def stacked_step(theta: Theta, rows: list[Example], number: int) -> None:
@@ -61,9 +80,8 @@ def plain(theta: Theta, rows: list[Example]) -> None:
 
 def measure_times(edge: Path, rounds: int) -> dict[str, float]:
     """Seconds of a stacked step, of inference of the same rows without an adapter, and of 16 sequential two-sided steps of two rows."""
-    tuned, base, alone = make_theta(edge, DIRECTIONS, 1), make_theta(edge, 1, 1), make_theta(edge, 1, 1)
+    tuned, base = make_theta(edge, DIRECTIONS, 1), make_theta(edge, 1, 1)
     base.model.adapter = None
-    alone.model, alone.sequences = base.model, base.sequences  # one session for both
     rows = make_rows(tuned.model, DIRECTIONS, TOKENS)
     single = make_theta(edge, 1, 1)
 
@@ -129,9 +147,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("edges", type=Path, nargs="+")
     parser.add_argument("--plain", type=Path)
+    parser.add_argument("--whole", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.whole:
+        os.environ[WHOLE] = "1"  # the measured processes are spawned
     yardstick = peak_bytes(arguments.plain, "inference", 8, 64) if arguments.plain else None
     first: np.ndarray | None = None
     results = []
