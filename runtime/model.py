@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 
 from edgezo.adapters import PREFIX
 from edgezo.config import MAX_TOKENS, Sampling
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from edgezo.runtime.run import StepChoice
 
 Array = npt.NDArray[Any]
+INT8_ENGINE = (1, 23)  # onnxruntime 1.22 refuses 8 bits in MatMulNBits on the CPU; 4 bits run with 1.18
 FED = {"input_ids", "attention_mask", "position_ids", "hidden_rows", "pair_rows", "pair_targets"}  # what the runtime knows to feed
 
 
@@ -181,6 +183,10 @@ class EdgeModel:
             raise EdgeModelError(
                 f"{self.directory / graph.file}: refers to {sorted(strange)[0]!r}, which is no weight file of this edge model; copy or export it again"
             )
+        if self.manifest.weights == "int8" and _engine_version() < INT8_ENGINE:
+            raise EdgeModelError(
+                f"{self.directory}: its int8 weights need onnxruntime {'.'.join(map(str, INT8_ENGINE))} or later, this is {onnxruntime.__version__}; update it, or export with --weights int4"
+            )
         in_graph = {name: array for name, array in self.weights.items() if name != PREFIX}
         session = Session(self.directory / graph.file, in_graph, self.threads)
         listed = {*graph.inputs, *(state.input for state in graph.past)}
@@ -190,6 +196,10 @@ class EdgeModel:
                 f"{self.directory / graph.file}: its inputs or outputs are not those of the manifest ({', '.join(sorted(session.inputs ^ listed)[:3]) or 'unknown ones'}); copy or export the edge model again"
             )
         return session
+
+
+def _engine_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
 
 
 def _load(directory: Path, name: str, stored: StoredFile) -> npt.NDArray[np.uint8]:

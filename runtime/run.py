@@ -88,8 +88,10 @@ class Run(NamedTuple):
 
 
 def base_id(manifest: Manifest) -> str:
-    """Identity of the weights a run starts from: SHA-256 over every tensor's name, shape and place and the weight files' hashes."""
-    parts = [[t.name, t.shape, t.file, t.offset, t.tunable, manifest.files[t.file].sha256] for t in manifest.tensors]
+    """Identity of what a run starts from: SHA-256 over every tensor's name, shape and place, the weight files' hashes, and the adapter."""
+    parts: list[Any] = [[t.name, t.shape, t.file, t.offset, t.tunable, manifest.files[t.file].sha256] for t in manifest.tensors]
+    if manifest.adapter is not None:
+        parts.append(manifest.adapter.model_dump())
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

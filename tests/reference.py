@@ -84,11 +84,11 @@ def write_adapter(model: EdgeModel, folder: Path) -> Path:
     return folder
 
 
-def peft_network(name: str, folder: Path, trainable: bool = False) -> Any:
+def peft_network(name: str, folder: Path) -> Any:
     """The tiny torch model with an adapter as PEFT reads it."""
     import peft
 
-    return peft.PeftModel.from_pretrained(tiny.make_model(name), folder, is_trainable=trainable).eval()
+    return peft.PeftModel.from_pretrained(tiny.make_model(name), folder).eval()
 
 
 def outer_products(direction: Direction, name: str, shapes: Sequence[tuple[int, int]]) -> list[Numbers]:

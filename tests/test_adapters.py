@@ -324,11 +324,13 @@ def test_ten_steps_follow_a_float64_reference(export_tiny: ExportTiny, tmp_path:
 @pytest.mark.parametrize(("name", "kind"), [("llama", "lora"), ("gpt2", "lora"), ("llama", "prefix")])
 def test_projected_gradients_are_those_of_autograd(export_tiny: ExportTiny, tmp_path: Path, name: str, kind: str) -> None:
     settings = {"tune_a": True} if kind == "lora" else {}
-    theta = make_theta(export_tiny(name, adapter=kind), tmp_path / "start", directions=6, batch=2, eps=2**-9, **settings)
+    theta = make_theta(export_tiny(name, adapter=kind), tmp_path / "start", directions=6, batch=2, eps=2**-11, **settings)
     groups = theta.groups(make_examples(12, (1, 2)))
     directions = step_directions(theta.config, 0)
     found = np.array([estimate.projected_grad for estimate in theta.estimates(directions, groups)])
-    network = peft_network(name, write_adapter(theta.model, tmp_path / "adapter"), trainable=True)
+    network = peft_network(name, write_adapter(theta.model, tmp_path / "adapter"))
+    for parameter in adapter_parameters(network).values():
+        parameter.requires_grad_(True)
     expected = []
     for direction, group in zip(directions, groups, strict=True):
         network.zero_grad()
@@ -338,9 +340,13 @@ def test_projected_gradients_are_those_of_autograd(export_tiny: ExportTiny, tmp_
     assert np.abs(found / expected - 1).max() < 0.01, "each of them, the small ones too"
 
 
+def adapter_parameters(network: Any) -> dict[str, Any]:
+    return {name: parameter for name, parameter in network.named_parameters() if "lora_" in name or "prompt_encoder" in name}
+
+
 def gradients(network: Any, model: EdgeModel, direction: noise.Direction) -> list[tuple[Any, Any]]:
     """Autograd's gradient of every tuned array, laid out like its z, beside that."""
-    parameters = dict(network.named_parameters())
+    parameters = adapter_parameters(network)
     if isinstance(model.adapter, Prefix):
         layers, _, heads, tokens, head_dim = model.adapter.array.shape
         gradient = parameters["prompt_encoder.default.embedding.weight"].grad.numpy().reshape(tokens, layers, 2, heads, head_dim)
@@ -387,10 +393,10 @@ def test_targets_are_the_layers_that_are_meant(targets_of: Callable[[str], list[
 @pytest.mark.parametrize(
     ("targets", "asked", "near"),
     [
-        ("q_prj", "q_prj", "NEAR0"),
-        ("q_proj,wrong", "wrong", "NEAR1"),
-        (r"layers\.7\.", r"layers\.7\.", "NEAR2"),
-        ("lm_head", "lm_head", "NEAR3"),
+        ("q_prj", "q_prj", "q_proj, v_proj, o_proj"),
+        ("q_proj,dow", "dow", "down_proj"),
+        (r"\.h\.7\.", r"\.h\.7\.", "down_proj, gate_proj, k_proj, o_proj, q_proj"),
+        ("lm_head", "lm_head", "down_proj, gate_proj, k_proj, o_proj, q_proj"),
     ],
 )
 def test_targets_that_are_not_there_are_refused_with_near_names(
@@ -563,7 +569,8 @@ def test_tuning_an_adapter_lowers_the_loss_and_leaves_the_edge_model_as_it_is(
     directories: dict[str, Path], reviews: str, tmp_path: Path, kind: str
 ) -> None:
     before = {path.name: path.read_bytes() for path in directories[kind].iterdir()}
-    result = edgezo.tune(directories[kind], tmp_path / "run", data=reviews, valid=reviews, steps=40, threads=1, directions=8, **TASK)
+    settings = {**TASK, "steps": 60, "directions": 8, "lr": {"lora": 1.2e-2, "prefix": 3e-2}[kind]}
+    result = edgezo.tune(directories[kind], tmp_path / "run", data=reviews, valid=reviews, threads=1, **settings)
     assert result.before is not None
     assert result.best is not None
     assert result.best.loss < 0.8 * result.before.loss

@@ -239,5 +239,5 @@ def test_a_file_too_large_for_a_journal_is_not_read(tmp_path: Path) -> None:
 def test_a_header_with_impossible_directions_is_refused(tmp_path: Path, count: object) -> None:
     with Journal.create(tmp_path / "j", {**HEADER, "config": {"directions": count}}):
         pass
-    with pytest.raises(RunError, match="the header says .* directions a step; the run cannot be used"):
+    with pytest.raises(RunError, match=r"the header says .* directions a step; the run cannot be used"):
         read_journal(tmp_path / "j")
