@@ -15,7 +15,8 @@ BLOCK = 32  # elements of a row that share a scale; the smallest that MatMulNBit
 BITS = {"int8": 8, "int4": 4}
 SCALE_FACTORS = (1.0, 0.95, 0.9, 0.85, -1.0, -0.95, -0.9, -1.1)  # of max|w| / 2**(bits - 1): the best of these per block
 ROWS_AT_ONCE = 4096
-PART_ROWS = 1024  # of a quantised weight in one product; unpacked to float32 they take 2.4 MB where the width is 576
+PARTS_FROM = 16384  # outputs; a vocabulary projection has more, a layer of a model that a device holds has not
+PART_ROWS = 1024  # of a larger weight in one product; unpacked to float32 they take 2.4 MB where the width is 576
 FP32_COMPUTE = 1  # accuracy_level of MatMulNBits; 4 would round activations to int8
 
 
@@ -123,10 +124,10 @@ def _matmul_n_bits(decoder: Decoder, node: onnx.NodeProto, facts: Quantized, nam
     bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else None
     out, width = facts.shape
     product = f"{node.output[0]}/matmul" if bias else node.output[0]
-    bounds = list(range(0, out, PART_ROWS))
+    bounds = list(range(0, out, PART_ROWS)) if out > PARTS_FROM else [0]
     nodes, names = [], []
     for number, first in enumerate(bounds):
-        rows = min(PART_ROWS, out - first)
+        rows = min(PART_ROWS, out - first) if len(bounds) > 1 else out
         weight, scales, result = name, facts.scales, product
         if len(bounds) > 1:
             weight, scales, result = (f"{part}/part{number}" for part in (name, facts.scales, product))
