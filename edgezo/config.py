@@ -13,6 +13,7 @@ from edgezo.errors import ConfigError, first_line
 AdapterKind = Literal["lora", "prefix"]
 ALL_LINEAR = "all-linear"  # targets of LoRA
 PREFIX_TOKENS = 5
+RANK_LIMIT, ALPHA_LIMIT = 4096, 1e6
 CONFIG_BYTES_LIMIT = 1 << 20
 DEFAULT_STEPS = 500
 
@@ -47,8 +48,8 @@ class TuneConfig(BaseModel):
     directions: int = Field(1, gt=0, le=1024, description="directions of a step, each with rows of its own")
     batch: int = Field(16, gt=0, description="rows of a direction")
     rule: Literal["sgd", "normalized"] = Field("sgd", description="of the update; normalized has root mean square lr in every weight")
-    rank: int = Field(8, gt=0, le=4096, description="of LoRA")
-    alpha: float = Field(16.0, gt=0, le=1e6, description="of LoRA, whose scaling is alpha / rank")
+    rank: int = Field(8, gt=0, le=RANK_LIMIT, description="of LoRA")
+    alpha: float = Field(16.0, gt=0, le=ALPHA_LIMIT, description="of LoRA, whose scaling is alpha / rank")
     tune_a: bool = Field(False, description="tune LoRA's A too; else B alone (LoRA-FA)")
     init: str | None = Field(None, description="adapter to start from: a PEFT folder")
     seed: int = Field(0, ge=0, lt=1 << 64, description="of noise and data order; 0 is an ordinary seed")

@@ -163,7 +163,7 @@ class Manifest(Record):
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read and check manifest.json; file contents are checked by `verify_files` or while they are loaded.
+    """Read and check manifest.json; file contents are checked by `verify_file` or while they are loaded.
 
     Raises:
         EdgeModelError: missing, not JSON, of an unknown version, or contradicting itself.
@@ -256,12 +256,47 @@ def _check(manifest: Manifest, path: Path) -> None:
         for (_, end, first), (start, _, second) in pairwise(parts):
             if start < end:
                 refuse(f"tensors {first!r} and {second!r} overlap in {name}")
-    shapes = {tensor.name: tensor.shape for tensor in manifest.tensors}
-    for tensor in manifest.tensors:
-        stored = tensor.quantized
-        if stored is not None and (tensor.dtype != "uint8" or tensor.shape != stored.packed_shape or stored.scales not in shapes):
-            refuse(f"tensor {tensor.name!r} says it is quantized, but its shape, type or scales do not fit")
     if manifest.adapter is None and not manifest.tunable:
         refuse("no tensor is tunable")
-    if manifest.adapter is not None and manifest.adapter.kind == "prefix" and PREFIX not in shapes:
-        refuse("it is prepared for a prefix, but none is stored")
+    problem = _quantization_problem(manifest) or _adapter_problem(manifest)
+    if problem:
+        refuse(problem)
+
+
+def _quantization_problem(manifest: Manifest) -> str | None:
+    tensors = {tensor.name: tensor for tensor in manifest.tensors}
+    for tensor in manifest.tensors:
+        stored = tensor.quantized
+        if stored is None:
+            continue
+        scales = tensors.get(stored.scales)
+        fits = (
+            tensor.dtype == "uint8" and not tensor.tunable and stored.block * stored.bits % 8 == 0 and tensor.shape == stored.packed_shape
+        )
+        if not fits or scales is None or scales.dtype != "float32" or scales.size != math.prod(tensor.shape[:2]):
+            return f"tensor {tensor.name!r} says it is quantized, but its shape, type or scales do not fit"
+    return None
+
+
+def _adapter_problem(manifest: Manifest) -> str | None:
+    adapter, tensors = manifest.adapter, {tensor.name: tensor for tensor in manifest.tensors}
+    if adapter is not None and adapter.kind == "lora":
+        if manifest.tunable or not adapter.targets or len({target.module for target in adapter.targets}) != len(adapter.targets):
+            return "its LoRA has no targets, one twice, or a tunable base"
+        for target in adapter.targets:
+            tensor = tensors.get(f"{target.module}.weight")
+            shape = [target.out_features, target.in_features] if target.out_first else [target.in_features, target.out_features]
+            if tensor is None or shape != (tensor.quantized.shape if tensor.quantized else tensor.shape):
+                return f"LoRA target {target.module!r} does not fit a stored weight"
+        return None
+    prefix = tensors.get(PREFIX)
+    if adapter is None:
+        return f"tensor {PREFIX!r} is stored, but no prefix is described" if prefix is not None else None
+    past = manifest.generation.past
+    heads = {(state.heads, state.head_dim) for state in past}
+    if prefix is None or manifest.tunable != [prefix] or len(heads) != 1 or len(prefix.shape) != 5:
+        return "it is prepared for a prefix, but none that is tunable and alone is stored"
+    ((count, head_dim),) = heads
+    if prefix.shape != [len(past) // 2, 2, count, adapter.tokens, head_dim] or adapter.tokens >= manifest.origin.context_length:
+        return f"its prefix has shape {prefix.shape}, which does not fit the graphs"
+    return None

@@ -9,14 +9,14 @@ from onnx import TensorProto, helper
 
 from edgezo.export.decoder import Decoder, Part, Weight
 from edgezo.export.surgery import Surgery, Use
+from edgezo.export.weights import LAYER
 from edgezo.quantization import Precision, Quantized
 
 BLOCK = 32  # elements of a row that share a scale; the smallest that MatMulNBits takes
 BITS = {"int8": 8, "int4": 4}
 SCALE_FACTORS = (1.0, 0.95, 0.9, 0.85, -1.0, -0.95, -0.9, -1.1)  # of max|w| / 2**(bits - 1): the best of these per block
 ROWS_AT_ONCE = 4096
-PARTS_FROM = 16384  # outputs; a vocabulary projection has more, a layer of a model that a device holds has not
-PART_ROWS = 1024  # of a larger weight in one product; unpacked to float32 they take 2.4 MB where the width is 576
+PART_ROWS = 1024  # of a vocabulary projection in one product; unpacked to float32 they take 2.4 MB where the width is 576
 FP32_COMPUTE = 1  # accuracy_level of MatMulNBits; 4 would round activations to int8
 
 
@@ -120,11 +120,11 @@ def _is_out_in(node: onnx.NodeProto) -> bool:
 
 
 def _matmul_n_bits(decoder: Decoder, node: onnx.NodeProto, facts: Quantized, name: str) -> list[onnx.NodeProto]:
-    """y = x W, by parts of W where it is large: the engine unpacks all of an int8 weight to float32 for every product."""
+    """y = x W, the vocabulary projection by parts of W: the engine unpacks all of an int8 weight to float32 for every product."""
     bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else None
     out, width = facts.shape
     product = f"{node.output[0]}/matmul" if bias else node.output[0]
-    bounds = list(range(0, out, PART_ROWS)) if out > PARTS_FROM else [0]
+    bounds = [0] if LAYER.search(name) else list(range(0, out, PART_ROWS))
     nodes, names = [], []
     for number, first in enumerate(bounds):
         rows = min(PART_ROWS, out - first) if len(bounds) > 1 else out

@@ -21,7 +21,7 @@ from edgezo.export.graphs import attach_weights, generation_graph, scoring_graph
 from edgezo.export.prefix import check_tokens, fill_prefix, prefix_weight
 from edgezo.export.source import Source, load_source, save_tokenizer
 from edgezo.export.verify import probe_logits, verify
-from edgezo.export.weights import matching, plan_tensors, tunable_pattern, write_weights
+from edgezo.export.weights import matching, plan_tensors, refuse_non_finite, tunable_pattern, write_weights
 from edgezo.manifest import Manifest, StoredFile, TokenizerFacts, Verification
 from edgezo.quantization import Precision
 from edgezo.storage import directory_in_the_making, refuse_existing, sha256_file
@@ -73,14 +73,16 @@ def export_model(
     started = time.monotonic()
     output = Path(output)
     refuse_existing(output, ExportError, "choose another directory or remove it")
-    precision = _check_settings(tunable, adapter, targets, weights)
+    precision = _check_settings(tunable, adapter, targets, tokens, weights)
+    option = "--tunable"
     if adapter not in {None, "lora", "prefix"}:
-        tunable, adapter = str(adapter), None
+        option, tunable, adapter = "--adapter (neither lora nor prefix, so weights in place)", str(adapter), None
     progress(f"loading and tracing {Path(model).name if Path(model).exists() else model}")
     source = load_source(model, revision)
     decoder = source.decoder
+    refuse_non_finite(decoder.weights.values())
     origin = source.origin.model_copy(update={"weights_sha256": _weights_sha256(decoder)})
-    chosen = set() if adapter is not None else matching(decoder.weights.values(), tunable)
+    chosen = set() if adapter is not None else matching(decoder.weights.values(), tunable, option)
     unquantized = None
     if precision != "fp32":
         if not source.shares_weights:
@@ -144,7 +146,7 @@ def export_model(
     return ExportResult(output, manifest, checked, time.monotonic() - started)
 
 
-def _check_settings(tunable: str, adapter: str | None, targets: str, weights: str) -> Precision:
+def _check_settings(tunable: str, adapter: str | None, targets: str, tokens: int, weights: str) -> Precision:
     """Mistakes that can be told before the minutes of loading; returns the precision of the weights."""
     if weights not in get_args(Precision):
         raise ConfigError(
@@ -154,7 +156,9 @@ def _check_settings(tunable: str, adapter: str | None, targets: str, weights: st
         raise ConfigError(f"--adapter {adapter} freezes the whole base, --tunable {tunable} tunes some of it; give one of the two")
     if adapter != "lora" and targets != ALL_LINEAR:
         raise ConfigError(f"--targets {targets}: says where LoRA goes; add --adapter lora or leave it out")
-    if weights != "fp32" and adapter is None and tunable == "all":
+    if adapter != "prefix" and tokens != PREFIX_TOKENS:
+        raise ConfigError(f"--tokens {tokens}: says how long a prefix is; add --adapter prefix or leave it out")
+    if weights != "fp32" and adapter in {None, "all"} and tunable == "all":
         raise ConfigError(f"--weights {weights}: quantised weights cannot be tuned; add --adapter lora, or leave --weights out")
     check_targets(targets)
     tunable_pattern(tunable if adapter in {None, "lora", "prefix"} else str(adapter))

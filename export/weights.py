@@ -25,7 +25,7 @@ def plan_tensors(weights: Iterable[Weight], chosen: set[str]) -> list[Tensor]:
         chosen: names of the tunable ones.
 
     Raises:
-        ExportError: a weight holds NaN or infinity, or a type that cannot be stored.
+        ExportError: a weight has a type that cannot be stored.
     """
     offsets = {TUNABLE_FILE: 0, FROZEN_FILE: 0}
     tensors = []
@@ -33,8 +33,6 @@ def plan_tensors(weights: Iterable[Weight], chosen: set[str]) -> list[Tensor]:
         dtype = "float32" if weight.array.dtype.kind == "f" else str(weight.array.dtype)
         if dtype not in ITEM_BYTES:
             raise ExportError(f"{weight.name}: type {dtype} cannot be stored; edgezo stores {', '.join(ITEM_BYTES)}")
-        if weight.array.dtype.kind == "f" and not np.isfinite(weight.array).all():
-            raise ExportError(f"{weight.name}: the source holds NaN or infinity; it cannot be tuned or checked")
         file = TUNABLE_FILE if weight.name in chosen else FROZEN_FILE
         layer = LAYER.search(f".{weight.name}")
         tensor = Tensor(
@@ -53,6 +51,13 @@ def plan_tensors(weights: Iterable[Weight], chosen: set[str]) -> list[Tensor]:
         offsets[file] = -(-(tensor.offset + tensor.nbytes) // ALIGNMENT) * ALIGNMENT
         tensors.append(tensor)
     return tensors
+
+
+def refuse_non_finite(weights: Iterable[Weight]) -> None:
+    """Refuse a source whose weights hold NaN or infinity."""
+    for weight in weights:
+        if weight.array.dtype.kind == "f" and not np.isfinite(weight.array).all():
+            raise ExportError(f"{weight.name}: the source holds NaN or infinity; it cannot be tuned or checked")
 
 
 def write_weights(directory: Path, tensors: list[Tensor], weights: dict[str, Weight]) -> dict[str, StoredFile]:
@@ -85,12 +90,13 @@ def tunable_pattern(tunable: str) -> re.Pattern[str]:
         raise ConfigError(f"--tunable {tunable!r}: not a regular expression ({error})") from None
 
 
-def matching(weights: Iterable[Weight], tunable: str) -> set[str]:
+def matching(weights: Iterable[Weight], tunable: str, option: str = "--tunable") -> set[str]:
     """Names of the weights to tune.
 
     Args:
         weights: of the source.
         tunable: "all", "norms", or a regular expression searched in the Hugging Face names (tied names count too).
+        option: that gave it, for the message.
 
     Raises:
         ConfigError: the expression is malformed or matches no weight (near names are listed).
@@ -104,7 +110,7 @@ def matching(weights: Iterable[Weight], tunable: str) -> set[str]:
         kinds = sorted({_kind(weight.name) for weight in trainable})
         near = get_close_matches(tunable, kinds, cutoff=0.3) or kinds
         raise ConfigError(
-            f"--tunable {tunable!r}: matches none of the {len(trainable)} weights; they are named like {trainable[0].name}, their kinds are near {', '.join(near[:5])}"
+            f"{option} {tunable!r}: matches none of the {len(trainable)} weights; they are named like {trainable[0].name}, their kinds are near {', '.join(near[:5])}"
         )
     return chosen
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ import onnxruntime
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from edgezo.adapters import PREFIX
+from edgezo.config import ALL_LINEAR, ALPHA_LIMIT, RANK_LIMIT
 from edgezo.errors import AdapterError, first_line
 from edgezo.manifest import Manifest
 from edgezo.runtime.lora import A, B, Lora
 from edgezo.runtime.prefix import Prefix
+from edgezo.storage import PART
 
 Array = npt.NDArray[Any]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -22,7 +27,9 @@ STEM = "base_model.model."  # what PEFT puts before every module name
 PROMPT = "prompt_embeddings"  # of a prefix: [tokens, layers * 2 * heads * head_dim]
 BASE_KEY = "edgezo_base"  # in the metadata of the tensors: Origin.weights_sha256 of the model that was tuned
 ONNX_SUFFIX = ".onnx_adapter"
-UNSUPPORTED = {"use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}
+CONFIG_BYTES_LIMIT = 1 << 20
+TENSORS_BYTES_LIMIT = 1 << 32
+UNSUPPORTED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens")
 
 
 def read_adapter(path: Path, manifest: Manifest) -> Lora | Prefix:
@@ -38,7 +45,7 @@ def read_adapter(path: Path, manifest: Manifest) -> Lora | Prefix:
     if manifest.adapter is None:
         raise AdapterError(f"{path}: this edge model has no branch points for adapters; export it again with --adapter lora or prefix")
     if path.is_file() and path.suffix == ONNX_SUFFIX:
-        return _lora(path, manifest, _onnx_matrices(path), alpha=None)
+        return _lora(path, manifest, _onnx_matrices(path, manifest), alpha=None, rank=None)
     config, tensors = read_peft_config(path), _read_tensors(path, manifest)
     kind = {"LORA": "lora", "PREFIX_TUNING": "prefix"}.get(str(config.get("peft_type")))
     if kind != manifest.adapter.kind:
@@ -47,7 +54,13 @@ def read_adapter(path: Path, manifest: Manifest) -> Lora | Prefix:
         )
     if kind == "prefix":
         return _prefix(path, manifest, tensors)
-    return _lora(path, manifest, _peft_matrices(path, tensors), alpha=peft_alpha(config))
+    lora = _lora(path, manifest, _peft_matrices(path, tensors), float(config["lora_alpha"]), config["r"])
+    if config.get("use_rslora"):  # alpha / sqrt(rank) there, alpha / rank here
+        lora.alpha *= math.sqrt(lora.rank)
+    missing = [target.module for target in lora.targets if _is_target(target.module, config) and target.module not in lora.given]
+    if missing:
+        raise AdapterError(f"{path}: {len(missing)} layers that its {CONFIG} names have no tensors ({missing[0]}); save the adapter again")
+    return lora
 
 
 def read_peft_config(path: Path) -> dict[str, Any]:
@@ -60,24 +73,40 @@ def read_peft_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise AdapterError(f"{path}: no adapter ({CONFIG} is missing); give a PEFT folder, or a run with --run")
     try:
+        if file.stat().st_size > CONFIG_BYTES_LIMIT:
+            raise AdapterError(f"{file}: larger than {CONFIG_BYTES_LIMIT} bytes; this is no adapter configuration")
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{file}: not readable as JSON ({first_line(error)}); save the adapter again") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{file}: holds a {type(config).__name__}, not settings; save the adapter again")
-    for name, plain in UNSUPPORTED.items():
-        if config.get(name, plain) not in (plain, None):
+    for name in [*UNSUPPORTED, *(["bias"] if config.get("bias", "none") != "none" else [])]:
+        if config.get(name):
             raise AdapterError(f"{file}: has {name} = {config[name]!r}, which edgezo does not do; train the adapter without it")
     if config.get("peft_type") == "LORA":
         rank, alpha = config.get("r"), config.get("lora_alpha")
-        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-            raise AdapterError(f"{file}: rank {rank!r} with alpha {alpha!r}; both must be positive numbers")
+        if not (_within(rank, int, RANK_LIMIT) and _within(alpha, int | float, ALPHA_LIMIT)):
+            raise AdapterError(
+                f"{file}: rank {rank!r:.40} with alpha {alpha!r:.40}; numbers above 0, at most {RANK_LIMIT} and {ALPHA_LIMIT:g}, are expected"
+            )
     return config
 
 
-def peft_alpha(config: dict[str, Any]) -> float:
-    """alpha such that alpha / rank is the scaling, which rank-stabilised LoRA has as alpha / sqrt(rank)."""
-    return float(config["lora_alpha"]) * (math.sqrt(config["r"]) if config.get("use_rslora") else 1.0)
+def _within(value: Any, kind: Any, limit: float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value <= limit
+
+
+def _is_target(module: str, config: dict[str, Any]) -> bool:
+    """Whether a PEFT configuration names this layer: a list holds ends of names, a string is an expression over whole names."""
+    named, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if layers is not None or not isinstance(named, list | str) or named == ALL_LINEAR:
+        return False  # it does not say which
+    if isinstance(named, list):
+        return any(isinstance(name, str) and (module == name or module.endswith(f".{name}")) for name in named)
+    try:
+        return re.fullmatch(named, module) is not None
+    except re.error:
+        return False
 
 
 def write_peft(adapter: Lora | Prefix, manifest: Manifest, folder: Path) -> None:
@@ -112,7 +141,7 @@ def write_peft(adapter: Lora | Prefix, manifest: Manifest, folder: Path) -> None
     save_file(tensors, folder / TENSORS, metadata={"format": "pt", BASE_KEY: manifest.origin.weights_sha256 or ""})
 
 
-def write_onnx_adapter(adapter: Lora | Prefix, path: Path) -> None:
+def write_onnx_adapter(adapter: Lora | Prefix, manifest: Manifest, path: Path) -> None:
     """Write what the scoring graph is fed (for LoRA the generation graph too) as a file that `onnxruntime.LoraAdapter` loads.
 
     References:
@@ -125,20 +154,37 @@ def write_onnx_adapter(adapter: Lora | Prefix, path: Path) -> None:
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in adapter.feeds().items()}
     file = onnxruntime.AdapterFormat()
     file.set_adapter_version(1)
-    file.set_model_version(1)
+    file.set_model_version(_model_version(manifest))
     file.set_parameters(values)
-    file.export_adapter(str(path))
+    part = path.with_name(f".{path.name}{PART}")
+    try:
+        file.export_adapter(str(part))
+        onnxruntime.AdapterFormat.read_adapter(str(part))  # the engine does not tell of a full disk
+        os.replace(part, path)
+    except Exception as error:
+        raise AdapterError(
+            f"{path}: cannot be written ({first_line(error)}); nothing was kept, free space or choose another place"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _model_version(manifest: Manifest) -> int:
+    """The number in an .onnx_adapter file that tells its base: 28 bits of the hash of the source's weights; 1 where that is unknown."""
+    return int((manifest.origin.weights_sha256 or "0000001")[:7], 16)
 
 
 def _read_tensors(path: Path, manifest: Manifest) -> dict[str, Array]:
     file = path / TENSORS
     if not file.is_file():
         raise AdapterError(f"{path}: {TENSORS} is missing; save the adapter as safetensors (PEFT's default)")
+    if file.stat().st_size > TENSORS_BYTES_LIMIT:
+        raise AdapterError(f"{file}: larger than {TENSORS_BYTES_LIMIT} bytes; this is no adapter")
     try:
         with safe_open(file, framework="np") as opened:
             made_for = (opened.metadata() or {}).get(BASE_KEY)
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  no mapping
-    except (SafetensorError, OSError, TypeError) as error:
+    except (SafetensorError, OSError, TypeError, AttributeError, MemoryError) as error:  # float8 has no NumPy type
         raise AdapterError(f"{file}: not readable as float tensors ({first_line(error)}); save the adapter again in float32") from None
     own = manifest.origin.weights_sha256
     if made_for and own and made_for != own:
@@ -164,11 +210,16 @@ def _peft_matrices(path: Path, tensors: dict[str, Array]) -> dict[str, dict[str,
     return modules
 
 
-def _onnx_matrices(path: Path) -> dict[str, dict[str, Array]]:
+def _onnx_matrices(path: Path, manifest: Manifest) -> dict[str, dict[str, Array]]:
+    if manifest.adapter is None or manifest.adapter.kind != "lora":
+        raise AdapterError(f"{path}: .onnx_adapter files are read for LoRA alone; give the prefix as a PEFT folder")
     try:
-        parameters = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
+        file = onnxruntime.AdapterFormat.read_adapter(str(path))
+        parameters, made_for = file.get_parameters(), file.get_model_version()
     except Exception as error:  # the engine's own exception classes are not importable in every version
         raise AdapterError(f"{path}: onnxruntime {onnxruntime.__version__} cannot read it ({first_line(error)})") from None
+    if made_for != 1 and made_for != _model_version(manifest):
+        raise AdapterError(f"{path}: was tuned on another base than this edge model; give its own base")
     modules: dict[str, dict[str, Array]] = {}
     for name, value in parameters.items():
         module, _, rest = name.rpartition(".lora_")
@@ -179,8 +230,8 @@ def _onnx_matrices(path: Path) -> dict[str, dict[str, Array]]:
     return modules
 
 
-def _lora(path: Path, manifest: Manifest, modules: dict[str, dict[str, Array]], alpha: float | None) -> Lora:
-    """`alpha` None says that the scaling is in A."""
+def _lora(path: Path, manifest: Manifest, modules: dict[str, dict[str, Array]], alpha: float | None, rank: int | None) -> Lora:
+    """`alpha` None says that the scaling is in A, `rank` None that any will do."""
     assert manifest.adapter is not None
     targets = {target.module: target for target in manifest.adapter.targets}
     strange = [module for module in modules if module not in targets]
@@ -201,8 +252,11 @@ def _lora(path: Path, manifest: Manifest, modules: dict[str, dict[str, Array]], 
         ranks.add(a.shape[1])
     if len(ranks) != 1 or 0 in ranks:
         raise AdapterError(f"{path}: ranks {sorted(ranks)}; edgezo needs one rank for all layers, above 0")
+    if rank not in {None, *ranks} or max(ranks) > RANK_LIMIT:
+        raise AdapterError(f"{path}: its matrices have rank {max(ranks)}, its {CONFIG} says {rank}; save the adapter again")
     (rank,) = ranks
     lora = Lora(manifest.adapter.targets, rank, rank if alpha is None else alpha)
+    lora.given = set(modules)
     for target, a, b in zip(lora.targets, lora.matrices(A), lora.matrices(B), strict=True):
         if target.module in modules:
             a[...], b[...] = modules[target.module][A], modules[target.module][B]
@@ -210,7 +264,7 @@ def _lora(path: Path, manifest: Manifest, modules: dict[str, dict[str, Array]], 
 
 
 def _prefix(path: Path, manifest: Manifest, tensors: dict[str, Array]) -> Prefix:
-    (stored,) = [tensor for tensor in manifest.tensors if tensor.name == "prefix"]
+    (stored,) = [tensor for tensor in manifest.tensors if tensor.name == PREFIX]
     layers, _, heads, tokens, head_dim = stored.shape
     found = tensors.get(PROMPT)
     if found is None or found.shape != (tokens, layers * 2 * heads * head_dim):

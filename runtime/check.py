@@ -8,7 +8,7 @@ import numpy as np
 
 from edgezo.runtime.dataset import read_dataset
 from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.run import JOURNAL, Run, check_base, check_same, journal_header, read_run
+from edgezo.runtime.run import INIT, JOURNAL, Run, check_base, check_same, journal_header, read_run
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions
 from edgezo.storage import sha256_file
@@ -54,6 +54,8 @@ def check_run(
     """
     run = read_run(directory)
     files = {path: _state(path, run.header.get(name)) for name, path in (("data", run.config.data), ("valid", run.config.valid)) if path}
+    if run.header.get("init") is not None:
+        files[INIT] = _state(str(directory / INIT), run.header.get("init"))
     problems = [f"{path} is not the file the run was made with" for path, state in files.items() if state == "changed"]
     derived, largest = 0, None
     if model is not None:

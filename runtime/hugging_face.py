@@ -72,7 +72,8 @@ def write_hugging_face(model: EdgeModel, folder: Path) -> None:
     save_file(dict(source_weights(model)), folder / WEIGHTS, metadata={"format": "pt"})
     facts = manifest.tokenizer
     shutil.copyfile(model.directory / facts.file, folder / "tokenizer.json")
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **facts.special_tokens}
+    settings: dict[str, Any] = {name: token for name, token in facts.special_tokens.items() if name.endswith("_token")}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["model_max_length"] = manifest.origin.context_length
     settings["clean_up_tokenization_spaces"] = False
     if facts.chat_template is not None:

@@ -74,7 +74,7 @@ def _prove_adapter_live(model: EdgeModel) -> None:
     path = model.directory / model.manifest.scoring.file
     dead = disconnected(path, probe.inputs)
     if dead:
-        raise _refusal(model, dead, "nothing in the scoring graph uses them")
+        raise _refusal(model, dead, "nothing in the scoring graph uses them", len(probe.names))
     dead = []
     for first in range(0, len(probe.names), PROBE_COPIES - 2):
         chosen = range(first, min(first + PROBE_COPIES - 2, len(probe.names)))
@@ -86,7 +86,7 @@ def _prove_adapter_live(model: EdgeModel) -> None:
         changes = np.abs(scores[1:-1] - scores[0]).max(axis=1)
         dead += [probe.names[number] for number, change in zip(chosen, changes, strict=True) if change <= 4 * rounding]
     if dead:
-        raise _refusal(model, dead, "their changes do not reach the scores")
+        raise _refusal(model, dead, "their changes do not reach the scores", len(probe.names))
 
 
 class _LoraProbe:
@@ -177,8 +177,8 @@ def _probe_feeds(model: EdgeModel, rows: int = 1) -> dict[str, Array]:
     return {name: feeds[name] for name in model.manifest.scoring.inputs}
 
 
-def _refusal(model: EdgeModel, dead: list[str], why: str) -> DeadTensorError:
+def _refusal(model: EdgeModel, dead: list[str], why: str, total: int | None = None) -> DeadTensorError:
     shown = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
     return DeadTensorError(
-        f"{model.directory}: {len(dead)} of {len(model.weights)} tunable tensors would not be tuned, {why}: {shown}; export again, or leave them out with --tunable"
+        f"{model.directory}: {len(dead)} of {total or len(model.weights)} tunable tensors would not be tuned, {why}: {shown}; export again, or leave them out with --tunable or --targets"
     )

@@ -35,8 +35,14 @@ class Lora:
             A: Layout([target.in_features for target in targets], [rank] * len(self.targets)),
             B: Layout([rank] * len(self.targets), [target.out_features for target in targets]),
         }
+        self.given = {target.module for target in targets}  # layers an adapter file had tensors for
         self.a: Floats = np.zeros(sum(rank * target.in_features for target in targets), np.float32)
         self.b: Floats = np.zeros(sum(rank * target.out_features for target in targets), np.float32)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every target has tensors of its own."""
+        return len(self.given) == len(self.targets)
 
     @property
     def scaling(self) -> float:

@@ -44,6 +44,7 @@ class EdgeModel:
     Attributes:
         weights: the arrays tuning may change, by Hugging Face name, as stored (`Tensor.transposed` says how); the engine reads them.
         adapter: what the graphs are fed beside the text; None for the base.
+        changed: whether it is no longer the base.
 
     Raises:
         EdgeModelError: a file is missing, truncated or changed, or the manifest cannot be trusted.
@@ -75,7 +76,7 @@ class EdgeModel:
         }
         self.adapter: Lora | Prefix | None = Prefix(self.weights[PREFIX]) if PREFIX in self.weights else None
         self.step: int | None = None
-        self._changed = False
+        self.changed = False
         if run is not None or adapter is not None:
             self.use(run=run, step=step, adapter=adapter)
 
@@ -103,7 +104,13 @@ class EdgeModel:
         read = read_tuned(self, run, step) if run is not None else None
         other = read_adapter(Path(adapter), self.manifest) if adapter is not None else None
         self._restore()
-        self.step = rebuild(self, *read) if read is not None else None
+        self.changed = read is not None or other is not None
+        if read is not None:
+            try:
+                self.step = rebuild(self, *read)
+            except BaseException:
+                self._restore()
+                raise
         if isinstance(other, Prefix) and isinstance(self.adapter, Prefix):
             self.adapter.array[...] = other.array
         elif other is not None:
@@ -112,13 +119,12 @@ class EdgeModel:
 
     def _restore(self) -> None:
         """The base again: tunable weights as in their files, no adapter but the prefix that is stored."""
-        if self._changed or self.step is not None:
+        if self.changed:
             for name, buffer in self.buffers.items():
                 buffer[...] = _load(self.directory, name, self.manifest.files[name])
-        self._changed = True
         if isinstance(self.adapter, Lora):
             self.adapter = None
-        self.step = None
+        self.step, self.changed = None, False
 
     @property
     def context(self) -> int:

@@ -46,7 +46,7 @@ class OuterWeights(MutableWeights):
         if key not in self._drawn:
             layout = self.layouts[name]
             drawn = noise.signs(direction, noise.tensor_id(name), sum(layout.rows) + sum(layout.columns))
-            if len(self._drawn) > 256:  # those of steps long past
+            if any(held.step != direction.step for held, _ in self._drawn):
                 self._drawn.clear()
             self._drawn[key] = drawn[: sum(layout.rows)], drawn[sum(layout.rows) :]
         return self._drawn[key]
@@ -60,11 +60,11 @@ class OuterWeights(MutableWeights):
             levels = [self._level(direction, scales, tensor.quantum) for direction, scales in pending.items()]
             drawn = [self.signs(direction, tensor.name) for direction in pending]
             rows = np.stack([r for r, _ in drawn]) * np.array(levels)[:, None]
-            columns = np.stack([s for _, s in drawn]).astype(np.float64)
+            columns = np.stack([s for _, s in drawn])
             row = column = start = 0
             for height, width in zip(*self.layouts[tensor.name], strict=True):
                 part = tensor.flat[start : start + height * width].reshape(height, width)
-                total = rows[:, row : row + height].T @ columns[:, column : column + width]
+                total = rows[:, row : row + height].T @ columns[:, column : column + width].astype(np.float64)
                 part[...] = part + total * tensor.quantum  # float64: exact on the grid, so the cast is too
                 row, column, start = row + height, column + width, start + height * width
 

@@ -27,6 +27,8 @@ class Prefix:
     def __init__(self, array: Floats) -> None:
         self.array = array
 
+    complete = True
+
     @property
     def prefix_tokens(self) -> int:
         """How many tokens the prefix stands for; text begins at this position."""

@@ -162,6 +162,7 @@ def read_tuned(model: EdgeModel, directory: str | os.PathLike[str], step: StepCh
     """A run of this model and the number of a step of it, checked."""
     run = read_run(directory)
     check_base(run, model)
+    assert run.start is None or run.start.is_file()  # told before anything is changed
     return run, run.resolve(step)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from edgezo.errors import NonFiniteLossError
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.tasks import Example
 from edgezo.runtime.theta import Theta
@@ -28,9 +29,13 @@ def smoothness_warning(theta: Theta, examples: Sequence[Example]) -> str | None:
     size = max(1, min(config.batch, ROWS, len(examples) // count))
     groups = [list(examples[place * size : (place + 1) * size]) for place in range(count)]
     directions = [Direction(config.seed, PROBE_STEP, number) for number in range(count)]
-    half, double = (
-        np.array([estimate.projected_grad for estimate in theta.estimates(directions, groups, factor * eps)]) for factor in (0.5, 2.0)
-    )
+    try:
+        half, double = (
+            np.array([estimate.projected_grad for estimate in theta.estimates(directions, groups, factor * eps)]) for factor in (0.5, 2.0)
+        )
+    except NonFiniteLossError:
+        theta.weights.flush()
+        return f"the loss is not finite at eps {eps:g} / 2 or at twice {eps:g}; try a smaller --eps"
     at_half, at_double = float(np.sqrt(np.mean(half**2))), float(np.sqrt(np.mean(double**2)))
     change = float(np.sqrt(np.mean((half - double) ** 2))) / (max(at_half, at_double) or 1.0)
     if change <= TOLERANCE:

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from edgezo.adapters import PREFIX
 from edgezo.config import TuneConfig
-from edgezo.errors import ConfigError
+from edgezo.errors import ConfigError, RunError, first_line
 from edgezo.runtime.estimator import Estimate, stacked_two_sided, two_sided
 from edgezo.runtime.lora import A, B, Lora
 from edgezo.runtime.model import EdgeModel
@@ -47,15 +48,25 @@ def mutable_weights(model: EdgeModel, config: TuneConfig, start: Path | None = N
         if start is None:
             lora.initialise(config.seed)
         else:
-            found = load_file(start)
+            found = _read_start(start, {A: lora.a.shape, B: lora.b.shape})
             lora.a[...], lora.b[...] = found[A], found[B]
         model.adapter = lora
         return lora.weights(config.eps, config.tune_a)
     if config.tune_a:
         raise ConfigError("--tune-a: this edge model has no branch points for LoRA; export it with --adapter lora")
     if start is not None:
-        model.weights[PREFIX][...] = load_file(start)[PREFIX]
+        model.weights[PREFIX][...] = _read_start(start, {PREFIX: model.weights[PREFIX].shape})[PREFIX]
     return MutableWeights(model.weights, eps=config.eps, distribution=config.noise, threads=model.threads)
+
+
+def _read_start(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, npt.NDArray[np.float32]]:
+    try:
+        found: dict[str, npt.NDArray[np.float32]] = load_file(path)
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+        raise RunError(f"{path}: not readable ({first_line(error)}); restore it from a copy") from None
+    if {name: (array.shape, array.dtype.str) for name, array in found.items()} != {name: (shape, "<f4") for name, shape in shapes.items()}:
+        raise RunError(f"{path}: does not hold the tensors of this run; restore it from a copy")
+    return found
 
 
 def write_start(adapter: Lora | Prefix, path: Path) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TextIO
 
-from edgezo.config import TuneConfig
-from edgezo.errors import ConfigError, RunError
+from pydantic import ValidationError
+
+from edgezo.config import TuneConfig, describe
+from edgezo.errors import AdapterError, ConfigError, RunError
 from edgezo.runtime.adapter_files import read_adapter
 from edgezo.runtime.dataset import Dataset, read_dataset
 from edgezo.runtime.evaluation import Evaluation, best_step
@@ -92,7 +94,7 @@ class Tuner:
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
 
     def loop(self) -> TuneResult:
-        """Two forwards and one update a step, until the steps or the minutes are used up or a signal asks to stop."""
+        """Forwards at theta + eps z and theta - eps z and one update a step, until the steps or the minutes are used up or a signal asks to stop."""
         config, order = self.config, self.dataset.order()
         started = time.monotonic() - self.spent_seconds
         step = self.first_step
@@ -131,7 +133,7 @@ class Tuner:
                 _write_step(metrics, report)
                 self.reporter.step(report)
         self.theta.weights.flush()
-        self.model.step = step
+        self.model.step, self.model.changed = step, True
         return self._finish(step, ended, time.monotonic() - started)
 
     def _progress(self, step: int, seconds: float) -> float:
@@ -192,8 +194,10 @@ def tune(
             then holds all whole steps.
     """
     reporter, output = reporter or Reporter(), Path(output)
-    if model.step is not None:
-        raise RunError(f"{output}: the model given is tuned already; tune starts from the base, open the edge model anew without run=")
+    if model.changed:
+        raise RunError(
+            f"{output}: the model given is tuned already; tune starts from the base, open the edge model anew without run= and adapter="
+        )
     with held_run(output, resume) as previous:
         start = previous.start if previous is not None else None
         if previous is None and config.init is not None:
@@ -229,6 +233,10 @@ def _start_from(model: EdgeModel, config: TuneConfig, output: Path) -> tuple[Tun
     """Read --init and keep its tensors in the run, which must not depend on other files; rank and alpha are the adapter's."""
     adapter = read_adapter(Path(str(config.init)), model.manifest)
     if isinstance(adapter, Lora):
+        if not adapter.complete:
+            raise AdapterError(
+                f"{config.init}: leaves branch points of {model.directory} out, which would never learn; export with --targets as the adapter has"
+            )
         own = {"rank": adapter.rank, "alpha": adapter.alpha}
         for name, value in own.items():
             asked = getattr(config, name)
@@ -236,7 +244,10 @@ def _start_from(model: EdgeModel, config: TuneConfig, output: Path) -> tuple[Tun
                 raise ConfigError(
                     f"--{name} {asked}: the adapter {config.init} has {name} {value}; leave --{name} out or start from another"
                 )
-        config = config.model_copy(update=own)
+        try:
+            config = TuneConfig.model_validate({**config.model_dump(), **own})
+        except ValidationError as error:
+            raise ConfigError(describe(error)) from None
     write_start(adapter, output / INIT)
     return config, output / INIT
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from safetensors import SafetensorError
 
-from edgezo.errors import AdapterError, ConfigError, RunError
-from edgezo.manifest import StoredFile, Tuned
+from edgezo.errors import AdapterError, ConfigError, RunError, first_line
+from edgezo.manifest import Manifest, StoredFile, Tuned, read_manifest
 from edgezo.runtime.adapter_files import ONNX_SUFFIX, write_onnx_adapter, write_peft
 from edgezo.runtime.hugging_face import lora_deltas, write_hugging_face
 from edgezo.runtime.lora import A, B, Lora
@@ -55,16 +56,15 @@ def write_tuned(
     if len(shares) != len(runs) or not np.isfinite(shares).all():
         raise ConfigError(f"--weights: {len(shares)} numbers for {len(runs)} runs; give one finite number a run")
     refuse_existing(output, RunError, "choose another place or remove it")
-    model, tuned = _average(directory, runs, shares, step, threads)
-    if to in {"peft", "onnx-adapter"} and model.adapter is None:
-        raise AdapterError(f"{runs[0]}: tuned the weights of the base, not an adapter, so there is none to write; use --format hf or edge")
     if to == "onnx-adapter" and output.suffix != ONNX_SUFFIX:
         raise ConfigError(f"-o {output}: a file that ends in {ONNX_SUFFIX} is written; name it so")
+    _refuse_format(directory, read_manifest(directory), to)
+    model, tuned = _average(directory, runs, shares, step, threads)
     try:
         if to == "onnx-adapter":
             output.parent.mkdir(parents=True, exist_ok=True)
             assert model.adapter is not None
-            write_onnx_adapter(model.adapter, output)
+            write_onnx_adapter(model.adapter, model.manifest, output)
         else:
             with directory_in_the_making(output) as folder:
                 if to == "edge":
@@ -74,11 +74,24 @@ def write_tuned(
                 else:
                     assert model.adapter is not None
                     write_peft(model.adapter, model.manifest, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RunError(
-            f"{output}: cannot be written ({error.strerror or error}); nothing was kept, free space or choose another place"
+            f"{output}: cannot be written ({getattr(error, 'strerror', None) or first_line(error)}); nothing was kept, free space or choose another place"
         ) from error
     return tuned
+
+
+def _refuse_format(directory: Path, manifest: Manifest, to: Format) -> None:
+    """What a format cannot hold, told before the replay."""
+    kind = manifest.adapter.kind if manifest.adapter is not None else None
+    if to in {"peft", "onnx-adapter"} and kind is None:
+        raise AdapterError(
+            f"{directory}: its runs tune the weights of the base, not an adapter, so there is none to write; use --format hf or edge"
+        )
+    if to == "edge" and kind == "lora" and manifest.weights != "fp32":
+        raise AdapterError(
+            f"{directory}: its weights are {manifest.weights}, whose steps would swallow the change; use --format peft, onnx-adapter or hf"
+        )
 
 
 def _average(
@@ -124,10 +137,6 @@ def _tuned(model: EdgeModel, run: Path, share: float) -> Tuned:
 def _write_edge(model: EdgeModel, folder: Path, tuned: list[Tuned]) -> None:
     """The edge model at its present weights, an adapter of LoRA merged into them; its branch points stay."""
     manifest = model.manifest
-    if isinstance(model.adapter, Lora) and manifest.weights != "fp32":
-        raise AdapterError(
-            f"{model.directory}: its weights are {manifest.weights}, whose steps would swallow the change; use --format peft, onnx-adapter or hf"
-        )
     deltas = lora_deltas(model.adapter) if isinstance(model.adapter, Lora) else {}
     files = dict(manifest.files)
     for name in files:

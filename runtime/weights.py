@@ -111,7 +111,7 @@ class MutableWeights:
         Raises:
             NonFiniteLossError: a weight became NaN or infinite, or outgrew the resolution that eps needs.
         """
-        moved = sum(map(abs, scales)) * noise.largest(self.distribution)
+        moved = math.fsum(map(abs, scales)) * noise.largest(self.distribution)
         for tensor in self.tensors:
             tensor.bound += moved + len(scales) * tensor.quantum
         outgrown = any(self._outgrown(tensor) for tensor in self.tensors)

@@ -81,7 +81,7 @@ def lora_run(request: pytest.FixtureRequest, make_run: Callable[..., Run]) -> Ru
 
 
 def assert_same(found: Any, expected: Any, tolerance: float = 1e-4) -> None:
-    assert np.abs(found - expected).max() < tolerance
+    assert np.abs(found - expected).max() <= tolerance
 
 
 def test_a_peft_folder_is_read_by_peft(lora_run: Run, tmp_path: Path) -> None:
@@ -253,14 +253,14 @@ def test_the_average_of_two_prefixes_is_their_mean(make_run: Callable[..., Run],
             {},
             "peft",
             "out",
-            "{run}: tuned the weights of the base, not an adapter, so there is none to write; use --format hf or edge",
+            "{dir}: its runs tune the weights of the base, not an adapter, so there is none to write; use --format hf or edge",
         ),
         (
             "full",
             {},
             "onnx-adapter",
             "out.onnx_adapter",
-            "{run}: tuned the weights of the base, not an adapter, so there is none to write; use --format hf or edge",
+            "{dir}: its runs tune the weights of the base, not an adapter, so there is none to write; use --format hf or edge",
         ),
         ("lora", {}, "onnx-adapter", "out.bin", "-o {out}: a file that ends in .onnx_adapter is written; name it so"),
         (
@@ -436,9 +436,13 @@ LORA_REFUSALS: list[tuple[str, Damage, str]] = [
         change_tensors(lambda tensors: tensors.update({A0: tensors[A0][:2], B0: tensors[B0][:, :2]})),
         "{0}: ranks [2, 3]; edgezo needs one rank for all layers, above 0",
     ),
-    ("rank 0", change_config(r=0), f"{{0}}/{CONFIG}: rank 0 with alpha 5; both must be positive numbers"),
-    ("alpha", change_config(lora_alpha=-1), f"{{0}}/{CONFIG}: rank 3 with alpha -1; both must be positive numbers"),
-    ("no alpha", change_config(lora_alpha=None), f"{{0}}/{CONFIG}: rank 3 with alpha None; both must be positive numbers"),
+    ("rank 0", change_config(r=0), f"{{0}}/{CONFIG}: rank 0 with alpha 5; numbers above 0, at most 4096 and 1e+06, are expected"),
+    ("alpha", change_config(lora_alpha=-1), f"{{0}}/{CONFIG}: rank 3 with alpha -1; numbers above 0, at most 4096 and 1e+06, are expected"),
+    (
+        "no alpha",
+        change_config(lora_alpha=None),
+        f"{{0}}/{CONFIG}: rank 3 with alpha None; numbers above 0, at most 4096 and 1e+06, are expected",
+    ),
     ("DoRA", change_config(use_dora=True), f"{{0}}/{CONFIG}: has use_dora = True, which edgezo does not do; train the adapter without it"),
     ("bias", change_config(bias="all"), f"{{0}}/{CONFIG}: has bias = 'all', which edgezo does not do; train the adapter without it"),
     (
@@ -632,7 +636,7 @@ def test_models_are_switched_bit_for_bit_in_the_same_sessions(make_run: Callable
         {},
         {"run": first.path, "step": "last"},
         {"run": second.path, "step": 3},
-        {"run": first.path, "step": 0},
+        {"run": first.path, "step": 2},
     ]
     if kind != "full":
         choices.append({"adapter": second.write(tmp_path / "adapter", "peft")})

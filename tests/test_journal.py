@@ -134,7 +134,9 @@ def test_zeros_at_the_end_are_left_out(tmp_path: Path, count: int) -> None:
     assert (contents.records, contents.torn_bytes) == (records, count)
 
 
-@pytest.mark.parametrize(("directions", "place"), [(1, -3 * STEP_BYTES), (3, -3 * THREE_BYTES), (3, -3 * THREE_BYTES + 2), (3, -2 * THREE_BYTES - 5)])
+@pytest.mark.parametrize(
+    ("directions", "place"), [(1, -3 * STEP_BYTES), (3, -3 * THREE_BYTES), (3, -3 * THREE_BYTES + 2), (3, -2 * THREE_BYTES - 5)]
+)
 def test_a_changed_record_with_others_behind_it_is_an_error(tmp_path: Path, directions: int, place: int) -> None:
     path = tmp_path / "j"
     write(path, 4, directions)

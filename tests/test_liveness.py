@@ -49,7 +49,7 @@ def refusal(directory: Path) -> str:
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     assert message.startswith(f"{directory}: ")
-    assert message.endswith("; export again, or leave them out with --tunable")
+    assert message.endswith("; export again, or leave them out with --tunable or --targets")
     return message
 
 
@@ -166,7 +166,8 @@ def test_a_frozen_tensor_is_refused_by_name(edge_dir: Path, freeze: Callable[[Pa
     freeze(edge_dir, name)
     message = refusal(edge_dir)
     assert (
-        message == f"{edge_dir}: 1 of 20 tunable tensors would not be tuned, {why}: {name}; export again, or leave them out with --tunable"
+        message
+        == f"{edge_dir}: 1 of 20 tunable tensors would not be tuned, {why}: {name}; export again, or leave them out with --tunable or --targets"
     )
 
 

@@ -161,7 +161,9 @@ def test_tensors_are_stored_as_blocks_of_integers_with_scales(export_tiny: Expor
     assert manifest.weights == weights
     assert manifest.verification is not None
     assert manifest.verification.quantization_loss_change is not None
-    assert {tensor.name for tensor in manifest.tensors if tensor.quantized} == matrices
+    embedding = "transformer.wte.weight" if name == "gpt2" else "model.embed_tokens.weight"
+    assert {tensor.name for tensor in manifest.tensors if tensor.quantized} | {embedding} == matrices
+    matrices &= {tensor.name for tensor in manifest.tensors if tensor.quantized}
     assert tensors.keys() >= parameters.keys()
     assert not any(tensor.tunable for tensor in manifest.tensors)
     for matrix in matrices:
@@ -181,6 +183,14 @@ def test_tensors_are_stored_as_blocks_of_integers_with_scales(export_tiny: Expor
         source = parameters[matrix].detach().numpy()
         error = np.sqrt(np.mean((unpacked[matrix] - source) ** 2) / np.mean(source**2))
         assert {8: 1e-4, 4: 1e-2}[bits] < error < {8: 1e-2, 4: 0.15}[bits], matrix
+
+
+@pytest.mark.parametrize(("name", "weights"), MODELS)
+def test_the_token_embedding_is_stored_as_integers_too(export_tiny: ExportTiny, name: str, weights: str) -> None:
+    """Tied or not, whether the ids reach the lookup as they are or reshaped."""
+    tensors = read_manifest(export_tiny(name, adapter="lora", weights=weights)).tensors
+    (embedding,) = [tensor for tensor in tensors if tensor.name.endswith(("embed_tokens.weight", "wte.weight"))]
+    assert embedding.quantized is not None
 
 
 @pytest.mark.parametrize(("name", "weights"), MODELS)
@@ -239,24 +249,25 @@ def test_norms_are_tuned_beside_rounded_weights(source_dir: Path, reviews: str, 
     assert (directory / "frozen.bin").read_bytes() == frozen
 
 
-@pytest.mark.parametrize(("name", "weights", "part_rows"), [("llama", "int8", 100), ("gpt2", "int4", 40)])
+@pytest.mark.parametrize(("name", "weights", "part_rows"), [("llama", "int8", 100), ("llama-untied", "int4", 33)])
 def test_a_large_projection_is_used_in_parts(
     export_tiny: ExportTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, weights: str, part_rows: int
 ) -> None:
-    """Parts of 40 cut most layers, parts of 100 the head alone; every layer keeps its branch point."""
+    """The head alone: layers keep their branch points."""
     whole = EdgeModel(export_tiny(name, adapter="lora", weights=weights), threads=1)
     monkeypatch.setattr(freeze_module, "PART_ROWS", part_rows)
     source = tiny.save(tmp_path / "source", name)
     directory = export_model(str(source), tmp_path / "edge", adapter="lora", weights=weights).directory
     manifest = read_manifest(directory)
     assert [tensor.shape for tensor in manifest.tensors] == [tensor.shape for tensor in whole.manifest.tensors]
+    targets = whole.manifest.adapter.targets  # type: ignore[union-attr]
     assert manifest.files["frozen.bin"] == whole.manifest.files["frozen.bin"]
     for file in ("scoring.onnx", "generation.onnx"):
         graph = onnx.load(directory / file, load_external_data=False).graph
         products = [node for node in graph.node if node.op_type == "MatMulNBits"]
         rows = [attribute.i for node in products for attribute in node.attribute if attribute.name == "N"]
-        assert max(rows) <= part_rows
-        assert sum(rows) == 320 + sum(target.out_features for target in whole.manifest.adapter.targets)  # type: ignore[union-attr]
+        heads = [part_rows] * (320 // part_rows) + [320 % part_rows]
+        assert sorted(rows) == sorted([*heads, *(target.out_features for target in targets)])
     assert manifest.adapter == whole.manifest.adapter
     model = EdgeModel(directory, threads=1)
     assert np.abs(edge_log_probs(model, make_pairs()) - edge_log_probs(whole, make_pairs())).max() < 1e-5
