@@ -1,6 +1,8 @@
 """Memory: sizes as text, batches planned from forwards that grow, and the warning about a loss that is not smooth."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from edgezo.config import make_config
 from edgezo.errors import ConfigError
 from edgezo.runtime import memory
 from edgezo.runtime.estimator import Estimate
-from edgezo.runtime.memory import RESERVE, fit_batches, parse_bytes, peak_bytes
+from edgezo.runtime.memory import RESERVE, fit_batches, parse_bytes
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.scoring import BATCH_TOKENS, Sequences
 from edgezo.runtime.smoothness import smoothness_warning
@@ -55,16 +57,17 @@ def test_what_is_no_size_is_refused(text: str) -> None:
     assert str(caught.value) == f"--memory {text!r}: give a size, as 1.5GB or 800MB"
 
 
-def test_the_peak_of_this_process_is_told() -> None:
-    before = peak_bytes()
-    assert before is not None
-    assert 50e6 < before < 100e9
-    ballast = np.ones(before // 8 + 8_000_000)  # float64: as much as the peak so far, and 64 MB
-    after = peak_bytes()
-    assert after is not None
-    assert after >= before + 32e6
-    del ballast
-    assert peak_bytes() == pytest.approx(after, abs=8e6)
+def test_the_peak_of_a_process_grows_with_what_it_takes_and_stays() -> None:
+    """In a process of its own: this one has had a peak of any size."""
+    script = (
+        "import numpy as np\nfrom edgezo.runtime.memory import peak_bytes\nfirst = peak_bytes()\n"
+        "np.ones(16_000_000).sum()\nsecond = peak_bytes()\nnp.ones(100).sum()\nprint(first, second, peak_bytes())"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    first, second, third = map(int, found.stdout.split())
+    assert 20e6 < first < 2e9
+    assert second == pytest.approx(first + 128e6, abs=30e6)
+    assert third == pytest.approx(second, abs=5e6)
 
 
 # batches
@@ -140,7 +143,7 @@ def test_no_forward_exceeds_the_limit_and_most_of_it_is_used(
 def test_no_forward_exceeds_the_limit_when_larger_ones_take_less_a_token(
     make_theta: Callable[..., Theta], monkeypatch: pytest.MonkeyPatch, power: float
 ) -> None:
-    for room in (40, 90, 200, 450, 1000):
+    for room in (40, 200, 1000):
         theta = make_theta("lora", directions=16, batch=4)
         engine = Engine(theta, monkeypatch, base=5e8, per_token=1e6, power=power)
         limit = int(engine.needs(room) / (1 - RESERVE)) + 1
