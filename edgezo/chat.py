@@ -10,13 +10,26 @@ import typer
 from edgezo import terminal
 from edgezo.config import Sampling
 from edgezo.errors import ConfigError, DataError, EdgeModelError, EdgezoError
-from edgezo.options import AdapterPath, EdgeDir, RunDir, Step, Threads, step_choice, step_of_run
+from edgezo.options import (
+    DRAW,
+    AdapterPath,
+    EdgeDir,
+    RunDir,
+    Seed,
+    Step,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    sampling_of,
+    step_choice,
+    step_of_run,
+)
 
 if TYPE_CHECKING:
     from edgezo.runtime.model import EdgeModel
     from edgezo.runtime.text import Message
 
-DRAW = Sampling()
 ANSWER_TOKENS = 256
 COMMANDS = {
     "/run PATH [STEP]": "use the tuned model of a run directory; STEP is a number, best or last",
@@ -114,23 +127,21 @@ def chat_command(
     adapter: AdapterPath = None,
     system: Annotated[str | None, typer.Option("--system", help="Text of the system message.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer at most.")] = ANSWER_TOKENS,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", show_default=False, help="Sample at this temperature. [default: greedy]")
-    ] = None,
-    top_k: Annotated[int, typer.Option("--top-k", help="Sample among the k most likely; 0 is all.")] = DRAW.top_k,
-    top_p: Annotated[float, typer.Option("--top-p", help="Sample among the most likely that hold this mass.")] = DRAW.top_p,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sampling.")] = DRAW.seed,
+    temperature: Temperature = None,
+    top_k: TopK = DRAW.top_k,
+    top_p: TopP = DRAW.top_p,
+    seed: Seed = DRAW.seed,
     threads: Threads = None,
 ) -> None:
     """Converse with the base or, with --run or --adapter, a tuned model. From a pipe, each line is a message."""
     from edgezo.runtime.generate import check_sampling
     from edgezo.runtime.model import EdgeModel
 
-    sampling = Sampling(DRAW.temperature if temperature is None else temperature, top_k, top_p, seed)
-    check_sampling(sampling)
-    greedy = temperature is None and sampling._replace(seed=DRAW.seed) == DRAW
+    sampling = sampling_of(temperature, top_k, top_p, seed)
+    if sampling is not None:
+        check_sampling(sampling)
     model = EdgeModel(directory, threads=threads, run=run, step=step_of_run(step, run), adapter=adapter)
-    conversation = Conversation(model, max_tokens, None if greedy else sampling, system)
+    conversation = Conversation(model, max_tokens, sampling, system)
     mark = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     if mark:
         model.generation  # noqa: B018  loaded before the first message rather than after it

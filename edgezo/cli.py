@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgezo import __version__, chat, run_commands, terminal
-from edgezo.config import ALL_LINEAR, DEFAULT_STEPS, MAX_TOKENS, PREFIX_TOKENS, Sampling
+from edgezo.config import ALL_LINEAR, DEFAULT_STEPS, MAX_TOKENS, PREFIX_TOKENS
 from edgezo.errors import ConfigError, EdgezoError
 from edgezo.options import (
+    DRAW,
     AdapterPath,
     EdgeDir,
     Json,
@@ -20,9 +21,14 @@ from edgezo.options import (
     MaxLength,
     Output,
     RunDir,
+    Seed,
     Step,
+    Temperature,
     Template,
     Threads,
+    TopK,
+    TopP,
+    sampling_of,
     setting,
     step_of_run,
     unescape,
@@ -39,8 +45,6 @@ app = typer.Typer(
 
 if TYPE_CHECKING:
     from edgezo.runtime.tune import TuneResult
-
-DRAW = Sampling()
 
 
 @app.callback(invoke_without_command=True)
@@ -284,12 +288,10 @@ def generate_command(
     adapter: AdapterPath = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")] = MAX_TOKENS,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", show_default=False, help="Sample at this temperature. [default: greedy]")
-    ] = None,
-    top_k: Annotated[int, typer.Option("--top-k", help="Sample among the k most likely; 0 is all.")] = DRAW.top_k,
-    top_p: Annotated[float, typer.Option("--top-p", help="Sample among the most likely that hold this mass.")] = DRAW.top_p,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sampling.")] = DRAW.seed,
+    temperature: Temperature = None,
+    top_k: TopK = DRAW.top_k,
+    top_p: TopP = DRAW.top_p,
+    seed: Seed = DRAW.seed,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -301,9 +303,7 @@ def generate_command(
     model = EdgeModel(directory, threads=threads, run=run, step=step_of_run(step, run), adapter=adapter)
     if chat:
         text = model.text.chat([{"role": "user", "content": text}], reply=True)
-    sampling = Sampling(DRAW.temperature if temperature is None else temperature, top_k, top_p, seed)
-    greedy = temperature is None and sampling._replace(seed=DRAW.seed) == DRAW
-    pieces = generate(model, text, max_tokens, None if greedy else sampling, special=not chat)
+    pieces = generate(model, text, max_tokens, sampling_of(temperature, top_k, top_p, seed), special=not chat)
     if as_json:
         terminal.print_json({"prompt": text, "text": "".join(pieces), "step": model.step})
         return

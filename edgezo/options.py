@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgezo.config import ADAPTER_DEFAULTS, TuneConfig
+from edgezo.config import ADAPTER_DEFAULTS, Sampling, TuneConfig
 from edgezo.errors import ConfigError
 
 EdgeDir = Annotated[Path, typer.Argument(metavar="DIR", help="Edge model directory made by `edgezo export`.")]
@@ -41,6 +41,20 @@ Labels = Annotated[
 ]
 LabelField = Annotated[str | None, setting("label_field")]
 MaxLength = Annotated[int | None, setting("max_length", text="tokens of a row at most.", shown="the model's context")]
+
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", show_default=False, help="Sample at this temperature. [default: greedy]")
+]
+TopK = Annotated[int, typer.Option("--top-k", help="Sample among the k most likely; 0 is all.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Sample among the most likely that hold this mass.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the sampling.")]
+DRAW = Sampling()
+
+
+def sampling_of(temperature: float | None, top_k: int, top_p: float, seed: int) -> Sampling | None:
+    """How to draw; None is greedy, when nothing but a seed was asked for."""
+    sampling = Sampling(DRAW.temperature if temperature is None else temperature, top_k, top_p, seed)
+    return None if temperature is None and sampling._replace(seed=DRAW.seed) == DRAW else sampling
 
 
 def step_of_run(text: str | None, run: Path | None) -> Any:

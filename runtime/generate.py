@@ -96,10 +96,8 @@ def generate(
     if kept := cache.shared(tokens):
         past = {name: np.ascontiguousarray(array[:, :, : first + kept]) for name, array in cache.read[1].items()}
     new, seen, written = tokens[kept:], first + kept, list[int]()
-    before, shown = (
-        0,
-        0,
-    )  # tokens up to `shown` were yielded; they are decoded from `before` on, since a tokenizer may treat a first token apart
+    # tokens up to `shown` were yielded; they are decoded from `before` on, since a tokenizer may treat a first token apart
+    before = shown = 0
 
     def rest() -> str:
         return model.text.decode(written[before:])[len(model.text.decode(written[before:shown])) :]

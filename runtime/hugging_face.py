@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
+from edgezo.adapters import LoraTarget
 from edgezo.errors import AdapterError
 from edgezo.manifest import Tensor
 from edgezo.runtime.lora import A, B, Lora
@@ -26,13 +28,15 @@ def frozen_array(model: EdgeModel, tensor: Tensor) -> npt.NDArray[Any]:
     return np.memmap(model.directory / tensor.file, dtype, "r", offset=tensor.offset, shape=tuple(tensor.shape))
 
 
-def lora_deltas(lora: Lora) -> dict[str, Floats]:
-    """alpha/rank * B A of every target's weight, float32, laid out as that weight is stored."""
-    deltas = {}
-    for target, a, b in zip(lora.targets, lora.matrices(A), lora.matrices(B), strict=True):
-        delta = (np.float64(lora.scaling) * (a.astype(np.float64) @ b.astype(np.float64))).astype(np.float32)
-        deltas[f"{target.module}.weight"] = delta.T if target.out_first else delta
-    return deltas
+def lora_deltas(lora: Lora) -> dict[str, Callable[[], Floats]]:
+    """By name of each target's weight, what makes alpha/rank * B A, float32, laid out as that weight is stored; one at a time fits memory."""
+
+    def make(target: LoraTarget, a: Floats, b: Floats) -> Floats:
+        delta: Floats = (np.float64(lora.scaling) * (a.astype(np.float64) @ b.astype(np.float64))).astype(np.float32)
+        return delta.T if target.out_first else delta
+
+    parts = zip(lora.targets, lora.matrices(A), lora.matrices(B), strict=True)
+    return {f"{target.module}.weight": partial(make, target, a, b) for target, a, b in parts}
 
 
 def source_weights(model: EdgeModel) -> Iterator[tuple[str, npt.NDArray[Any]]]:
@@ -53,7 +57,7 @@ def source_weights(model: EdgeModel) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         if tensor.quantized is not None:
             weight = tensor.quantized.dequantize(weight, frozen_array(model, tensors[tensor.quantized.scales]))
         if name in deltas:
-            weight = weight + deltas[name]
+            weight = weight + deltas[name]()
         yield name, np.ascontiguousarray(weight.T if tensor.transposed else weight)
 
 

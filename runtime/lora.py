@@ -83,7 +83,7 @@ class Lora:
         Args:
             theta: says which tensors are perturbed and by which signs.
             directions: of the groups of rows.
-            sides: +1 and -1, or one of them.
+            sides: +1 and -1.
         """
         feeds, count = self.feeds(), len(self.targets)
         scale = eps * np.array(sides, np.float32)[None, :, None, None]

@@ -147,7 +147,7 @@ def _write_edge(model: EdgeModel, folder: Path, tuned: list[Tuned]) -> None:
     for tensor in manifest.tensors:
         if tensor.name in deltas:
             weight = np.memmap(folder / tensor.file, "<f4", "r+", offset=tensor.offset, shape=tuple(tensor.shape))
-            weight += deltas[tensor.name]
+            weight += deltas[tensor.name]()
             weight.flush()
     changed = {tensor.file for tensor in manifest.tensors if tensor.tunable or tensor.name in deltas}
     for name in changed:
