@@ -140,14 +140,17 @@ def test_an_addition_taken_back_leaves_no_trace() -> None:
 
 
 def test_small_updates_are_rounded_without_bias() -> None:
-    tensors = {"lora_B": np.full(12, 7.0, np.float32)}
-    weights = OuterWeights(tensors, {"lora_B": Layout([3], [4])}, eps=1e-2)
+    """Updates of a fifth of the grid, signed so that the first element always goes up: it rises by a fifth of the grid a step."""
+    layout, tensors = Layout([3], [4]), {"lora_B": np.full(12, 7.0, np.float32)}
+    weights = OuterWeights(tensors, {"lora_B": layout}, eps=1e-2)
     (tensor,) = weights.tensors
     start, expected, steps = tensors["lora_B"].astype(np.float64), np.zeros(12), 2000
     for step in range(steps):
-        weights.update([Direction(0, step)], [0.2 * tensor.quantum])
-        expected += 0.2 * flat(Direction(0, step), "lora_B", Layout([3], [4]))
+        z = flat(Direction(0, step), "lora_B", layout)
+        weights.update([Direction(0, step)], [0.2 * z[0] * tensor.quantum])
+        expected += 0.2 * z[0] * z
     weights.flush()
+    assert expected[0] == pytest.approx(0.2 * steps)
     assert np.abs((tensors["lora_B"] - start) / tensor.quantum - expected).max() < 5 * np.sqrt(0.2 * 0.8 * steps)
 
 

@@ -5,7 +5,7 @@
     python tests/fuzz/readers.py EDGE RUN all -max_total_time=600        # each reader in turn
 
 EDGE and RUN are a small edge model and a run of it: the seeds. The readers: journal, run, signed, manifest, graph, tokenizer, chat, config,
-jsonl, csv, tsv. Results of the longest run so far: docs/fuzzing.md.
+jsonl, csv, tsv; with an edge model made for LoRA also peft-config, peft-tensors, onnx-adapter. Results of the longest run so far: docs/fuzzing.md.
 """
 
 import shutil
@@ -22,10 +22,12 @@ with atheris.instrument_imports(include=["edgezo"]):
     from edgezo.config import make_config
     from edgezo.errors import EdgezoError
     from edgezo.manifest import read_manifest
+    from edgezo.runtime.adapter_files import CONFIG, TENSORS, read_adapter, write_onnx_adapter, write_peft
     from edgezo.runtime.data import read_rows
     from edgezo.runtime.graph_file import disconnected, external_files
     from edgezo.runtime.journal import _record_bytes as record_bytes
     from edgezo.runtime.journal import read_journal
+    from edgezo.runtime.lora import Lora
     from edgezo.runtime.run import read_run
     from edgezo.runtime.tasks import find_task, make_examples
     from edgezo.runtime.text import TextCodec
@@ -60,7 +62,7 @@ def readers(edge: Path, run: Path, folder: Path) -> dict[str, Reader]:
         length = min(int.from_bytes(data[8:12], "little"), len(data))
         parts, position = [b"EDGEZOJ1" + len(data[12 : 12 + length]).to_bytes(4, "little") + data[12 : 12 + length]], 16 + length
         while position < len(data):
-            size = max(5, record_bytes(data, position))
+            size = max(5, record_bytes(data, position, 1))
             parts.append(data[position : position + size - 4])
             position += size
         checksum, whole = 0, b""
@@ -70,7 +72,19 @@ def readers(edge: Path, run: Path, folder: Path) -> dict[str, Reader]:
         path.write_bytes(whole)
         read_run(run)
 
+    adapters: dict[str, Reader] = {}
+    if manifest.adapter is not None and manifest.adapter.kind == "lora":
+        (folder / "peft").mkdir()
+        lora = Lora(manifest.adapter.targets, 2, 4.0)
+        lora.initialise(0)
+        write_peft(lora, manifest, folder / "peft")
+        write_onnx_adapter(lora, manifest, folder / "x.onnx_adapter")
+        for name, path in (("peft-config", folder / "peft" / CONFIG), ("peft-tensors", folder / "peft" / TENSORS)):
+            adapters[name] = (path, lambda path: read_adapter(path.parent, manifest))
+        adapters["onnx-adapter"] = (folder / "x.onnx_adapter", lambda path: read_adapter(path, manifest))
+
     return {
+        **adapters,
         "journal": (run / "journal.bin", read_journal),
         "run": (run / "journal.bin", lambda path: read_run(run)),
         "signed": (run / "journal.bin", signed),
