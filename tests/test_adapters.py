@@ -29,7 +29,7 @@ from reference import (
 
 import edgezo
 from edgezo.config import TuneConfig, make_config
-from edgezo.errors import ConfigError, DeadTensorError, EdgezoError, RunError
+from edgezo.errors import ConfigError, DeadTensorError, EdgezoError, NonFiniteLossError, RunError
 from edgezo.export import export_model
 from edgezo.export.adapters import find_targets
 from edgezo.export.freeze import freeze
@@ -243,6 +243,32 @@ def test_hidden_rows_of_a_forward_are_bounded_for_all_copies_together(lora_dir: 
         found = theta.estimates(step_directions(theta.config, 0), groups)
         assert np.abs(np.array(found)[:, 1:] - np.array(expected)[:, 1:]).max() < 1e-5
     assert len(forwards.sizes) > 8
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+@pytest.mark.parametrize(("place", "side"), [(0, "+"), (2, "+"), (5, "-")])
+def test_a_loss_that_is_not_finite_leaves_the_adapter_as_it_was(
+    directories: dict[str, Path], tmp_path: Path, kind: str, place: int, side: str
+) -> None:
+    """Of three directions: scores come direction after direction, two label words for each sign."""
+    theta = make_theta(directories[kind], tmp_path / "start", directions=3, batch=1)
+    before, run = digest(theta.model), theta.model.scoring.run
+    prompt = make_examples(1)[0]
+
+    def spoiled(outputs: list[str], feeds: dict[str, Any]) -> list[Any]:
+        (scores,) = run(outputs, feeds)
+        scores = scores.copy()
+        scores[2 * place] = np.nan
+        return [scores]
+
+    theta.model.scoring.run = spoiled  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteLossError) as caught:
+        theta.estimates(step_directions(theta.config, 4), [[prompt]] * 3)
+    assert str(caught.value) == (
+        f"step 4: the loss at theta {side} eps z is nan; the weights are as before the step, try a smaller --lr or --eps"
+    )
+    theta.weights.flush()
+    assert digest(theta.model) == before
 
 
 # the whole step against others
