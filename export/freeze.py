@@ -29,11 +29,12 @@ def freeze(decoder: Decoder, frozen: Iterable[str], precision: Precision) -> Non
     source model that shares them is the model to compare with.
     """
     surgery = Surgery(decoder.model.graph)
+    ids = {"input_ids", *(node.output[0] for node, index in surgery.uses("input_ids") if node.op_type == "Reshape" and index == 0)}
     for name in frozen:
         weight, uses = decoder.weights[name], surgery.uses(name)
         linear = [use for use in uses if _is_linear(surgery, *use)]
-        lookups = [node for node, index in uses if node.op_type == "Gather" and index == 0 and node.input[1] == "input_ids"]
-        if precision != "fp32" and linear and len(linear) + len(lookups) == len(uses):
+        lookups = [node for node, index in uses if node.op_type == "Gather" and index == 0 and node.input[1] in ids]
+        if precision != "fp32" and uses and len(linear) + len(lookups) == len(uses):
             if not (lookups and weight.array.shape[1] % BLOCK):
                 _quantize_uses(decoder, surgery, weight, linear, lookups, BITS[precision])
         elif linear and len(linear) == len(uses) and all(node.op_type == "Transpose" for node, _ in uses):

@@ -29,6 +29,11 @@ def parse_bytes(text: str) -> int:
 
 def peak_bytes() -> int | None:
     """The most resident memory this process ever had; None where the system does not tell."""
+    try:  # Linux: ru_maxrss of a process begins with that of the one that started it, VmHWM does not
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
     try:
         import resource
     except ImportError:  # Windows
@@ -70,8 +75,9 @@ def fit_batches(theta: Theta, examples: Sequence[Example], limit: int) -> int:
         )
     growth = max(0.0, float(peak - before))
     while tokens < BATCH_TOKENS and peak + 2 * growth <= usable and tokens // least < len(rows):
-        larger = _peak_of(theta, rows, 2 * tokens)
-        growth, peak, tokens = max(0.0, float(larger - peak)), larger, 2 * tokens
+        more = min(2 * tokens, BATCH_TOKENS)
+        larger = _peak_of(theta, rows, more)
+        growth, peak, tokens = max(0.0, float(larger - peak)), larger, more
     if tokens < BATCH_TOKENS and growth > 0:
         tokens += int(tokens / 2 * max(0.0, usable - peak) / growth)
     theta.sequences.batch_tokens = max(least, min(tokens, BATCH_TOKENS))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from edgezo.errors import NonFiniteLossError
 from edgezo.runtime.noise import Direction
@@ -29,19 +30,32 @@ def smoothness_warning(theta: Theta, examples: Sequence[Example]) -> str | None:
     size = max(1, min(config.batch, ROWS, len(examples) // count))
     groups = [list(examples[place * size : (place + 1) * size]) for place in range(count)]
     directions = [Direction(config.seed, PROBE_STEP, number) for number in range(count)]
+
+    def grads(factor: float) -> npt.NDArray[np.float64]:
+        return np.array([estimate.projected_grad for estimate in theta.estimates(directions, groups, factor * eps)])
+
     try:
-        half, double = (
-            np.array([estimate.projected_grad for estimate in theta.estimates(directions, groups, factor * eps)]) for factor in (0.5, 2.0)
-        )
+        half, double = grads(0.5), grads(2.0)
     except NonFiniteLossError:
         theta.weights.flush()
         return f"the loss is not finite at eps {eps:g} / 2 or at twice {eps:g}; try a smaller --eps"
-    at_half, at_double = float(np.sqrt(np.mean(half**2))), float(np.sqrt(np.mean(double**2)))
-    change = float(np.sqrt(np.mean((half - double) ** 2))) / (max(at_half, at_double) or 1.0)
+    change = _change(half, double)
     if change <= TOLERANCE:
         return None
-    cause, advice = ("rounding drowns the difference of losses", "larger") if at_half > at_double else ("the loss curves", "smaller")
+    # where the loss curves, smaller steps agree; where rounding drowns, they disagree more
+    curves = _change(grads(1 / 256), grads(1 / 64)) < change
+    cause, advice = ("the loss curves", "smaller") if curves else ("rounding drowns the difference of losses", "larger")
+    at_half, at_double = _rms(half), _rms(double)
     return (
         f"the loss is not smooth at eps {eps:g}: projected gradients of {count} directions are {at_half:.3g} at eps / 2 and {at_double:.3g} at 2 eps"
         f" (root mean square) and differ by {100 * change:.0f} %; {cause}, try a {advice} --eps"
     )
+
+
+def _change(small: npt.NDArray[np.float64], large: npt.NDArray[np.float64]) -> float:
+    """Root mean square of the difference against that of the larger; 1 where neither changes the loss."""
+    return _rms(small - large) / max(_rms(small), _rms(large)) if small.any() or large.any() else 1.0
+
+
+def _rms(values: npt.NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean(values**2)))
