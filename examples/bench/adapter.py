@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -22,6 +21,7 @@ import numpy as np
 
 from edgezo.config import TuneConfig, make_config
 from edgezo.runtime.lora import Lora
+from edgezo.runtime.memory import peak_bytes
 from edgezo.runtime.model import Array, EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.outer import OuterWeights
@@ -117,8 +117,6 @@ def projected_grads(edge: Path) -> np.ndarray:
 
 def _peak(edge: str, kind: str, rows: int, tokens: int, send: Connection) -> None:
     """Peak resident bytes of three forwards, or steps, of so many rows (both signs counted)."""
-    import resource
-
     if kind == "step":
         theta = make_theta(Path(edge), rows // 2, 1)
         data = make_rows(theta.model, rows // 2, tokens)
@@ -129,10 +127,10 @@ def _peak(edge: str, kind: str, rows: int, tokens: int, send: Connection) -> Non
         pairs = [pair for example in make_rows(model, rows, tokens) for pair in example.pairs]
         for _ in range(3):
             Sequences(model).log_probs(pairs)
-    send.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    send.send(peak_bytes())
 
 
-def peak_bytes(edge: Path, kind: str, rows: int, tokens: int) -> int:
+def peak_of(edge: Path, kind: str, rows: int, tokens: int) -> int:
     """Peak resident bytes of a fresh process."""
     receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=_peak, args=(str(edge), kind, rows, tokens, send))
@@ -153,7 +151,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.whole:
         os.environ[WHOLE] = "1"  # the measured processes are spawned
-    yardstick = peak_bytes(arguments.plain, "inference", 8, 64) if arguments.plain else None
+    yardstick = peak_of(arguments.plain, "inference", 8, 64) if arguments.plain else None
     first: np.ndarray | None = None
     results = []
     for edge in arguments.edges:
@@ -162,10 +160,10 @@ def main() -> None:
         result: dict[str, float | str] = {"edge": str(edge), **measure_times(edge, arguments.rounds)}
         result["gradient_correlation_with_first"] = float(np.corrcoef(first, grads)[0, 1])
         result["gradient_rms"] = float(np.sqrt(np.mean(grads**2)))
-        step, inference = peak_bytes(edge, "step", 2 * DIRECTIONS, TOKENS), peak_bytes(edge, "inference", 2 * DIRECTIONS, TOKENS)
+        step, inference = peak_of(edge, "step", 2 * DIRECTIONS, TOKENS), peak_of(edge, "inference", 2 * DIRECTIONS, TOKENS)
         result |= {"step_peak_mb": step / 1e6, "inference_peak_mb": inference / 1e6, "memory_over_inference": step / inference}
         if yardstick is not None:
-            small = peak_bytes(edge, "step", 8, 64)
+            small = peak_of(edge, "step", 8, 64)
             result |= {"step_8x64_peak_mb": small / 1e6, "plain_8x64_peak_mb": yardstick / 1e6, "memory_over_plain": small / yardstick}
         results.append(result)
         if not arguments.json:

@@ -9,7 +9,6 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from edgezo.runtime.estimator import two_sided
 from edgezo.runtime.liveness import prove_live
+from edgezo.runtime.memory import peak_bytes
 from edgezo.runtime.model import Array, EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.optimizer import zo_step
@@ -98,8 +98,6 @@ def measure_memory(edge: Path) -> dict[str, float]:
 
 
 def _peak(edge: str, kind: str, send: "multiprocessing.connection.Connection") -> None:
-    import resource
-
     model = EdgeModel(edge)
     feeds = make_feeds(model, *SIZES[0])
     if kind == "tune":
@@ -111,8 +109,7 @@ def _peak(edge: str, kind: str, send: "multiprocessing.connection.Connection") -
             step(number)
         else:
             model.scoring.run(["log_probs"], feeds)
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
-    send.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    send.send(peak_bytes())
 
 
 def _seconds(action: Callable[[], object]) -> float:
