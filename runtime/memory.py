@@ -12,6 +12,7 @@ from edgezo.runtime.tasks import Example
 from edgezo.runtime.theta import Theta
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+LEAST = 10**6  # bytes; less is a size whose unit was forgotten
 RESERVE = 0.03  # of the limit, for what grows later: fragmentation, the journal, other shapes of batches
 
 
@@ -22,8 +23,8 @@ def parse_bytes(text: str) -> int:
         ConfigError: it is none of these.
     """
     found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([KMG]?I?B?)\s*", text.upper())
-    if not found or found[2] not in UNITS or float(found[1]) <= 0:
-        raise ConfigError(f"--memory {text!r}: give a size, as 1.5GB or 800MB")
+    if not found or found[2] not in UNITS or float(found[1]) * UNITS[found[2]] < LEAST:
+        raise ConfigError(f"--memory {text!r}: give a size with its unit, as 1.5GB or 800MB")
     return int(float(found[1]) * UNITS[found[2]])
 
 
