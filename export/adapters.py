@@ -92,8 +92,9 @@ def add_lora(model: onnx.ModelProto, targets: list[LoraTarget], *, stacked: bool
         p, y = f"edgezo/lora{index}/", node.output[0]
         node.output[0] = base = p + "base"
         # defaults of rank 0, and of one output: the branch of a base without adapter is a column of zeros
-        a = surgery.overridable(target.a, np.zeros((1, target.in_features, 0), np.float32), [1, target.in_features, "rank"])
-        b = surgery.overridable(target.b, np.zeros((1, 0, 1), np.float32), [1, "rank", f"out{index}"])
+        a_copies, b_copies = ("a_copies", "b_copies") if stacked else (1, 1)
+        a = surgery.overridable(target.a, np.zeros((1, target.in_features, 0), np.float32), [a_copies, target.in_features, "rank"])
+        b = surgery.overridable(target.b, np.zeros((1, 0, 1), np.float32), [b_copies, "rank", f"out{index}"])
         branch = _stacked_branch(surgery, node, target, index, a, b) if stacked else _plain_branch(p, node.input[0], a, b)
         surgery.replace(node, node, *branch, helper.make_node("Add", [base, p + "branch"], [y]))
     surgery.finish()

@@ -71,7 +71,9 @@ def read_peft_config(path: Path) -> dict[str, Any]:
     """
     file = path / CONFIG
     if not file.is_file():
-        raise AdapterError(f"{path}: no adapter ({CONFIG} is missing); give a PEFT folder (edgezo merge DIR RUN --format peft makes one of a run)")
+        raise AdapterError(
+            f"{path}: no adapter ({CONFIG} is missing); give a PEFT folder (edgezo merge DIR RUN --format peft makes one of a run)"
+        )
     try:
         if file.stat().st_size > CONFIG_BYTES_LIMIT:
             raise AdapterError(f"{file}: larger than {CONFIG_BYTES_LIMIT} bytes; this is no adapter configuration")

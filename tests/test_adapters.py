@@ -28,6 +28,7 @@ from reference import (
 )
 
 import edgezo
+from edgezo.adapters import B_ROWS, B_SIGNS
 from edgezo.config import TuneConfig, make_config
 from edgezo.errors import ConfigError, DeadTensorError, EdgezoError, NonFiniteLossError, RunError
 from edgezo.export import export_model
@@ -231,6 +232,26 @@ def test_stacked_losses_are_those_of_each_copy_alone(
     assert counts[0] >= 4 * batch
     assert counts[-1] == 1
     assert digest(theta.model) == before
+
+
+def test_whole_copies_of_b_may_be_fed_in_place_of_sign_vectors(lora_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/edge-model.md says of the graph's inputs."""
+    theta = make_theta(lora_dir, tmp_path / "start", directions=3, batch=2)
+    groups = theta.groups(make_examples(6, (1, 1)))
+    expected = np.array(theta.estimates(step_directions(theta.config, 0), groups))
+    made = Lora.stacked_feeds
+
+    def whole(lora: Lora, *arguments: Any) -> dict[str, Any]:
+        feeds = made(lora, *arguments)
+        rows, signs, column = feeds.pop(B_ROWS), feeds.pop(B_SIGNS).astype(np.float32), 0
+        for index, target in enumerate(lora.targets):
+            columns = signs[:, None, None, column : column + target.out_features]
+            feeds[target.b] = (feeds[target.b][0] + rows[..., index, None] * columns).reshape(-1, lora.rank, target.out_features)
+            column += target.out_features
+        return feeds
+
+    monkeypatch.setattr(Lora, "stacked_feeds", whole)
+    assert np.abs(np.array(theta.estimates(step_directions(theta.config, 0), groups))[:, 1:] - expected[:, 1:]).max() < 1e-5
 
 
 def test_hidden_rows_of_a_forward_are_bounded_for_all_copies_together(lora_dir: Path, tmp_path: Path) -> None:
@@ -677,7 +698,11 @@ def test_a_run_whose_start_was_changed_is_refused(lora_dir: Path, reviews: str, 
     [
         ("lora", {"noise": "gaussian"}, "--noise gaussian: directions of LoRA are outer products of signs; leave it out"),
         ("prefix", {"tune_a": True}, "--tune-a: this edge model has no branch points for LoRA; export it with --adapter lora"),
-        ("lora", {"init": "nowhere"}, "nowhere: no adapter (adapter_config.json is missing); give a PEFT folder, or a run with --run"),
+        (
+            "lora",
+            {"init": "nowhere"},
+            "nowhere: no adapter (adapter_config.json is missing); give a PEFT folder (edgezo merge DIR RUN --format peft makes one of a run)",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_adapter_are_refused(
