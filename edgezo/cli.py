@@ -202,7 +202,7 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
     if result.best is not None and result.best_step > 0:
         rows.append((f"step {result.best_step}", f"{terminal.evaluation_text(result.best)}, kept as best"))
     elif result.best is not None:
-        rows.append(("best", f"step 0, the base: no evaluated step was better; --step last uses step {result.steps}"))
+        rows.append(("best", f"step 0, the start: no evaluated step was better; --step last uses step {result.steps}"))
     classifies = result.best is not None and result.best.accuracy is not None
     use = "predict DIR --run RUN --text '...'" if classifies else "generate DIR --run RUN --prompt '...'"
     more = {"interrupted": "", "finished": " --steps MORE", "out of time": " --minutes MORE"}[result.ended]
@@ -245,7 +245,7 @@ def eval_command(
     if as_json:
         terminal.print_json({**result.evaluation.as_dict(), "step": result.step, "truncated": result.truncated})
     else:
-        model = {None: "base" if adapter is None else str(adapter), 0: "step 0, the base"}.get(result.step, f"step {result.step}")
+        model = {None: "base" if adapter is None else str(adapter), 0: "step 0, the start"}.get(result.step, f"step {result.step}")
         terminal.print_rows([(model, terminal.evaluation_text(result.evaluation))])
 
 

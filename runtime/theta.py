@@ -25,6 +25,8 @@ from edgezo.runtime.tasks import Example
 from edgezo.runtime.weights import MutableWeights
 from edgezo.storage import write_atomically
 
+LORA_SETTINGS = ("rank", "alpha", "tune_a")
+
 
 def step_directions(config: TuneConfig, step: int) -> list[Direction]:
     """The directions of step `step` (from 0)."""
@@ -52,8 +54,10 @@ def mutable_weights(model: EdgeModel, config: TuneConfig, start: Path | None = N
             lora.a[...], lora.b[...] = found[A], found[B]
         model.adapter = lora
         return lora.weights(config.eps, config.tune_a)
-    if config.tune_a:
-        raise ConfigError("--tune-a: this edge model has no branch points for LoRA; export it with --adapter lora")
+    for name in LORA_SETTINGS:
+        if getattr(config, name) != TuneConfig.model_fields[name].default:
+            shown = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{shown}: this edge model has no branch points for LoRA; export it with --adapter lora")
     if start is not None:
         model.weights[PREFIX][...] = _read_start(start, {PREFIX: model.weights[PREFIX].shape})[PREFIX]
     return MutableWeights(model.weights, eps=config.eps, distribution=config.noise, threads=model.threads)

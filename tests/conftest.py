@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -14,8 +14,37 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 import torch
 
+from edgezo import cli
 from edgezo.export import export_model
 from edgezo.runtime.model import EdgeModel
+
+
+class Outcome(NamedTuple):
+    """How a command ended and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run `edgezo ...` in this process."""
+    monkeypatch.delenv("EDGEZO_DEBUG", raising=False)
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr("sys.argv", ["edgezo", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        code = caught.value.code
+        return Outcome(code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -65,7 +65,9 @@ def make_theta(directory: Path, start: Path, batch_tokens: int = BATCH_TOKENS, *
     model = EdgeModel(directory, threads=1)
     assert model.manifest.adapter is not None
     write_start(randomise(model, rank=RANK, alpha=ALPHA), start)
-    config = make_config(None, {"data": "no file", "rank": RANK, "alpha": ALPHA, **settings}, model.manifest.adapter.kind)
+    kind = model.manifest.adapter.kind
+    shape = {"rank": RANK, "alpha": ALPHA} if kind == "lora" else {}
+    config = make_config(None, {"data": "no file", **shape, **settings}, kind)
     model = EdgeModel(directory, threads=1)
     return Theta(model, config, mutable_weights(model, config, start), Sequences(model, batch_tokens))
 
@@ -698,6 +700,8 @@ def test_a_run_whose_start_was_changed_is_refused(lora_dir: Path, reviews: str, 
     [
         ("lora", {"noise": "gaussian"}, "--noise gaussian: directions of LoRA are outer products of signs; leave it out"),
         ("prefix", {"tune_a": True}, "--tune-a: this edge model has no branch points for LoRA; export it with --adapter lora"),
+        ("prefix", {"rank": 4}, "--rank: this edge model has no branch points for LoRA; export it with --adapter lora"),
+        ("prefix", {"alpha": 1.0}, "--alpha: this edge model has no branch points for LoRA; export it with --adapter lora"),
         (
             "lora",
             {"init": "nowhere"},

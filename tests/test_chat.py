@@ -8,12 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Command, Outcome
 
-from edgezo import cli
 from edgezo.chat import ANSWER_TOKENS, Conversation
 from edgezo.config import Sampling
 from edgezo.errors import DataError, NonFiniteLossError
@@ -29,31 +29,17 @@ Message = dict[str, str]
 FORGOTTEN = "  {} forgotten: the conversation no longer fits the context of 128 tokens\n"
 
 
-class Outcome(NamedTuple):
-    """How a conversation ended and what it wrote."""
-
-    code: int
-    out: str
-    err: str
-
-
 Chat = Callable[..., Outcome]
 
 
 @pytest.fixture
-def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], exported_dir: Path, tmp_path: Path) -> Chat:
+def chat(monkeypatch: pytest.MonkeyPatch, invoke: Command, exported_dir: Path, tmp_path: Path) -> Chat:
     """Run `edgezo chat DIR ...` with the given lines on standard input; DIR is the shared edge model unless given."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("EDGEZO_DEBUG", raising=False)
 
     def call(lines: Any, *options: str, directory: str | Path = exported_dir, tokens: int = 6) -> Outcome:
-        monkeypatch.setattr("sys.argv", ["edgezo", "chat", str(directory), "--threads", "1", "--max-tokens", str(tokens), *options])
         monkeypatch.setattr("sys.stdin", io.StringIO(lines) if isinstance(lines, str) else lines)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        code = caught.value.code
-        return Outcome(code if isinstance(code, int) else 0, *capsys.readouterr())
+        return invoke("chat", str(directory), "--threads", "1", "--max-tokens", str(tokens), *options)
 
     return call
 
@@ -123,18 +109,6 @@ class Counting:
         return self.session.run(outputs, feeds)
 
 
-@pytest.fixture(scope="module")
-def lora_dir(source_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama with branch points for LoRA; shared, never to be changed."""
-    return export_model(str(source_dir), tmp_path_factory.mktemp("lora") / "llama", adapter="lora").directory
-
-
-@pytest.fixture(scope="module")
-def prefix_dir(source_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama with a prefix; shared, never to be changed."""
-    return export_model(str(source_dir), tmp_path_factory.mktemp("prefix") / "llama", adapter="prefix").directory
-
-
 def random_adapter(directory: Path, folder: Path, seed: int = 0) -> Path:
     """A PEFT folder with an adapter that changes what the model says."""
     random, model = np.random.default_rng(seed), EdgeModel(directory, threads=1)
@@ -151,12 +125,10 @@ def random_adapter(directory: Path, folder: Path, seed: int = 0) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, exported_dir: Path, reviews: str, tmp_path: Path) -> str:
+def run(invoke: Command, exported_dir: Path, reviews: str, tmp_path: Path) -> str:
     """A short run of the shared edge model, called `my run`, with steps that tell."""
     options = ["--data", reviews, "--template", "{text} It was", "--labels", "terrible,great", "--steps", "4", "--lr", "1e-2"]
-    monkeypatch.setattr("sys.argv", ["edgezo", "tune", str(exported_dir), "-o", str(tmp_path / "my run"), *options, "--threads", "1"])
-    with pytest.raises(SystemExit, match="0"):
-        cli.main()
+    assert invoke("tune", str(exported_dir), "-o", str(tmp_path / "my run"), *options, "--threads", "1").code == 0
     return "my run"
 
 

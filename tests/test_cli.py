@@ -11,16 +11,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Command
 from filelock import FileLock
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import edgezo
-from edgezo import cli
 from edgezo.errors import DataError
 from edgezo.manifest import StoredFile, read_manifest
 from edgezo.runtime.journal import EVALUATION_BYTES, STEP_BYTES
@@ -33,34 +33,12 @@ MEASURED = r"accuracy \d+\.\d %, macro F1 \d\.\d{3}, loss \d+\.\d{4} \(16 rows\)
 PEAK = "" if sys.platform == "win32" else r", peak memory [1-9]\d+ MB"
 
 
-class Outcome(NamedTuple):
-    """How a command ended and what it wrote."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Outcome]
-
-
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], edge_dir: Path, reviews: str, tmp_path: Path) -> Command:
+def command(monkeypatch: pytest.MonkeyPatch, invoke: Command, edge_dir: Path, reviews: str, tmp_path: Path) -> Command:
     """Run `edgezo ...` in a folder with the edge model `edge` and the data `rows.jsonl`."""
     assert (edge_dir, reviews) == (tmp_path / "edge", str(tmp_path / "rows.jsonl"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("EDGEZO_DEBUG", raising=False)
-    monkeypatch.delenv("COLUMNS", raising=False)
-
-    def call(*arguments: str) -> Outcome:
-        monkeypatch.setattr("sys.argv", ["edgezo", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        code = caught.value.code
-        return Outcome(code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return call
+    return invoke
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -166,7 +144,7 @@ def test_tune_without_validation_tells_only_the_run(command: Command) -> None:
 
 def test_tune_says_when_no_step_was_better_than_the_base(command: Command) -> None:
     found = command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "2", "--lr", "1e-12")
-    expected = "best    step 0, the base: no evaluated step was better; --step last uses step 2"
+    expected = "best    step 0, the start: no evaluated step was better; --step last uses step 2"
     assert (found.code, found.out.splitlines()[2]) == (0, expected)
 
 
@@ -243,7 +221,7 @@ def test_eval_with_a_run_uses_its_template_labels_and_best_step(command: Command
     assert found["loss"] == pytest.approx(state.evaluations[state.best_step].loss, abs=1e-6)
 
 
-@pytest.mark.parametrize(("step", "shown"), [("0", "step 0, the base"), ("3", "step 3"), ("last", "step 4")])
+@pytest.mark.parametrize(("step", "shown"), [("0", "step 0, the start"), ("3", "step 3"), ("last", "step 4")])
 def test_eval_takes_a_step_of_the_run(command: Command, run: str, step: str, shown: str) -> None:
     assert command("eval", "edge", "--data", "rows.jsonl", "--run", run, "--step", step).out.startswith(f"{shown}  accuracy ")
 
@@ -759,7 +737,7 @@ def test_an_interrupted_run_goes_on_to_the_weights_of_one_never_interrupted(comm
     assert "Traceback" not in err
     matches(
         rf"run +parts, \d+ steps, interrupted, \d+ s{PEAK}\nbefore +{MEASURED}\n"
-        rf"(step \d+ +{MEASURED}, kept as best|best +step 0, the base: .*)\n"
+        rf"(step \d+ +{MEASURED}, kept as best|best +step 0, the start: .*)\n"
         r"use it +edgezo predict edge --run parts --text '\.\.\.'\ngo on +edgezo tune edge -o parts --resume\n",
         out,
     )

@@ -121,7 +121,7 @@ NEITHER_DEFAULT: dict[str, Any] = {  # a value for every field, none of them its
 }
 
 
-REFUSED_WITHOUT_LORA = {"tune_a", "init"}
+REFUSED_ON = {"exported_dir": {"rank", "alpha", "tune_a", "init"}, "lora_dir": {"noise", "init"}}
 
 
 def option(field: str, value: Any) -> list[str]:
@@ -137,20 +137,21 @@ def test_there_is_a_value_for_every_field_and_none_is_its_default() -> None:
     assert not [field for field in FIELDS if NEITHER_DEFAULT[field] == DEFAULTS[field]]
 
 
+@pytest.mark.parametrize("edge", REFUSED_ON)
 def test_every_option_reaches_the_run(
-    exported_dir: Path, tmp_path: Path, write_rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, edge: str, tmp_path: Path, write_rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_rows(
         [{"body": body, "sentiment": number % 2} for number, body in enumerate(["a film", "a plot", "film", "plot", "great"])]
     )
-    given = {field: data if value == "DATA" else value for field, value in NEITHER_DEFAULT.items() if field not in REFUSED_WITHOUT_LORA}
+    given = {field: data if value == "DATA" else value for field, value in NEITHER_DEFAULT.items() if field not in REFUSED_ON[edge]}
     options = [part for field, value in given.items() for part in option(field, value)]
-    monkeypatch.setattr("sys.argv", ["edgezo", "tune", str(exported_dir), "-o", str(tmp_path / "run"), *options])
+    monkeypatch.setattr("sys.argv", ["edgezo", "tune", str(request.getfixturevalue(edge)), "-o", str(tmp_path / "run"), *options])
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 0
     kept = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
-    assert kept == {**given, **{field: DEFAULTS[field] for field in REFUSED_WITHOUT_LORA}}
+    assert kept == {**given, **{field: DEFAULTS[field] for field in REFUSED_ON[edge]}}
 
 
 @pytest.mark.parametrize("value", [True, False])

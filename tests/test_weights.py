@@ -92,7 +92,7 @@ def test_opposite_additions_cancel_before_any_pass() -> None:
 
 
 def test_small_updates_are_rounded_without_bias() -> None:
-    """An update of a fifth of the grid moves the outlier tensor by a fifth of the grid a step on average."""
+    """Updates of a fifth of the grid, signed so that the first element always goes up: it rises by a fifth of the grid a step."""
     tensors = {"outlier": np.array([250.0, 3.0, -7.0, 0.0], np.float32)}
     weights = MutableWeights(tensors, eps=1e-3)
     (tensor,) = weights.tensors
@@ -100,10 +100,11 @@ def test_small_updates_are_rounded_without_bias() -> None:
     expected = np.zeros(4)
     steps = 2000
     for step in range(steps):
-        direction = Direction(0, step)
-        weights.add(direction, 0.2 * tensor.quantum)
-        expected += 0.2 * noise.draw(direction, "outlier", 4)
+        z = noise.draw(Direction(0, step), "outlier", 4)
+        weights.update([Direction(0, step)], [0.2 * z[0] * tensor.quantum])
+        expected += 0.2 * z[0] * z
     weights.flush()
+    assert expected[0] == pytest.approx(0.2 * steps)
     moved = (tensors["outlier"] - start) / tensor.quantum
     assert np.abs(moved - expected).max() < 5 * np.sqrt(0.2 * 0.8 * steps)
 
