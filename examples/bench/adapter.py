@@ -1,10 +1,11 @@
 """Stacked LoRA directions on frozen bases: a step over plain inference of the same rows, in time and memory; smoothness of the base.
 
-    python -m examples.bench.adapter EDGE... [--plain EDGE] [--whole] [--rounds 7] [--json]
+    python -m examples.bench.adapter EDGE... [--data FILE --template T --labels L] [--plain EDGE] [--whole] [--rounds 7] [--json]
 
 EDGE are edge models with LoRA branch points (fp32, int8, int4 of one source); --plain is the same model without branch points, whose
-inference is the yardstick of memory. 16 directions of one row of 32 tokens, both signs: 32 rows. Times are interleaved in one process,
-medians over rounds; peak memory is that of a process of its own. --whole feeds whole copies of B instead of sign vectors.
+inference is the yardstick of memory. 16 directions of one row of --data, without it of 32 random tokens, both signs: 32 rows. Times are
+interleaved in one process, medians over rounds; peak memory is that of a process of its own, of these rows and of 8 x 64 random tokens.
+--whole feeds whole copies of B instead of sign vectors.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from edgezo.config import TuneConfig, make_config
+from edgezo.runtime.dataset import read_dataset
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.memory import peak_bytes
 from edgezo.runtime.model import Array, EdgeModel
@@ -31,7 +33,17 @@ from edgezo.runtime.theta import Theta, mutable_weights, step_directions
 
 DIRECTIONS, TOKENS, LR = 16, 32, 1e-3
 GRADIENT_DIRECTIONS = 64
-WHOLE = "EDGEZO_BENCH_WHOLE_COPIES"
+WHOLE, TASK = "EDGEZO_BENCH_WHOLE_COPIES", "EDGEZO_BENCH_TASK"  # by environment, since the measured processes are spawned
+Size = tuple[int, int] | None
+
+
+def real_rows(model: EdgeModel, rows: int) -> list[Example]:
+    """The rows of the first step of a run on --data, or random ones."""
+    task = os.environ.get(TASK)
+    if task is None:
+        return make_rows(model, rows, TOKENS)
+    dataset = read_dataset(model, make_config(None, {**json.loads(task), "directions": rows, "batch": 1}))
+    return dataset.batch(dataset.order(), 0)
 
 
 def make_rows(model: EdgeModel, rows: int, tokens: int) -> list[Example]:
@@ -70,19 +82,19 @@ def stacked_step(theta: Theta, rows: list[Example], number: int) -> None:
     theta.step(directions, [estimate.projected_grad for estimate in estimates], LR)
 
 
-def plain(theta: Theta, rows: list[Example]) -> None:
+def plain(sequences: Sequences, rows: list[Example]) -> None:
     """Inference of the same number of rows: every row twice."""
     pairs = [pair for example in rows for pair in example.pairs]
     feeds = [(prompt, completion) for prompt, completion in pairs]
     doubled = [([*prompt[:-1], (prompt[-1] + 1) % 1000], completion) for prompt, completion in pairs]  # no row may be shared
-    theta.sequences.log_probs([*feeds, *doubled])
+    sequences.log_probs([*feeds, *doubled])
 
 
 def measure_times(edge: Path, rounds: int) -> dict[str, float]:
     """Seconds of a stacked step, of inference of the same rows without an adapter, and of 16 sequential two-sided steps of two rows."""
     tuned, base = make_theta(edge, DIRECTIONS, 1), make_theta(edge, 1, 1)
     base.model.adapter = None
-    rows = make_rows(tuned.model, DIRECTIONS, TOKENS)
+    rows = real_rows(tuned.model, DIRECTIONS)
     single = make_theta(edge, 1, 1)
 
     def sequential(number: int) -> None:
@@ -91,7 +103,7 @@ def measure_times(edge: Path, rounds: int) -> dict[str, float]:
 
     actions: dict[str, Callable[[int], None]] = {
         "step": lambda number: stacked_step(tuned, rows, number),
-        "inference": lambda number: plain(base, rows),
+        "inference": lambda number: plain(base.sequences, rows),
         "sequential": sequential,
     }
     seconds: dict[str, list[float]] = {name: [] for name in actions}
@@ -110,30 +122,29 @@ def measure_times(edge: Path, rounds: int) -> dict[str, float]:
 def projected_grads(edge: Path) -> np.ndarray:
     """Projected gradients of 64 directions, one row each, at the untuned adapter; the same rows and directions for every base."""
     theta = make_theta(edge, GRADIENT_DIRECTIONS, 1)
-    rows = make_rows(theta.model, GRADIENT_DIRECTIONS, TOKENS)
+    rows = real_rows(theta.model, GRADIENT_DIRECTIONS)
     directions = [Direction(0, 0, number) for number in range(GRADIENT_DIRECTIONS)]
     return np.array([estimate.projected_grad for estimate in theta.estimates(directions, [[row] for row in rows])])
 
 
-def _peak(edge: str, kind: str, rows: int, tokens: int, send: Connection) -> None:
-    """Peak resident bytes of three forwards, or steps, of so many rows (both signs counted)."""
-    if kind == "step":
-        theta = make_theta(Path(edge), rows // 2, 1)
-        data = make_rows(theta.model, rows // 2, tokens)
-        for number in range(3):
-            stacked_step(theta, data, number)
-    else:
-        model = EdgeModel(edge)
-        pairs = [pair for example in make_rows(model, rows, tokens) for pair in example.pairs]
-        for _ in range(3):
-            Sequences(model).log_probs(pairs)
+def _peak(edge: str, kind: str, size: Size, send: Connection) -> None:
+    """Peak resident bytes of three steps, or of inference of the same number of rows."""
+    count = DIRECTIONS if size is None else size[0] // 2
+    theta = make_theta(Path(edge), count, 1) if kind == "step" else None
+    model = theta.model if theta is not None else EdgeModel(edge)
+    rows = real_rows(model, count) if size is None else make_rows(model, count, size[1])
+    for number in range(3):
+        if theta is not None:
+            stacked_step(theta, rows, number)
+        else:
+            plain(Sequences(model), rows)
     send.send(peak_bytes())
 
 
-def peak_of(edge: Path, kind: str, rows: int, tokens: int) -> int:
-    """Peak resident bytes of a fresh process."""
+def peak_of(edge: Path, kind: str, size: Size = None) -> int:
+    """Peak resident bytes of a fresh process; size is rows (both signs counted) and random tokens, None the rows of the times."""
     receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=_peak, args=(str(edge), kind, rows, tokens, send))
+    process = multiprocessing.get_context("spawn").Process(target=_peak, args=(str(edge), kind, size, send))
     process.start()
     send.close()  # else the parent would wait forever for a child that died
     found = int(receive.recv())
@@ -144,14 +155,18 @@ def peak_of(edge: Path, kind: str, rows: int, tokens: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("edges", type=Path, nargs="+")
+    for name in ("--data", "--template", "--labels"):
+        parser.add_argument(name)
     parser.add_argument("--plain", type=Path)
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.whole:
-        os.environ[WHOLE] = "1"  # the measured processes are spawned
-    yardstick = peak_of(arguments.plain, "inference", 8, 64) if arguments.plain else None
+        os.environ[WHOLE] = "1"
+    if arguments.data:
+        os.environ[TASK] = json.dumps({name: getattr(arguments, name) for name in ("data", "template", "labels")})
+    yardstick = peak_of(arguments.plain, "inference", (8, 64)) if arguments.plain else None
     first: np.ndarray | None = None
     results = []
     for edge in arguments.edges:
@@ -160,10 +175,10 @@ def main() -> None:
         result: dict[str, float | str] = {"edge": str(edge), **measure_times(edge, arguments.rounds)}
         result["gradient_correlation_with_first"] = float(np.corrcoef(first, grads)[0, 1])
         result["gradient_rms"] = float(np.sqrt(np.mean(grads**2)))
-        step, inference = peak_of(edge, "step", 2 * DIRECTIONS, TOKENS), peak_of(edge, "inference", 2 * DIRECTIONS, TOKENS)
+        step, inference = peak_of(edge, "step"), peak_of(edge, "inference")
         result |= {"step_peak_mb": step / 1e6, "inference_peak_mb": inference / 1e6, "memory_over_inference": step / inference}
         if yardstick is not None:
-            small = peak_of(edge, "step", 8, 64)
+            small = peak_of(edge, "step", (8, 64))
             result |= {"step_8x64_peak_mb": small / 1e6, "plain_8x64_peak_mb": yardstick / 1e6, "memory_over_plain": small / yardstick}
         results.append(result)
         if not arguments.json:
