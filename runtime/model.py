@@ -17,10 +17,10 @@ from edgezo.errors import ConfigError, DataError, EdgeModelError
 from edgezo.manifest import Graph, Manifest, StoredFile, Tensor, read_manifest, verify_file, verify_size
 from edgezo.runtime.graph_file import external_files
 from edgezo.runtime.lora import Lora
+from edgezo.runtime.passes import default_threads
 from edgezo.runtime.prefix import Prefix
 from edgezo.runtime.session import Session
 from edgezo.runtime.text import TextCodec
-from edgezo.runtime.weights import default_threads
 from edgezo.storage import CHUNK_BYTES
 
 if TYPE_CHECKING:

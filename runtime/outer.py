@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from edgezo.runtime import noise
 from edgezo.runtime.noise import Direction, Floats
+from edgezo.runtime.passes import Additions, direction_dither
 from edgezo.runtime.weights import MutableWeights
 
 Signs = npt.NDArray[np.int8]
@@ -35,6 +36,7 @@ class OuterWeights(MutableWeights):
 
     def __init__(self, tensors: Mapping[str, Floats], layouts: Mapping[str, Layout], *, eps: float) -> None:
         super().__init__(tensors, eps=eps, threads=1)
+        self._flat = {name: array.reshape(-1) for name, array in tensors.items()}
         self.layouts = dict(layouts)
         for tensor in self.tensors:
             tensor.decays = True
@@ -51,24 +53,22 @@ class OuterWeights(MutableWeights):
             self._drawn[key] = drawn[: sum(layout.rows)], drawn[sum(layout.rows) :]
         return self._drawn[key]
 
-    def flush(self) -> None:
-        """Apply what was added: theta += d * sum_q m_q r_q s_q^T, m_q the scale on the grid."""
-        if not self._pending:
-            return
-        pending, self._pending = self._pending, {}
+    def _apply(self, additions: Additions) -> None:
+        """theta += d * sum_q m_q r_q s_q^T, m_q the scale on the grid."""
         for tensor in self.tensors:
-            levels = [self._level(direction, scales, tensor.quantum) for direction, scales in pending.items()]
-            drawn = [self.signs(direction, tensor.name) for direction in pending]
+            levels = [_level(direction, scales, tensor.quantum) for direction, scales in additions.items()]
+            drawn = [self.signs(direction, tensor.name) for direction in additions]
             rows = np.stack([r for r, _ in drawn]) * np.array(levels)[:, None]
             columns = np.stack([s for _, s in drawn])
             row = column = start = 0
             for height, width in zip(*self.layouts[tensor.name], strict=True):
-                part = tensor.flat[start : start + height * width].reshape(height, width)
+                part = self._flat[tensor.name][start : start + height * width].reshape(height, width)
                 total = rows[:, row : row + height].T @ columns[:, column : column + width].astype(np.float64)
                 part[...] = part + total * tensor.quantum  # float64: exact on the grid, so the cast is too
                 row, column, start = row + height, column + width, start + height * width
 
-    def _level(self, direction: Direction, scales: Mapping[float, int], quantum: float) -> float:
-        """The integer m with z-coefficient m * d."""
-        dither = noise.uniform(direction.seed, noise.DITHER, direction.step, direction.number)
-        return float(sum(times * np.floor(scale / quantum + dither) for scale, times in scales.items()))
+
+def _level(direction: Direction, scales: Mapping[float, int], quantum: float) -> float:
+    """The integer m with z-coefficient m * d."""
+    dither = direction_dither(direction)
+    return float(sum(times * np.floor(scale / quantum + dither) for scale, times in scales.items()))

@@ -19,8 +19,8 @@ import edgezo
 from edgezo import cli
 from edgezo.errors import ConfigError, RunError
 from edgezo.manifest import Manifest, read_manifest
+from edgezo.runtime import passes as passes_module
 from edgezo.runtime import run as run_module
-from edgezo.runtime import weights as weights_module
 from edgezo.runtime.check import check_run, compare_runs
 from edgezo.runtime.journal import STEP_BYTES, Journal, StepRecord, read_journal
 from edgezo.runtime.model import EdgeModel
@@ -85,7 +85,7 @@ def test_replay_does_not_depend_on_threads_shares_and_groups(
     exported_dir: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, blocks: int, group: int
 ) -> None:
     expected = write_replayed(exported_dir, run, "last", tmp_path / "usual", 1).files["tunable.bin"].sha256
-    monkeypatch.setattr(weights_module, "RUN_BLOCKS", blocks)
+    monkeypatch.setattr(passes_module, "RUN_BLOCKS", blocks)
     monkeypatch.setattr(run_module, "REPLAY_GROUP", group)
     shutil.copytree(exported_dir, tmp_path / "copy")
     shutil.move(run, tmp_path / "moved")

@@ -5,7 +5,7 @@ import pytest
 
 from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime import noise
-from edgezo.runtime import weights as weights_module
+from edgezo.runtime import passes as passes_module
 from edgezo.runtime.noise import BLOCK, Direction, Distribution, Floats
 from edgezo.runtime.weights import MutableWeights
 
@@ -66,7 +66,7 @@ def test_rounding_to_the_grid_moves_a_weight_by_at_most_half_a_quantum() -> None
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_threads_pieces_and_order_do_not_matter(distribution: Distribution, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(threads: int, run_blocks: int, flush_each: bool, reverse: bool) -> dict[str, bytes]:
-        monkeypatch.setattr(weights_module, "RUN_BLOCKS", run_blocks)
+        monkeypatch.setattr(passes_module, "RUN_BLOCKS", run_blocks)
         tensors = make_tensors()
         weights = MutableWeights(tensors, eps=1e-3, distribution=distribution, threads=threads)
         additions = [(Direction(9, step, number), 1e-4 * (step + 1)) for step in range(3) for number in range(2)]

@@ -52,11 +52,11 @@ def make_rows(model: EdgeModel, rows: int, tokens: int) -> list[Example]:
     return [Example(pairs=[(row, [10]), (row, [20])], gold=index % 2) for index, row in enumerate(ids)]
 
 
-def make_theta(edge: Path, directions: int, batch: int) -> Theta:
+def make_theta(edge: Path, directions: int, batch: int, threads: int | None = None) -> Theta:
     """A freshly opened model with an untuned adapter."""
     if os.environ.get(WHOLE):
         Lora.stacked_feeds = whole_copies  # type: ignore[method-assign]
-    model = EdgeModel(edge)
+    model = EdgeModel(edge, threads=threads)
     settings = {"data": "-", "directions": directions, "batch": batch, "lr": LR, "eps": 1e-2, "rule": "normalized"}
     config: TuneConfig = make_config(None, settings)
     return Theta(model, config, mutable_weights(model, config), Sequences(model))

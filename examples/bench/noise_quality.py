@@ -7,6 +7,7 @@ Both sides use the notes of examples/notes, full-parameter tuning, and differ in
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,7 +20,8 @@ from edgezo.runtime import noise
 from edgezo.runtime import run as run_module
 from edgezo.runtime import tune as tune_module
 from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.noise import Floats
+from edgezo.runtime.noise import Distribution, Floats
+from edgezo.runtime.passes import Additions, GridTensor, NumPyPasses, sign_values
 from edgezo.runtime.weights import MutableWeights
 
 NOTES = Path(__file__).parents[1] / "notes"
@@ -27,19 +29,17 @@ FRESH = 9  # key word of a stream that nothing else draws from
 CHUNK = 1 << 16
 
 
-class FreshBits(MutableWeights):
+class FreshBits(NumPyPasses):
     """One independent sign an element, every step."""
 
-    def flush(self) -> None:
-        pending, self._pending = self._pending, {}
-        signs = noise.table("rademacher")
-        places = [int(np.argmax(signs < 0)), int(np.argmax(signs > 0))]
+    def add(self, tensors: Sequence[GridTensor], additions: Additions, distribution: Distribution) -> None:
         bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
-        for tensor in self.tensors:
-            for direction, scales in pending.items():
-                amounts = self._table(direction, scales, tensor.quantum)[places]
-                drawn = noise.words(direction.seed, FRESH, -(-tensor.flat.size // 64), tensor=tensor.id, step=direction.step)
-                _add_signs(tensor.flat, drawn.view(np.uint8), amounts[bits])
+        for tensor in tensors:
+            for direction, scales in additions.items():
+                plus, minus = sign_values(direction, scales, tensor.quantum)
+                amounts = np.array([minus, plus], np.float32)
+                drawn = noise.words(direction.seed, FRESH, -(-tensor.size // 64), tensor=tensor.id, step=direction.step)
+                _add_signs(self.flat[tensor.name], drawn.view(np.uint8), amounts[bits])
 
 
 def _add_signs(flat: Floats, drawn: npt.NDArray[np.uint8], expansion: Floats) -> None:
@@ -49,12 +49,12 @@ def _add_signs(flat: Floats, drawn: npt.NDArray[np.uint8], expansion: Floats) ->
         part += expansion[drawn[start // 8 : start // 8 + CHUNK // 8]].reshape(-1)[: part.size]
 
 
-def measure(edge: Path, kind: type[MutableWeights], seed: int, steps: int) -> dict[str, float]:
+def measure(edge: Path, kind: type[NumPyPasses], seed: int, steps: int) -> dict[str, float]:
     """Validation loss and accuracy after a run."""
 
     def make(model: EdgeModel, config: tune_module.TuneConfig) -> MutableWeights:
         tunable: dict[str, Floats] = model.weights
-        return kind(tunable, eps=config.eps, distribution="rademacher", threads=model.threads)
+        return MutableWeights(kind(tunable, model.threads), eps=config.eps)
 
     tune_module.mutable_weights = run_module.mutable_weights = make
     settings = {
@@ -81,8 +81,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     for seed in range(arguments.seeds):
-        for kind in (MutableWeights, FreshBits):
-            name = "table" if kind is MutableWeights else "fresh"
+        for kind in (NumPyPasses, FreshBits):
+            name = "table" if kind is NumPyPasses else "fresh"
             print(json.dumps({"noise": name, "seed": seed, **measure(arguments.edge, kind, seed, arguments.steps)}), flush=True)
 
 

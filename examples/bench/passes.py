@@ -11,12 +11,12 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import BLOCK, Direction
+from edgezo.runtime.passes import GridTensor, NumPyPasses
 from edgezo.runtime.weights import MutableWeights
 from examples.bench.step import make_feeds, read_arguments
 
@@ -26,12 +26,13 @@ EPS, UPDATE = 1e-3, 1e-5
 def measure_passes(edge: Path, rounds: int) -> dict[str, float]:
     """Median seconds of one pass over all tunable weights, by kind."""
     model = EdgeModel(edge)
-    weights = MutableWeights(model.weights, eps=EPS, threads=model.threads)
+    passes = NumPyPasses(model.weights, model.threads)
+    weights = MutableWeights(passes, eps=EPS)
     kinds: dict[str, Callable[[int], object]] = {
-        "bandwidth": lambda number: weights._parallel(add_constant),
+        "bandwidth": lambda number: add_constant(passes, weights),
         "perturb": lambda number: _add(weights, Direction(0, number)),
         "update_and_perturb": lambda number: _add(weights, Direction(0, number), Direction(0, number + 1)),
-        "fresh_bits": lambda number: _add_fresh_bits(weights, number),
+        "fresh_bits": lambda number: _add_fresh_bits(passes, weights, number),
     }
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for number in range(rounds + 1):
@@ -49,24 +50,28 @@ def _add(weights: MutableWeights, *directions: Direction) -> None:
     weights.flush()
 
 
-def add_constant(tensor: Any, first: int, last: int) -> None:
-    """Work of a pass at memory bandwidth: one read and one write of every weight."""
-    part = tensor.flat[first * BLOCK : last * BLOCK]
-    part += np.float32(0)
+def add_constant(passes: NumPyPasses, weights: MutableWeights) -> None:
+    """A pass at memory bandwidth: one read and one write of every weight."""
+
+    def add(tensor: GridTensor, first: int, last: int) -> None:
+        part = passes.flat[tensor.name][first * BLOCK : last * BLOCK]
+        part += np.float32(0)
+
+    passes.each_share(weights.tensors, add)
 
 
-def _add_fresh_bits(weights: MutableWeights, number: int) -> None:
+def _add_fresh_bits(passes: NumPyPasses, weights: MutableWeights, number: int) -> None:
     """One Philox bit a weight, eight signs at a time from a table of bytes; the fastest found with NumPy."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
     expansion = np.where(bits, np.float32(2**-16), np.float32(-(2**-16)))
 
-    def add(tensor: Any, first: int, last: int) -> None:
+    def add(tensor: GridTensor, first: int, last: int) -> None:
         for block in range(first, last):
-            part = tensor.flat[block * BLOCK : (block + 1) * BLOCK]
+            part = passes.flat[tensor.name][block * BLOCK : (block + 1) * BLOCK]
             raw = np.random.Philox(key=number, counter=[block, tensor.id, 0, 0]).random_raw(-(-part.size // 64))
             part += expansion.take(raw.view(np.uint8), axis=0).reshape(-1)[: part.size]
 
-    weights._parallel(add)
+    passes.each_share(weights.tensors, add)
 
 
 def measure_grid(edge: Path) -> list[dict[str, object]]:

@@ -17,6 +17,7 @@ import numpy as np
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.optimizer import zo_step
+from edgezo.runtime.passes import NumPyPasses
 from edgezo.runtime.run import REPLAY_GROUP
 from edgezo.runtime.weights import MutableWeights
 from examples.bench.passes import add_constant
@@ -28,13 +29,14 @@ ROUNDS, SAMPLE = 3, 64  # steps of one measurement
 def measure(edge: Path, steps: int, groups: list[int]) -> dict[str, object]:
     """Seconds for `steps` steps by group, from samples of 64 steps; the limit; and the whole replay in the group that edgezo uses."""
     model = EdgeModel(edge)
-    weights = MutableWeights(model.weights, eps=EPS, threads=model.threads)
+    numpy_passes = NumPyPasses(model.weights, model.threads)
+    weights = MutableWeights(numpy_passes, eps=EPS)
     scalars = np.random.default_rng(0).standard_normal(max(steps, SAMPLE))
     seconds: dict[int, list[float]] = {group: [] for group in groups}
     passes = []
     for _ in range(ROUNDS):
         begun = time.perf_counter()
-        weights._parallel(add_constant)
+        add_constant(numpy_passes, weights)
         passes.append(time.perf_counter() - begun)
         for group in groups:
             seconds[group].append(_replay(weights, scalars[:SAMPLE], group) * steps / SAMPLE)
