@@ -64,6 +64,7 @@ def tune(
     resume: bool = False,
     config: PathLike | None = None,
     threads: int | None = None,
+    device: str = "cpu",
     memory: int | str | None = None,
     reporter: Reporter | None = None,
     **settings: Any,
@@ -76,6 +77,7 @@ def tune(
         resume: go on where the run stopped; its own settings hold, `steps` and `minutes` may be raised.
         config: YAML or JSON file of settings; `settings` override it.
         threads: cores to use; all of this process when None.
+        device: "cpu" or "cuda".
         memory: what the process may take at most, in bytes or as "1.5GB".
         reporter: callbacks for progress.
         settings: fields of `TuneConfig`, such as data, valid, template, labels, steps, lr.
@@ -89,7 +91,7 @@ def tune(
         if config is not None:
             raise ConfigError("--resume continues with the run's own settings; leave --config out and give what shall change as options")
         given = {**read_run(str(run)).config.model_dump(), **given}
-    model = EdgeModel(directory, threads=threads)
+    model = EdgeModel(directory, threads=threads, device=device)
     resolved = make_config(config, given, model.manifest.adapter.kind if model.manifest.adapter is not None else None)
     return tune_model(model, resolved, str(run), resume=resume, memory=limit, reporter=reporter)
 
@@ -102,6 +104,7 @@ def evaluate(
     step: StepChoice = "best",
     adapter: PathLike | None = None,
     threads: int | None = None,
+    device: str = "cpu",
     **settings: Any,
 ) -> EvalResult:
     """Evaluate an edge model, or with `run` the tuned one, on a data file.
@@ -113,6 +116,7 @@ def evaluate(
         step: of the run: a number, "best" (by validation) or "last".
         adapter: PEFT folder or .onnx_adapter file to use instead of a run.
         threads: cores to use; all of this process when None.
+        device: "cpu" or "cuda".
         settings: template, labels, label_field and max_length; those of the run where not given.
 
     Raises:
@@ -121,7 +125,7 @@ def evaluate(
     config = _task_config(run, {**settings, "data": str(data)})
     rows = read_rows(data)
     task = find_task(rows, config.template, config.labels, config.label_field)
-    model = EdgeModel(directory, threads=threads, run=run, step=step, adapter=adapter)
+    model = EdgeModel(directory, threads=threads, device=device, run=run, step=step, adapter=adapter)
     made = make_examples(rows, task, model.text, row_limit(model, config))
     return EvalResult(evaluate_examples(Sequences(model), made.examples), model.step, made.truncated)
 
@@ -135,6 +139,7 @@ def predict(
     step: StepChoice = "best",
     adapter: PathLike | None = None,
     threads: int | None = None,
+    device: str = "cpu",
     **settings: Any,
 ) -> list[Prediction]:
     """The likeliest label of every text, or of every row of a data file, which needs no label.
@@ -147,6 +152,7 @@ def predict(
         step: of the run: a number, "best" (by validation) or "last".
         adapter: PEFT folder or .onnx_adapter file to use instead of a run.
         threads: cores to use; all of this process when None.
+        device: "cpu" or "cuda".
         settings: template, labels and max_length; those of the run where not given.
 
     Raises:
@@ -169,7 +175,7 @@ def predict(
     if not rows:
         return []
     task = find_task(rows, config.template, config.labels, config.label_field)
-    model = EdgeModel(directory, threads=threads, run=run, step=step, adapter=adapter)
+    model = EdgeModel(directory, threads=threads, device=device, run=run, step=step, adapter=adapter)
     return predict_labels(model, rows, task, row_limit(model, config))
 
 

@@ -13,6 +13,7 @@ from edgezo.errors import ConfigError, DataError, EdgeModelError, EdgezoError
 from edgezo.options import (
     DRAW,
     AdapterPath,
+    Device,
     EdgeDir,
     RunDir,
     Seed,
@@ -132,6 +133,7 @@ def chat_command(
     top_p: TopP = DRAW.top_p,
     seed: Seed = DRAW.seed,
     threads: Threads = None,
+    device: Device = "cpu",
 ) -> None:
     """Converse with the base or, with --run or --adapter, a tuned model. From a pipe, each line is a message."""
     from edgezo.runtime.generate import check_sampling
@@ -140,7 +142,7 @@ def chat_command(
     sampling = sampling_of(temperature, top_k, top_p, seed)
     if sampling is not None:
         check_sampling(sampling)
-    model = EdgeModel(directory, threads=threads, run=run, step=step_of_run(step, run), adapter=adapter)
+    model = EdgeModel(directory, threads=threads, device=device, run=run, step=step_of_run(step, run), adapter=adapter)
     conversation = Conversation(model, max_tokens, sampling, system)
     mark = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     if mark:

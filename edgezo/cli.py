@@ -14,6 +14,7 @@ from edgezo.errors import ConfigError, EdgezoError
 from edgezo.options import (
     DRAW,
     AdapterPath,
+    Device,
     EdgeDir,
     Json,
     LabelField,
@@ -168,6 +169,7 @@ def tune_command(
     config: Annotated[Path | None, typer.Option("--config", help="YAML or JSON file of these settings; options override it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue RUN; more --steps or --minutes may be given.")] = False,
     threads: Threads = None,
+    device: Device = "cpu",
     memory: Annotated[
         str | None, typer.Option("--memory", show_default=False, help="Peak memory to stay below, as 1.5GB: forwards are cut to fit.")
     ] = None,
@@ -183,7 +185,9 @@ def tune_command(
         "warmup": warmup, "weight_decay": weight_decay, "eval_every": eval_every, "eval_rows": eval_rows,
     }  # fmt: skip
     with terminal.tuning() as reporter:
-        result = api.tune(directory, output, resume=resume, config=config, threads=threads, memory=memory, reporter=reporter, **settings)
+        result = api.tune(
+            directory, output, resume=resume, config=config, threads=threads, device=device, memory=memory, reporter=reporter, **settings
+        )
     if as_json:
         shown = {name: value.as_dict() if hasattr(value, "as_dict") else value for name, value in result._asdict().items()}
         terminal.print_json({**shown, "directory": str(result.directory)})
@@ -223,6 +227,7 @@ def eval_command(
     label_field: LabelField = None,
     max_length: MaxLength = None,
     threads: Threads = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Evaluate the base, or with --run the tuned model; template and labels are then the run's own."""
@@ -235,6 +240,7 @@ def eval_command(
         step=step_of_run(step, run),
         adapter=adapter,
         threads=threads,
+        device=device,
         template=unescape(template),
         labels=labels,
         label_field=label_field,
@@ -261,6 +267,7 @@ def predict_command(
     labels: Labels = None,
     max_length: MaxLength = None,
     threads: Threads = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Tell the likeliest label of a text or of rows; template and labels are the run's own unless given."""
@@ -269,7 +276,15 @@ def predict_command(
     words = {"template": unescape(template), "labels": labels, "max_length": max_length}
     chosen = step_of_run(step, run)
     found = api.predict(
-        directory, texts=None if text is None else [text], data=data, run=run, step=chosen, adapter=adapter, threads=threads, **words
+        directory,
+        texts=None if text is None else [text],
+        data=data,
+        run=run,
+        step=chosen,
+        adapter=adapter,
+        threads=threads,
+        device=device,
+        **words,
     )
     if as_json:
         terminal.print_json({"predictions": [prediction._asdict() for prediction in found]})
@@ -293,6 +308,7 @@ def generate_command(
     top_p: TopP = DRAW.top_p,
     seed: Seed = DRAW.seed,
     threads: Threads = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Write text with the base or, with --run, the tuned model."""
@@ -300,7 +316,7 @@ def generate_command(
     from edgezo.runtime.model import EdgeModel
 
     text = read_standard_input() if prompt == "-" else prompt
-    model = EdgeModel(directory, threads=threads, run=run, step=step_of_run(step, run), adapter=adapter)
+    model = EdgeModel(directory, threads=threads, device=device, run=run, step=step_of_run(step, run), adapter=adapter)
     if chat:
         text = model.text.chat([{"role": "user", "content": text}], reply=True)
     pieces = generate(model, text, max_tokens, sampling_of(temperature, top_k, top_p, seed), special=not chat)

@@ -7,7 +7,7 @@ import typer
 
 from edgezo import terminal
 from edgezo.errors import ConfigError, RunError
-from edgezo.options import EdgeDir, Json, Output, Step, Threads, step_choice
+from edgezo.options import Device, EdgeDir, Json, Output, Step, Threads, step_choice
 from edgezo.storage import sha256_file
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def verify_command(
         int | None, typer.Option("--every", metavar="K", min=1, help="Derive every K-th step again by its forward passes; needs --base.")
     ] = None,
     threads: Threads = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Check a run: checksums of its journal, hashes of its data and base, and on request its scalars."""
@@ -75,7 +76,7 @@ def verify_command(
     if every is not None and base is None:
         raise ConfigError(f"--every {every}: needs the weights; add --base DIR")
     with terminal.stages() as progress:
-        model = EdgeModel(base, threads=threads) if base is not None else None
+        model = EdgeModel(base, threads=threads, device=device) if base is not None else None
         if every is not None:
             progress("replaying, with forward passes on the way")
         found = check_run(run, model, every)

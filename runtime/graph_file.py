@@ -3,15 +3,17 @@
 Field numbers are those of onnx.proto (stable since IR version 3): ModelProto.graph = 7, functions = 25; GraphProto.node = 1,
 initializer = 5, output = 12, sparse_initializer = 15; FunctionProto.node = 7; NodeProto.input = 1, output = 2, attribute = 5;
 AttributeProto.t = 5, g = 6, tensors = 10, graphs = 11, sparse_tensor = 22, sparse_tensors = 23; SparseTensorProto.values = 1,
-indices = 2; TensorProto.external_data = 13; StringStringEntryProto.key = 1, value = 2; ValueInfoProto.name = 1.
+indices = 2; TensorProto.name = 8, external_data = 13; StringStringEntryProto.key = 1, value = 2; ValueInfoProto.name = 1.
 """
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from edgezo.errors import EdgeModelError
 
 GRAPH_BYTES_LIMIT = 1 << 30
+Found = TypeVar("Found")
 MODEL, GRAPH, FUNCTION, NODE, ATTRIBUTE, SPARSE, TENSOR = "model", "graph", "function", "node", "attribute", "sparse", "tensor"
 HOLDS = {  # the fields of a message that can hold tensors
     MODEL: {7: GRAPH, 25: FUNCTION},
@@ -42,13 +44,37 @@ def external_files(path: Path) -> set[str]:
     return _read(path, lambda model: {location for tensor in _tensors(model, MODEL) for location in _locations(tensor)})
 
 
-def _read(path: Path, reading: Callable[[memoryview], set[str]]) -> set[str]:
+def without_initializers(path: Path, names: set[str]) -> bytes:
+    """The graph with these initializers left out, so that they are plain inputs.
+
+    Raises:
+        EdgeModelError: the file is not an ONNX graph.
+    """
+
+    def strip(model: memoryview) -> bytes:
+        parts: list[memoryview | bytes] = []
+        for field, whole, value in _spans(model):
+            if field == 7 and value is not None:
+                kept = b"".join(part for inner, part, tensor in _spans(value) if inner != 5 or tensor is None or _name(tensor) not in names)
+                parts += [_varint_bytes(7 << 3 | 2), _varint_bytes(len(kept)), kept]
+            else:
+                parts.append(whole)
+        return b"".join(parts)
+
+    return _read(path, strip)
+
+
+def _read(path: Path, reading: Callable[[memoryview], Found]) -> Found:
     try:
         if path.stat().st_size > GRAPH_BYTES_LIMIT:
             raise ValueError("larger than 1 GB")
         return reading(memoryview(path.read_bytes()))
     except (ValueError, IndexError, UnicodeDecodeError, RecursionError) as error:
         raise EdgeModelError(f"{path}: not readable as an ONNX graph ({error}); export the model again") from None
+
+
+def _name(tensor: memoryview) -> str:
+    return next((str(value, "utf-8") for field, value in _fields(tensor) if field == 8), "")
 
 
 def _tensors(message: memoryview, kind: str) -> Iterator[memoryview]:
@@ -111,10 +137,18 @@ def _node(node: memoryview) -> tuple[list[str], list[str]]:
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     """(field number, bytes) of every length-delimited field; numbers are skipped."""
+    for field, _, value in _spans(message):
+        if value is not None:
+            yield field, value
+
+
+def _spans(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview | None]]:
+    """(field number, the whole field, the bytes it holds) of every field; a number holds None."""
     position = 0
     while position < len(message):
+        begin = position
         key, position = _varint(message, position)
-        kind = key & 7
+        kind, value = key & 7, None
         if kind == 0:
             _, position = _varint(message, position)
         elif kind == 1:
@@ -125,10 +159,11 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
             length, position = _varint(message, position)
             if length > len(message) - position:
                 raise ValueError("a field ends after the end of the file")
-            yield key >> 3, message[position : position + length]
+            value = message[position : position + length]
             position += length
         else:
             raise ValueError(f"wire type {kind}")
+        yield key >> 3, message[begin:position], value
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
@@ -142,3 +177,11 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
         shift += 7
         if shift > 63:
             raise ValueError("a number is too long")
+
+
+def _varint_bytes(value: int) -> bytes:
+    parts = []
+    while value > 127:
+        parts.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*parts, value])

@@ -40,12 +40,15 @@ def prove_live(model: EdgeModel, weights: MutableWeights) -> None:
     if model.adapter is not None:
         _prove_adapter_live(model)
         return
-    names = list(model.weights)
+    names = list(weights.passes.shapes)
     path = model.directory / model.manifest.scoring.file
     dead = disconnected(path, names)
     if dead:
         raise _refusal(model, dead, "nothing in the scoring graph uses them")
     feeds = _probe_feeds(model)
+    if model.on_device is not None:
+        _prove_on_device(model, weights, feeds)
+        return
     with _perturbed(weights):
         changed_at_load = _scores(model.fresh_scoring(), feeds)
     session = model.scoring
@@ -55,9 +58,7 @@ def prove_live(model: EdgeModel, weights: MutableWeights) -> None:
     base = _scores(session, feeds)
     with _perturbed(weights):
         changed_in_place = _scores(session, feeds)
-    for scores, where, advice in ((base, "theta", "export the model again"), (changed_at_load, "theta + eps z", "try a smaller --eps")):
-        if not np.isfinite(scores).all():
-            raise NonFiniteLossError(f"the log-probabilities at {where} are NaN or infinite before the first step; {advice}")
+    _refuse_non_finite(base, changed_at_load)
     if np.array_equal(changed_in_place, changed_at_load) and not np.array_equal(changed_in_place, base):
         return
     dead = [name for name in names if np.array_equal(_changed_alone(model, name, feeds, session), base)]
@@ -65,6 +66,22 @@ def prove_live(model: EdgeModel, weights: MutableWeights) -> None:
         fresh = {name: _changed_alone(model, name, feeds, None) for name in names}
         dead = [name for name in names if not np.array_equal(_changed_alone(model, name, feeds, session), fresh[name])]
     raise _refusal(model, dead or names, "the engine does not see their changes")
+
+
+def _prove_on_device(model: EdgeModel, weights: MutableWeights, feeds: dict[str, Array]) -> None:
+    """Weights on a device are plain inputs, which nothing can freeze: it is left to prove that kernels write where the graph reads."""
+    base = _scores(model.scoring, feeds)
+    with _perturbed(weights):
+        changed = _scores(model.scoring, feeds)
+    _refuse_non_finite(base, changed)
+    if np.array_equal(changed, base) or not np.array_equal(_scores(model.scoring, feeds), base):
+        raise _refusal(model, list(weights.passes.shapes), "the engine does not see what is written to the device")
+
+
+def _refuse_non_finite(base: Array, changed: Array) -> None:
+    for scores, where, advice in ((base, "theta", "export the model again"), (changed, "theta + eps z", "try a smaller --eps")):
+        if not np.isfinite(scores).all():
+            raise NonFiniteLossError(f"the log-probabilities at {where} are NaN or infinite before the first step; {advice}")
 
 
 def _prove_adapter_live(model: EdgeModel) -> None:
@@ -180,5 +197,5 @@ def _probe_feeds(model: EdgeModel, rows: int = 1) -> dict[str, Array]:
 def _refusal(model: EdgeModel, dead: list[str], why: str, total: int | None = None) -> DeadTensorError:
     shown = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
     return DeadTensorError(
-        f"{model.directory}: {len(dead)} of {total or len(model.weights)} tunable tensors would not be tuned, {why}: {shown}; export again, or leave them out with --tunable or --targets"
+        f"{model.directory}: {len(dead)} of {total or len(model.manifest.tunable)} tunable tensors would not be tuned, {why}: {shown}; export again, or leave them out with --tunable or --targets"
     )

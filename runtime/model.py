@@ -15,11 +15,12 @@ from edgezo.adapters import PREFIX
 from edgezo.config import MAX_TOKENS, Sampling
 from edgezo.errors import ConfigError, DataError, EdgeModelError
 from edgezo.manifest import Graph, Manifest, StoredFile, Tensor, read_manifest, verify_file, verify_size
+from edgezo.runtime.device import DevicePasses, DeviceSession, find_device
 from edgezo.runtime.graph_file import external_files
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.passes import default_threads
 from edgezo.runtime.prefix import Prefix
-from edgezo.runtime.session import Session
+from edgezo.runtime.session import Session, engine_version
 from edgezo.runtime.text import TextCodec
 from edgezo.storage import CHUNK_BYTES
 
@@ -40,9 +41,11 @@ class EdgeModel:
         run: run directory whose tuned weights to rebuild from its journal; None for the base.
         step: of the run: a number, "best" (by validation) or "last".
         adapter: PEFT folder or .onnx_adapter file to use instead of a run.
+        device: "cpu" or "cuda".
 
     Attributes:
         weights: the arrays tuning may change, by Hugging Face name, as stored (`Tensor.transposed` says how); the engine reads them.
+        on_device: holds the tunable tensors of the graphs instead, when they live on an accelerator.
         adapter: what the graphs are fed beside the text; None for the base.
         changed: whether it is no longer the base.
 
@@ -59,21 +62,26 @@ class EdgeModel:
         run: str | os.PathLike[str] | None = None,
         step: "StepChoice" = "best",
         adapter: str | os.PathLike[str] | None = None,
+        device: str = "cpu",
     ) -> None:
-        self.directory = Path(directory)
+        self.directory, self.device = Path(directory), find_device(device)
         self.manifest: Manifest = read_manifest(self.directory)
         self.threads = threads or default_threads()
         files = self.manifest.files
         for name in files:
             verify_size(self.directory, name, files[name])
-        mutable_files = {tensor.file for tensor in self.manifest.tunable}
+        in_memory = [tensor for tensor in self.manifest.tunable if self.device is None or tensor.name == PREFIX]
+        mutable_files = {tensor.file for tensor in in_memory}
         for name in files.keys() - mutable_files:
             verify_file(self.directory, name, files[name])
         self.text = TextCodec(self.directory, self.manifest.tokenizer)
         self.buffers = {name: _load(self.directory, name, files[name]) for name in sorted(mutable_files)}
-        self.weights: dict[str, npt.NDArray[np.float32]] = {
-            tensor.name: _view(self.buffers[tensor.file], tensor) for tensor in self.manifest.tunable
-        }
+        self.weights: dict[str, npt.NDArray[np.float32]] = {tensor.name: _view(self.buffers[tensor.file], tensor) for tensor in in_memory}
+        self.on_device: DevicePasses | None = None
+        if self.device is not None and len(in_memory) < len(self.manifest.tunable):
+            shapes = {tensor.name: tuple(tensor.shape) for tensor in self.manifest.tunable if tensor not in in_memory}
+            self.on_device = DevicePasses(self.device, shapes)
+            self._upload()
         self.adapter: Lora | Prefix | None = Prefix(self.weights[PREFIX]) if PREFIX in self.weights else None
         self.step: int | None = None
         self.changed = False
@@ -120,11 +128,22 @@ class EdgeModel:
     def _restore(self) -> None:
         """The base again: tunable weights as in their files, no adapter but the prefix that is stored."""
         if self.changed:
+            for name in {tensor.file for tensor in self.manifest.tunable} - self.buffers.keys():
+                verify_file(self.directory, name, self.manifest.files[name])
+            self._upload()
             for name, buffer in self.buffers.items():
                 buffer[...] = _load(self.directory, name, self.manifest.files[name])
         if isinstance(self.adapter, Lora):
             self.adapter = None
         self.step, self.changed = None, False
+
+    def _upload(self) -> None:
+        """The tunable tensors as in their files to the device."""
+        if self.on_device is not None:
+            for tensor in self.manifest.tunable:
+                if tensor.name in self.on_device.shapes:
+                    stored = np.memmap(self.directory / tensor.file, "<f4", "r", tensor.offset, tuple(tensor.shape))
+                    self.on_device.upload(tensor.name, stored)
 
     @property
     def context(self) -> int:
@@ -189,12 +208,17 @@ class EdgeModel:
             raise EdgeModelError(
                 f"{self.directory / graph.file}: refers to {sorted(strange)[0]!r}, which is no weight file of this edge model; copy or export it again"
             )
-        if self.manifest.weights == "int8" and _engine_version() < INT8_ENGINE:
+        if self.manifest.weights == "int8" and engine_version() < INT8_ENGINE:
             raise EdgeModelError(
                 f"{self.directory}: its int8 weights need onnxruntime {'.'.join(map(str, INT8_ENGINE))} or later, this is {onnxruntime.__version__}; update it, or export with --weights int4"
             )
-        in_graph = {name: array for name, array in self.weights.items() if name != PREFIX}
-        session = Session(self.directory / graph.file, in_graph, self.threads)
+        path = self.directory / graph.file
+        if self.device is not None:
+            session: Session = DeviceSession(
+                path, self.on_device, {tensor.file for tensor in self.manifest.tunable}, self.device, self.threads
+            )
+        else:
+            session = Session(path, {name: array for name, array in self.weights.items() if name != PREFIX}, self.threads)
         listed = {*graph.inputs, *(state.input for state in graph.past)}
         written = {*graph.outputs, *(state.output for state in graph.past)}
         if session.inputs != listed or not listed - {state.input for state in graph.past} <= FED or not written <= session.outputs:
@@ -202,10 +226,6 @@ class EdgeModel:
                 f"{self.directory / graph.file}: its inputs or outputs are not those of the manifest ({', '.join(sorted(session.inputs ^ listed)[:3]) or 'unknown ones'}); copy or export the edge model again"
             )
         return session
-
-
-def _engine_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
 
 
 def _load(directory: Path, name: str, stored: StoredFile) -> npt.NDArray[np.uint8]:

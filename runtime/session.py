@@ -16,6 +16,11 @@ from edgezo.errors import EdgeModelError, first_line
 Array = npt.NDArray[Any]
 
 
+def engine_version() -> tuple[int, ...]:
+    """Major and minor version of onnxruntime."""
+    return tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+
+
 class Session:
     """One graph over shared weight arrays.
 
@@ -67,5 +72,8 @@ class Session:
         try:
             result: list[Array] = self._session.run(outputs, dict(feeds))
         except Exception as error:
-            raise EdgeModelError(f"{self._path}: onnxruntime {onnxruntime.__version__} cannot run it: {first_line(error)}") from error
+            raise self._refusal(error) from error
         return result
+
+    def _refusal(self, error: Exception) -> EdgeModelError:
+        return EdgeModelError(f"{self._path}: onnxruntime {onnxruntime.__version__} cannot run it: {first_line(error)}")

@@ -60,7 +60,7 @@ def mutable_weights(model: EdgeModel, config: TuneConfig, start: Path | None = N
             raise ConfigError(f"{shown}: this edge model has no branch points for LoRA; export it with --adapter lora")
     if start is not None:
         model.weights[PREFIX][...] = _read_start(start, {PREFIX: model.weights[PREFIX].shape})[PREFIX]
-    return MutableWeights(model.weights, eps=config.eps, distribution=config.noise, threads=model.threads)
+    return MutableWeights(model.on_device or model.weights, eps=config.eps, distribution=config.noise, threads=model.threads)
 
 
 def _read_start(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, npt.NDArray[np.float32]]:

@@ -213,6 +213,10 @@ def tune(
         theta = Theta(model, config, weights, Sequences(model))
         reporter.stage("checking that the engine sees changes of every tunable tensor")
         prove_live(model, weights)
+        if memory is not None and model.device is not None:
+            raise ConfigError(
+                f"--memory: what a process takes on {model.device.name} is not measured; leave it out and lower --batch and --max-length"
+            )
         if memory is not None:
             reporter.stage("measuring what a forward takes")
             everything = [*dataset.train.examples, *(dataset.valid.examples if dataset.valid is not None else [])]

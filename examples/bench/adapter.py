@@ -2,8 +2,9 @@
 
     python -m examples.bench.adapter EDGE... [--data FILE --template T --labels L] [--plain EDGE] [--whole] [--rounds 7] [--json]
 
-EDGE are edge models with LoRA branch points (fp32, int8, int4 of one source); --plain is the same model without branch points, whose
-inference is the yardstick of memory. 16 directions of one row of --data, without it of 32 random tokens, both signs: 32 rows. Times are
+EDGE are edge models with LoRA branch points (fp32, int8, int4 of one source); --plain is the same model without branch points (as
+`--adapter norms` makes it, frozen weights packed), whose inference is the yardstick of memory and, where the weights are the same, of
+the branch points nobody uses. 16 directions of one row of --data, without it of 32 random tokens, both signs: 32 rows. Times are
 interleaved in one process, medians over rounds; peak memory is that of a process of its own, of these rows and of 8 x 64 random tokens.
 --whole feeds whole copies of B instead of sign vectors.
 """
@@ -90,8 +91,11 @@ def plain(sequences: Sequences, rows: list[Example]) -> None:
     sequences.log_probs([*feeds, *doubled])
 
 
-def measure_times(edge: Path, rounds: int) -> dict[str, float]:
-    """Seconds of a stacked step, of inference of the same rows without an adapter, and of 16 sequential two-sided steps of two rows."""
+def measure_times(edge: Path, plain_edge: Path | None, rounds: int) -> dict[str, float]:
+    """Seconds of a stacked step, of inference of the same rows without an adapter, and of 16 sequential two-sided steps of two rows.
+
+    With the same base without branch points, also of inference there.
+    """
     tuned, base = make_theta(edge, DIRECTIONS, 1), make_theta(edge, 1, 1)
     base.model.adapter = None
     rows = real_rows(tuned.model, DIRECTIONS)
@@ -106,6 +110,9 @@ def measure_times(edge: Path, rounds: int) -> dict[str, float]:
         "inference": lambda number: plain(base.sequences, rows),
         "sequential": sequential,
     }
+    if plain_edge is not None and (other := EdgeModel(plain_edge)).manifest.weights == base.model.manifest.weights:
+        sequences = Sequences(other)
+        actions["plain_inference"] = lambda number: plain(sequences, rows)
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(rounds + 1):
         for name, action in actions.items():
@@ -114,9 +121,13 @@ def measure_times(edge: Path, rounds: int) -> dict[str, float]:
             if number:
                 seconds[name].append(time.perf_counter() - begun)
     medians = {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}
-    ratio = statistics.median([one / two for one, two in zip(seconds["step"], seconds["inference"], strict=True)])
-    faster = statistics.median([one / two for one, two in zip(seconds["sequential"], seconds["step"], strict=True)])
-    return {**medians, "step_over_inference": ratio, "sequential_over_step": faster}
+    pairs = [("step", "inference"), ("sequential", "step"), ("inference", "plain_inference")]
+    ratios = {
+        f"{one}_over_{two}": statistics.median([a / b for a, b in zip(seconds[one], seconds[two], strict=True)])
+        for one, two in pairs
+        if two in seconds
+    }
+    return {**medians, **ratios}
 
 
 def projected_grads(edge: Path) -> np.ndarray:
@@ -172,7 +183,7 @@ def main() -> None:
     for edge in arguments.edges:
         grads = projected_grads(edge)
         first = grads if first is None else first
-        result: dict[str, float | str] = {"edge": str(edge), **measure_times(edge, arguments.rounds)}
+        result: dict[str, float | str] = {"edge": str(edge), **measure_times(edge, arguments.plain, arguments.rounds)}
         result["gradient_correlation_with_first"] = float(np.corrcoef(first, grads)[0, 1])
         result["gradient_rms"] = float(np.sqrt(np.mean(grads**2)))
         step, inference = peak_of(edge, "step"), peak_of(edge, "inference")
