@@ -83,20 +83,26 @@ def add_lora(model: onnx.ModelProto, targets: list[LoraTarget], *, stacked: bool
     layer by layer inside the graph: 32 whole copies outside would cost 30 % of SmolLM2-135M's memory, these 6 %. Without it there is one.
     """
     surgery = Surgery(model.graph)
-    if stacked:
-        _add_stacks(surgery, targets)
-    else:
+    if not stacked:
         surgery.constant("edgezo/lora/first", [0])
+    grouped: set[str] = set()
     for index, target in enumerate(targets):
         ((node, _),) = surgery.uses(f"{target.module}.weight")
-        p, y = f"edgezo/lora{index}/", node.output[0]
+        p, x, y = f"edgezo/lora{index}/", node.input[0], node.output[0]
         node.output[0] = base = p + "base"
         # defaults of rank 0, and of one output: the branch of a base without adapter is a column of zeros
         a_copies, b_copies = ("a_copies", "b_copies") if stacked else (1, 1)
         a = surgery.overridable(target.a, np.zeros((1, target.in_features, 0), np.float32), [a_copies, target.in_features, "rank"])
         b = surgery.overridable(target.b, np.zeros((1, 0, 1), np.float32), [b_copies, "rank", f"out{index}"])
-        branch = _stacked_branch(surgery, node, target, index, a, b) if stacked else _plain_branch(p, node.input[0], a, b)
+        if stacked:
+            shared = [] if x in grouped else _group_input(x, target.in_features)
+            grouped.add(x)
+            branch = [*shared, *_stacked_branch(x, index, a, b)]
+        else:
+            branch = _plain_branch(p, x, a, b)
         surgery.replace(node, node, *branch, helper.make_node("Add", [base, p + "branch"], [y]))
+    if stacked:
+        _add_stacks(surgery, targets)
     surgery.finish()
 
 
@@ -134,62 +140,82 @@ def add_prefix(model: onnx.ModelProto, decoder: Decoder) -> None:
 
 
 def _add_stacks(surgery: Surgery, targets: list[LoraTarget]) -> None:
-    """The inputs with rows and signs of all targets, split once."""
+    """What all targets share: rows and signs, one of each a copy, split by target; and how many copies there are."""
     count = len(targets)
-    ones = surgery.constant("edgezo/lora/ones", [1] * count)
-    for rows, signs, sizes, shape, axis in (
-        (B_ROWS, B_SIGNS, [target.out_features for target in targets], (1, 1, 1, count), 3),
-        (A_ROWS, A_SIGNS, [target.in_features for target in targets], (1, 1, count, 1), 2),
+    for axis, rows, signs, widths in (
+        (2, B_ROWS, B_SIGNS, [target.out_features for target in targets]),
+        (1, A_ROWS, A_SIGNS, [target.in_features for target in targets]),
     ):
-        symbols: list[str | int] = ["directions", "sides", "rows", count] if axis == 3 else ["directions", "sides", count, "rows"]
-        surgery.overridable(rows, np.zeros(shape, np.float32), symbols)
-        surgery.overridable(signs, np.zeros((1, sum(sizes)), np.int8), ["directions", sum(sizes)])
+        p = f"edgezo/lora/{rows}/"
+        symbols: list[str | int] = ["directions", "sides", "rows", count] if axis == 2 else ["directions", "sides", count, "rows"]
+        surgery.overridable(rows, np.zeros((1, 1, *([1, count] if axis == 2 else [count, 1])), np.float32), symbols)
+        surgery.overridable(signs, np.zeros((1, count), np.int8), ["directions", "signs"])
+        one, ones = surgery.constant(p + "one", [1]), surgery.constant(p + "ones", [1] * count)
         surgery.begin(
-            helper.make_node("Split", [rows, ones], [f"edgezo/lora{i}/{rows}" for i in range(count)], axis=axis),
-            helper.make_node(
-                "Split",
-                [signs, surgery.constant(f"edgezo/lora/{signs}", sizes)],
-                [f"edgezo/lora{i}/{signs}" for i in range(count)],
-                axis=1,
-            ),
+            helper.make_node("Shape", [rows], [p + "outer"], start=0, end=2),
+            helper.make_node("Shape", [rows], [p + "inner"], start=2),
+            helper.make_node("ReduceProd", [p + "outer"], [p + "copies"], keepdims=1),
+            helper.make_node("Concat", [p + "copies", p + "inner"], [p + "shape"], axis=0),
+            helper.make_node("Reshape", [rows, p + "shape"], [p + "stacked"], allowzero=1),
+            helper.make_node("Split", [p + "stacked", ones], [f"edgezo/lora{i}/{rows}" for i in range(count)], axis=axis),
+            # widths of the targets; as many signs as targets are the default, one a target, so that nobody adds rows of zeros
+            helper.make_node("Shape", [signs], [p + "given"], start=1),
+            helper.make_node("Sub", [p + "given", surgery.constant(p + "count", [count])], [p + "more"]),
+            helper.make_node("Min", [p + "more", one], [p + "used"]),
+            helper.make_node("Mul", [p + "used", surgery.constant(p + "wider", [width - 1 for width in widths])], [p + "wide"]),
+            helper.make_node("Add", [p + "wide", one], [p + "widths"]),
+            helper.make_node("Unsqueeze", [signs, one], [p + "apart"]),
+            helper.make_node("Concat", [p + "outer", p + "given"], [p + "repeat"], axis=0),
+            helper.make_node("Expand", [p + "apart", p + "repeat"], [p + "repeated"]),
+            helper.make_node("Concat", [p + "copies", p + "given"], [p + "together"], axis=0),
+            helper.make_node("Reshape", [p + "repeated", p + "together"], [p + "matrix"]),
+            helper.make_node("Unsqueeze", [p + "matrix", surgery.constant(p + "axis", [1 if axis == 2 else 2])], [p + "signs"]),
+            helper.make_node("Split", [p + "signs", p + "widths"], [f"edgezo/lora{i}/{signs}" for i in range(count)], axis=axis),
         )
-    surgery.constant("edgezo/lora/zero", [0])
     surgery.constant("edgezo/lora/minus_one", [-1])
-    surgery.constant("edgezo/lora/as_columns", [1, 1, -1])
-    surgery.constant("edgezo/lora/as_rows", [1, -1, 1])
+    counts = [f"edgezo/lora/{rows}/copies" for rows in (B_ROWS, A_ROWS)]
+    for name, given in (("b", targets[0].b), ("a", targets[0].a)):
+        counts.append(f"edgezo/lora/{name}_copies")
+        surgery.begin(helper.make_node("Shape", [given], [counts[-1]], start=0, end=1))
+    surgery.begin(helper.make_node("Max", counts, ["edgezo/lora/copies"]))
+    for width in {target.in_features for target in targets}:
+        given = surgery.constant(f"edgezo/lora/in{width}", [width])
+        surgery.begin(helper.make_node("Concat", ["edgezo/lora/copies", "edgezo/lora/minus_one", given], [_grouped(width)], axis=0))
 
 
-def _stacked_branch(surgery: Surgery, node: onnx.NodeProto, target: LoraTarget, index: int, a: str, b: str) -> list[onnx.NodeProto]:
-    p, base = f"edgezo/lora{index}/", node.output[0]
-    width = surgery.constant(p + "in", [target.in_features])
-    nodes = [
-        # 0 * batch: a zero that the engine cannot know before the layer runs, or it would make the copies of all layers first
-        helper.make_node("Shape", [base], [p + "batch"], start=0, end=1),
-        helper.make_node("Mul", [p + "batch", "edgezo/lora/zero"], [p + "late"]),
+def _grouped(width: int) -> str:
+    """Name of the shape [copies, rows * tokens, width]."""
+    return f"edgezo/lora/grouped{width}"
+
+
+def _group_input(x: str, width: int) -> list[onnx.NodeProto]:
+    """What the targets that read `x` share: its rows by copy, the shape to come back to, and a one."""
+    p = f"edgezo/lora/{x}/"
+    return [
+        # batch / batch: a one that the engine cannot know before the layer runs, or it would make the copies of all layers first
+        helper.make_node("Shape", [x], [p + "batch"], start=0, end=1),
+        helper.make_node("Div", [p + "batch", p + "batch"], [p + "late"]),
+        helper.make_node("Shape", [x], [p + "places"], end=-1),
+        helper.make_node("Concat", [p + "places", "edgezo/lora/minus_one"], [p + "as_base"], axis=0),
+        helper.make_node("Reshape", [x, _grouped(width)], [p + "x"]),
     ]
-    for tensor, rows, signs, layout in ((b, B_ROWS, B_SIGNS, "as_columns"), (a, A_ROWS, A_SIGNS, "as_rows")):
+
+
+def _stacked_branch(x: str, index: int, a: str, b: str) -> list[onnx.NodeProto]:
+    p, shared, nodes = f"edgezo/lora{index}/", f"edgezo/lora/{x}/", []
+    for tensor, rows, signs in ((a, A_ROWS, A_SIGNS), (b, B_ROWS, B_SIGNS)):
         q = f"{p}{signs}/"
         nodes += [
-            helper.make_node("Concat", [p + "late", f"edgezo/lora/{layout}"], [q + "layout"], axis=0),
-            helper.make_node("Reshape", [p + signs, q + "layout"], [q + "laid"]),
-            helper.make_node("Cast", [q + "laid"], [q + "float"], to=TensorProto.FLOAT),
-            helper.make_node("Mul", [p + rows, q + "float"], [q + "product"]),
-            helper.make_node("Add", [q + "product", tensor], [q + "sum"]),  # [directions, sides, rows, columns]
-            helper.make_node("Shape", [q + "sum"], [q + "outer"], start=0, end=2),
-            helper.make_node("Shape", [q + "sum"], [q + "inner"], start=2),
-            helper.make_node("ReduceProd", [q + "outer"], [q + "count"], keepdims=1),
-            helper.make_node("Concat", [q + "count", q + "inner"], [q + "shape"], axis=0),
-            helper.make_node("Reshape", [q + "sum", q + "shape"], [q + "copies"], allowzero=1),
+            helper.make_node("Expand", [p + rows, shared + "late"], [q + "rows"]),
+            helper.make_node("Cast", [p + signs], [q + "float"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", [q + "rows", q + "float"], [q + "product"]),
+            helper.make_node("Add", [q + "product", tensor], [q + "copies"]),
         ]
     return [
         *nodes,
-        helper.make_node("Concat", [f"{p}{B_SIGNS}/count", "edgezo/lora/minus_one", width], [p + "grouped"], axis=0),
-        helper.make_node("Reshape", [node.input[0], p + "grouped"], [p + "x"]),
-        helper.make_node("MatMul", [p + "x", f"{p}{A_SIGNS}/copies"], [p + "low"]),
+        helper.make_node("MatMul", [shared + "x", f"{p}{A_SIGNS}/copies"], [p + "low"]),
         helper.make_node("MatMul", [p + "low", f"{p}{B_SIGNS}/copies"], [p + "high"]),
-        helper.make_node("Shape", [base], [p + "places"], end=-1),
-        helper.make_node("Concat", [p + "places", "edgezo/lora/minus_one"], [p + "as_base"], axis=0),
-        helper.make_node("Reshape", [p + "high", p + "as_base"], [p + "branch"]),
+        helper.make_node("Reshape", [p + "high", shared + "as_base"], [p + "branch"]),
     ]
 
 

@@ -65,6 +65,9 @@ KERNELS = {
         b = Reshape(finite, one)
         found = Concat <axis = 0> (a, b)
     }""",
+    "zeros": """(int64[1] size) => (float[size] made) {
+        made = ConstantOfShape <value = float[1] {0}> (size)
+    }""",
     "copy": "(float[size] given) => (float[size] moved) { moved = Identity(given) }",
 }
 

@@ -35,7 +35,8 @@ class Device(NamedTuple):
 
 
 # TF32 has 10 bits of significand: the difference of two losses would drown in its rounding
-CUDA = Device("cuda", "CUDAExecutionProvider", {"use_tf32": "0"})
+# an arena that doubles could reserve twice the weights
+CUDA = Device("cuda", "CUDAExecutionProvider", {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"})
 DEVICES = {"cuda": CUDA}
 
 
@@ -84,11 +85,11 @@ class DevicePasses:
         for name, shape in self.shapes.items():
             self.regions[name] = Region(self.blocks * BLOCK, shape)
             self.blocks += -(-self.regions[name].size // BLOCK)
-        self._theta = self._allocate(self.blocks * BLOCK, np.float32)
+        self._kernels: dict[str, onnxruntime.InferenceSession] = {}
+        self._theta = self._allocate(self.blocks * BLOCK)
         self._lane = self._to_device(np.arange(BLOCK, dtype=np.int32))
         self._tables: dict[Distribution, onnxruntime.OrtValue] = {}
         self._values: onnxruntime.OrtValue | None = None
-        self._kernels: dict[str, onnxruntime.InferenceSession] = {}
 
     def address(self, name: str) -> int:
         """Device address of a tensor's first element."""
@@ -156,7 +157,7 @@ class DevicePasses:
         """[grid, sign, table]: what is added for each entry of the table on each grid, and its opposite."""
         table, size = self._table(distribution), 2 * TABLE_LENGTH * len(quanta)
         if self._values is None or self._values.shape() != [size]:
-            self._values = self._allocate(size, np.float32)
+            self._values = self._allocate(size)
         if distribution == "rademacher":
             with np.errstate(over="ignore"):  # infinity is found when the grid is fitted
                 amounts = np.array([sign_values(direction, scales, quantum) for quantum in quanta]).astype(np.float32)
@@ -224,13 +225,20 @@ class DevicePasses:
     def _at(self, element: int) -> int:
         return int(self._theta.data_ptr()) + 4 * element
 
-    def _allocate(self, size: int, dtype: type) -> onnxruntime.OrtValue:
+    def _allocate(self, size: int) -> onnxruntime.OrtValue:
+        """float32 zeros. The kernel's session owns them: its arena takes what is asked for, that of Python's own OrtValues may double."""
+        session = self._kernel("zeros")
+        binding = session.io_binding()
+        binding.bind_cpu_input("size", np.array([size]))
+        binding.bind_output("made", self.device.name)
         try:
-            return onnxruntime.OrtValue.ortvalue_from_shape_and_type([size], dtype, self.device.name, 0)
+            session.run_with_iobinding(binding)
         except Exception as error:
             raise EdgeModelError(
-                f"--device {self.device.name}: no memory for {size * np.dtype(dtype).itemsize / 1e6:.0f} MB ({first_line(error)}); export a smaller model or an adapter on an int4 base"
+                f"--device {self.device.name}: no memory for {4 * size / 1e6:.0f} MB ({first_line(error)}); export a smaller model or an adapter on an int4 base"
             ) from error
+        made: onnxruntime.OrtValue = binding.get_outputs()[0]
+        return made
 
     def _to_device(self, array: Array) -> onnxruntime.OrtValue:
         return onnxruntime.OrtValue.ortvalue_from_numpy(array, self.device.name, 0)
@@ -312,7 +320,8 @@ def make_session(graph: str | bytes, options: onnxruntime.SessionOptions, device
         raise EdgeModelError(
             f"{shown}: onnxruntime {onnxruntime.__version__} cannot load it on {device.name}: {first_line(error)}"
         ) from error
-    if device.provider not in session.get_providers():
+    session.disable_fallback()  # else a run that fails on the device would be made again on the CPU, in silence
+    if session.get_providers()[0] != device.provider:
         raise ConfigError(
             f"--device {device.name}: {device.provider} does not start here (its CUDA or cuDNN libraries are missing or of another version); see docs/jetson.md, or leave --device out"
         )

@@ -1,10 +1,10 @@
-"""Peak memory of this process, and batches that keep it below a limit: measured by forwards of growing size, not estimated."""
+"""Batches that keep the peak memory of this process below a limit: measured by forwards of growing size, not estimated."""
 
 import re
-import sys
 from collections.abc import Sequence
 
 from edgezo.errors import ConfigError
+from edgezo.runtime.machine import peak_bytes
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.scoring import BATCH_TOKENS
 from edgezo.runtime.smoothness import PROBE_STEP
@@ -26,20 +26,6 @@ def parse_bytes(text: str) -> int:
     if not found or found[2] not in UNITS or float(found[1]) * UNITS[found[2]] < LEAST:
         raise ConfigError(f"--memory {text!r}: give a size with its unit, as 1.5GB or 800MB")
     return int(float(found[1]) * UNITS[found[2]])
-
-
-def peak_bytes() -> int | None:
-    """The most resident memory this process ever had; None where the system does not tell."""
-    try:  # Linux: ru_maxrss of a process begins with that of the one that started it, VmHWM does not
-        with open("/proc/self/status", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def fit_batches(theta: Theta, examples: Sequence[Example], limit: int) -> int:

@@ -18,7 +18,7 @@ from edgezo.manifest import Graph, Manifest, StoredFile, Tensor, read_manifest, 
 from edgezo.runtime.device import DevicePasses, DeviceSession, find_device
 from edgezo.runtime.graph_file import external_files
 from edgezo.runtime.lora import Lora
-from edgezo.runtime.passes import default_threads
+from edgezo.runtime.machine import available_bytes, default_threads
 from edgezo.runtime.prefix import Prefix
 from edgezo.runtime.session import Session, engine_version
 from edgezo.runtime.text import TextCodec
@@ -74,6 +74,7 @@ class EdgeModel:
         mutable_files = {tensor.file for tensor in in_memory}
         for name in files.keys() - mutable_files:
             verify_file(self.directory, name, files[name])
+        self._refuse_too_large()
         self.text = TextCodec(self.directory, self.manifest.tokenizer)
         self.buffers = {name: _load(self.directory, name, files[name]) for name in sorted(mutable_files)}
         self.weights: dict[str, npt.NDArray[np.float32]] = {tensor.name: _view(self.buffers[tensor.file], tensor) for tensor in in_memory}
@@ -136,6 +137,24 @@ class EdgeModel:
         if isinstance(self.adapter, Lora):
             self.adapter = None
         self.step, self.changed = None, False
+
+    def _refuse_too_large(self) -> None:
+        """A system that promises more memory than it has would end the process without a word."""
+        needed = sum(self.manifest.files[name].bytes for name in {tensor.file for tensor in self.manifest.tensors})
+        free = available_bytes()
+        if free is not None and needed > free:
+            smaller = (
+                {"int8": 1 / 4, "int4": 1 / 8}
+                if self.manifest.weights == "fp32"
+                else {"int4": 1 / 2}
+                if self.manifest.weights == "int8"
+                else {}
+            )
+            fitting = next((name for name, share in smaller.items() if share * needed * (1 + 1 / 8) < free), None)
+            advice = f"export it with --adapter lora --weights {fitting}" if fitting else "take a smaller model"
+            raise EdgeModelError(
+                f"{self.directory}: has {needed / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB of memory are free; end other programs, or {advice}"
+            )
 
     def _upload(self) -> None:
         """The tunable tensors as in their files to the device."""

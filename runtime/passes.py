@@ -1,7 +1,6 @@
 """Passes over the values of tunable tensors: what they do wherever the values lie, and with NumPy on all threads for those in memory."""
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,13 +51,6 @@ class Passes(Protocol):
 
     def decay(self, tensors: Sequence[GridTensor], rate: float, dither: float) -> None:
         """theta -= d * floor(rate * theta / d + dither) in the tensors that decay."""
-
-
-def default_threads() -> int:
-    """The cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def direction_dither(direction: Direction) -> float:

@@ -22,7 +22,8 @@ from edgezo.runtime.evaluation import Evaluation, best_step
 from edgezo.runtime.journal import Journal, StepRecord
 from edgezo.runtime.liveness import prove_live
 from edgezo.runtime.lora import Lora
-from edgezo.runtime.memory import fit_batches, peak_bytes
+from edgezo.runtime.machine import peak_bytes
+from edgezo.runtime.memory import fit_batches
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import evaluate
 from edgezo.runtime.optimizer import schedule_factor

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 
 from edgezo.errors import ConfigError, EdgezoError, NonFiniteLossError
 from edgezo.runtime import noise
+from edgezo.runtime.machine import default_threads
 from edgezo.runtime.noise import Direction, Distribution, Floats
-from edgezo.runtime.passes import Additions, GridTensor, NumPyPasses, Passes, default_threads
+from edgezo.runtime.passes import Additions, GridTensor, NumPyPasses, Passes
 
 
 class MutableWeights:

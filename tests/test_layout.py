@@ -71,9 +71,10 @@ def test_every_packaged_folder_is_reached_by_the_checkout_too() -> None:
         assert ROOT.joinpath(*name.split(".")).resolve() == folder.resolve()
 
 
-def test_every_data_file_of_the_demo_is_packaged() -> None:
-    patterns = setuptools_table()["package-data"]["edgezo.demo_data"]
-    for path in (ROOT / "examples" / "notes").iterdir():
+@pytest.mark.parametrize(("package", "folder"), [("edgezo.demo_data", "examples/notes"), ("edgezo.runtime.kernels", "runtime/kernels")])
+def test_every_data_file_is_packaged(package: str, folder: str) -> None:
+    patterns = setuptools_table()["package-data"][package]
+    for path in (ROOT / folder).iterdir():
         if path.is_file() and path.suffix != ".py":
             assert any(path.match(pattern) for pattern in patterns), path.name
 

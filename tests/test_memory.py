@@ -81,7 +81,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_the_peak_of_a_process_grows_with_what_it_takes_and_stays() -> None:
     """In a process of its own: this one has had a peak of any size."""
     script = (
-        "import numpy as np\nfrom edgezo.runtime.memory import peak_bytes\nfirst = peak_bytes()\n"
+        "import numpy as np\nfrom edgezo.runtime.machine import peak_bytes\nfirst = peak_bytes()\n"
         "np.ones(16_000_000).sum()\nsecond = peak_bytes()\nnp.ones(100).sum()\nprint(first, second, peak_bytes())"
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REVIEWS = [("a great film", 1), ("a terrible plot", 0), ("the plot is great", 1), ("the film is terrible and long", 0)] * 4
-NEEDED = ["edgezo/cli.py", "edgezo/export/pipeline.py", "edgezo/runtime/tune.py", "edgezo/py.typed"]
+NEEDED = ["edgezo/cli.py", "edgezo/export/pipeline.py", "edgezo/runtime/tune.py", "edgezo/runtime/kernels/windows.onnx", "edgezo/py.typed"]
 NEEDED += [f"edgezo/demo_data/{name}.jsonl" for name in ("train", "validation", "test")]
 SECONDS = 900
 

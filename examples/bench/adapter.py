@@ -24,7 +24,7 @@ import numpy as np
 from edgezo.config import TuneConfig, make_config
 from edgezo.runtime.dataset import read_dataset
 from edgezo.runtime.lora import Lora
-from edgezo.runtime.memory import peak_bytes
+from edgezo.runtime.machine import peak_bytes
 from edgezo.runtime.model import Array, EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.outer import OuterWeights

@@ -15,7 +15,7 @@ from typing import Any
 
 from edgezo.export import export_model
 from edgezo.export.quiet import quiet
-from edgezo.runtime.passes import default_threads
+from edgezo.runtime.machine import default_threads
 from examples.bench.measure import Build, in_turns
 from examples.bench.systems import bare_forwards, full, lora, machine
 

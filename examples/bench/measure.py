@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from edgezo.runtime.memory import peak_bytes
+from edgezo.runtime.machine import peak_bytes
 
 Step = Callable[[int], object]
 

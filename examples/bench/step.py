@@ -17,7 +17,7 @@ import numpy as np
 
 from edgezo.runtime.estimator import two_sided
 from edgezo.runtime.liveness import prove_live
-from edgezo.runtime.memory import peak_bytes
+from edgezo.runtime.machine import peak_bytes
 from edgezo.runtime.model import Array, EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.optimizer import zo_step

@@ -22,9 +22,9 @@ import onnxruntime
 
 from edgezo.export import export_model
 from edgezo.export.quiet import quiet
+from edgezo.runtime.machine import default_threads
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Distribution
-from edgezo.runtime.passes import default_threads
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.weights import MutableWeights
 from examples.bench.adapter import make_rows, make_theta, stacked_step

@@ -1,0 +1,1 @@
+"""ONNX graphs that change weights on a device; their source is export/kernels.py."""
