@@ -140,51 +140,48 @@ def add_prefix(model: onnx.ModelProto, decoder: Decoder) -> None:
 
 
 def _add_stacks(surgery: Surgery, targets: list[LoraTarget]) -> None:
-    """What all targets share: rows and signs, one of each a copy, split by target; and how many copies there are."""
+    """What all targets share: rows and signs split by target, and how the copies of a forward are counted, [directions, sides]."""
     count = len(targets)
     for axis, rows, signs, widths in (
-        (2, B_ROWS, B_SIGNS, [target.out_features for target in targets]),
-        (1, A_ROWS, A_SIGNS, [target.in_features for target in targets]),
+        (3, B_ROWS, B_SIGNS, [target.out_features for target in targets]),
+        (2, A_ROWS, A_SIGNS, [target.in_features for target in targets]),
     ):
         p = f"edgezo/lora/{rows}/"
-        symbols: list[str | int] = ["directions", "sides", "rows", count] if axis == 2 else ["directions", "sides", count, "rows"]
-        surgery.overridable(rows, np.zeros((1, 1, *([1, count] if axis == 2 else [count, 1])), np.float32), symbols)
+        symbols: list[str | int] = ["directions", "sides", "rows", count] if axis == 3 else ["directions", "sides", count, "rows"]
+        surgery.overridable(rows, np.zeros((1, 1, *([1, count] if axis == 3 else [count, 1])), np.float32), symbols)
         surgery.overridable(signs, np.zeros((1, count), np.int8), ["directions", "signs"])
         one, ones = surgery.constant(p + "one", [1]), surgery.constant(p + "ones", [1] * count)
+        apart = surgery.constant(p + "axes", [1, 2] if axis == 3 else [1, 3])
         surgery.begin(
             helper.make_node("Shape", [rows], [p + "outer"], start=0, end=2),
-            helper.make_node("Shape", [rows], [p + "inner"], start=2),
-            helper.make_node("ReduceProd", [p + "outer"], [p + "copies"], keepdims=1),
-            helper.make_node("Concat", [p + "copies", p + "inner"], [p + "shape"], axis=0),
-            helper.make_node("Reshape", [rows, p + "shape"], [p + "stacked"], allowzero=1),
-            helper.make_node("Split", [p + "stacked", ones], [f"edgezo/lora{i}/{rows}" for i in range(count)], axis=axis),
+            helper.make_node("Split", [rows, ones], [f"edgezo/lora{i}/{rows}" for i in range(count)], axis=axis),
             # widths of the targets; as many signs as targets are the default, one a target, so that nobody adds rows of zeros
             helper.make_node("Shape", [signs], [p + "given"], start=1),
             helper.make_node("Sub", [p + "given", surgery.constant(p + "count", [count])], [p + "more"]),
             helper.make_node("Min", [p + "more", one], [p + "used"]),
             helper.make_node("Mul", [p + "used", surgery.constant(p + "wider", [width - 1 for width in widths])], [p + "wide"]),
             helper.make_node("Add", [p + "wide", one], [p + "widths"]),
-            helper.make_node("Unsqueeze", [signs, one], [p + "apart"]),
-            helper.make_node("Concat", [p + "outer", p + "given"], [p + "repeat"], axis=0),
-            helper.make_node("Expand", [p + "apart", p + "repeat"], [p + "repeated"]),
-            helper.make_node("Concat", [p + "copies", p + "given"], [p + "together"], axis=0),
-            helper.make_node("Reshape", [p + "repeated", p + "together"], [p + "matrix"]),
-            helper.make_node("Unsqueeze", [p + "matrix", surgery.constant(p + "axis", [1 if axis == 2 else 2])], [p + "signs"]),
+            helper.make_node("Unsqueeze", [signs, apart], [p + "signs"]),
             helper.make_node("Split", [p + "signs", p + "widths"], [f"edgezo/lora{i}/{signs}" for i in range(count)], axis=axis),
         )
-    surgery.constant("edgezo/lora/minus_one", [-1])
-    counts = [f"edgezo/lora/{rows}/copies" for rows in (B_ROWS, A_ROWS)]
-    for name, given in (("b", targets[0].b), ("a", targets[0].a)):
-        counts.append(f"edgezo/lora/{name}_copies")
-        surgery.begin(helper.make_node("Shape", [given], [counts[-1]], start=0, end=1))
+    first = surgery.constant("edgezo/lora/one", [1])
+    counts = [f"edgezo/lora/{rows}/outer" for rows in (B_ROWS, A_ROWS)]
+    for name, given in (("b", targets[0].b), ("a", targets[0].a)):  # whole copies
+        p = f"edgezo/lora/{name}_"
+        surgery.begin(
+            helper.make_node("Shape", [given], [p + "count"], start=0, end=1),
+            helper.make_node("Concat", [first, p + "count"], [p + "copies"], axis=0),
+        )
+        counts.append(p + "copies")
     surgery.begin(helper.make_node("Max", counts, ["edgezo/lora/copies"]))
+    minus_one = surgery.constant("edgezo/lora/minus_one", [-1])
     for width in {target.in_features for target in targets}:
         given = surgery.constant(f"edgezo/lora/in{width}", [width])
-        surgery.begin(helper.make_node("Concat", ["edgezo/lora/copies", "edgezo/lora/minus_one", given], [_grouped(width)], axis=0))
+        surgery.begin(helper.make_node("Concat", ["edgezo/lora/copies", minus_one, given], [_grouped(width)], axis=0))
 
 
 def _grouped(width: int) -> str:
-    """Name of the shape [copies, rows * tokens, width]."""
+    """Name of the shape [directions, sides, rows * tokens, width]."""
     return f"edgezo/lora/grouped{width}"
 
 

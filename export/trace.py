@@ -13,6 +13,7 @@ import onnx
 import torch
 
 from edgezo.errors import ExportError, first_line
+from edgezo.export.attention import traced_attention
 from edgezo.export.decoder import Decoder, Weight
 from edgezo.export.quiet import quiet
 
@@ -84,7 +85,13 @@ def _trace(model: Any, config: Any) -> tuple[onnx.ModelProto, list[str]]:
         setattr(model.config, key, value)
     # logits_to_keep would otherwise be traced as an extra input without a name
     arguments = {"logits_to_keep": 0} if "logits_to_keep" in _forward_parameters(model) else {}
-    with torch.no_grad(), quiet(), tempfile.TemporaryDirectory() as folder, config.patch_model_for_export(model, model_kwargs=arguments):
+    with (
+        torch.no_grad(),
+        quiet(),
+        tempfile.TemporaryDirectory() as folder,
+        config.patch_model_for_export(model, model_kwargs=arguments),
+        traced_attention(model),
+    ):
         dummy = config.rename_ambiguous_inputs(config.generate_dummy_inputs(framework="pt"))
         inputs = config.ordered_inputs(model)
         path = Path(folder) / "traced.onnx"

@@ -88,14 +88,14 @@ class Lora:
         feeds, count = self.feeds(), len(self.targets)
         scale = eps * np.array(sides, np.float32)[None, :, None, None]
         if A in theta.layouts:
-            drawn = [theta.signs(direction, A) for direction in directions]
-            feeds[A_SIGNS] = np.stack([rows for rows, _ in drawn])
-            columns = np.stack([columns for _, columns in drawn]).reshape(-1, 1, count, self.rank)
+            rows, columns = theta.signs(directions, A)
+            feeds[A_SIGNS] = rows
+            columns = columns.reshape(-1, 1, count, self.rank)
             feeds[A_ROWS] = (scale * np.float32(self.scaling) * columns).astype(np.float32)
-        drawn = [theta.signs(direction, B) for direction in directions]
-        rows = np.stack([rows for rows, _ in drawn]).reshape(-1, 1, count, self.rank)
+        rows, columns = theta.signs(directions, B)
+        rows = rows.reshape(-1, 1, count, self.rank)
         feeds[B_ROWS] = np.ascontiguousarray((scale * rows).astype(np.float32).transpose(0, 1, 3, 2))
-        feeds[B_SIGNS] = np.stack([columns for _, columns in drawn])
+        feeds[B_SIGNS] = columns
         return feeds
 
 

@@ -4,7 +4,7 @@ E[z z^T] = I as for fresh signs, and (r^T G s)^2 has the mean |G|^2 as (z . G)^2
 bits instead of 1.2 million signs. Q directions are added as one product R^T diag(m) S of integers, exact in float64 in any order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,26 +40,25 @@ class OuterWeights(MutableWeights):
         self.layouts = dict(layouts)
         for tensor in self.tensors:
             tensor.decays = True
-        self._drawn: dict[tuple[Direction, str], tuple[Signs, Signs]] = {}
+        self._drawn: dict[str, tuple[tuple[Direction, ...], Signs, Signs]] = {}
 
-    def signs(self, direction: Direction, name: str) -> tuple[Signs, Signs]:
-        """r of all matrices of a tensor, int8 [sum of rows], and s, int8 [sum of columns]; r is drawn first."""
-        key = (direction, name)
-        if key not in self._drawn:
-            layout = self.layouts[name]
-            drawn = noise.signs(direction, noise.tensor_id(name), sum(layout.rows) + sum(layout.columns))
-            if any(held.step != direction.step for held, _ in self._drawn):
-                self._drawn.clear()
-            self._drawn[key] = drawn[: sum(layout.rows)], drawn[sum(layout.rows) :]
-        return self._drawn[key]
+    def signs(self, directions: Sequence[Direction], name: str) -> tuple[Signs, Signs]:
+        """r of all matrices of a tensor, int8 [directions, sum of rows], and s, int8 [directions, sum of columns]; r is drawn first."""
+        layout, held = self.layouts[name], self._drawn.get(name)
+        rows = sum(layout.rows)
+        if held is None or held[0] != tuple(directions):
+            size = rows + sum(layout.columns)
+            drawn = [noise.signs(direction, noise.tensor_id(name), size) for direction in directions]
+            held = tuple(directions), np.stack([signs[:rows] for signs in drawn]), np.stack([signs[rows:] for signs in drawn])
+            self._drawn[name] = held
+        return held[1:]
 
     def _apply(self, additions: Additions) -> None:
         """theta += d * sum_q m_q r_q s_q^T, m_q the scale on the grid."""
         for tensor in self.tensors:
             levels = [_level(direction, scales, tensor.quantum) for direction, scales in additions.items()]
-            drawn = [self.signs(direction, tensor.name) for direction in additions]
-            rows = np.stack([r for r, _ in drawn]) * np.array(levels)[:, None]
-            columns = np.stack([s for _, s in drawn])
+            drawn, columns = self.signs(list(additions), tensor.name)
+            rows = drawn * np.array(levels)[:, None]
             row = column = start = 0
             for height, width in zip(*self.layouts[tensor.name], strict=True):
                 part = self._flat[tensor.name][start : start + height * width].reshape(height, width)

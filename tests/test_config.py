@@ -56,7 +56,7 @@ def test_every_field_is_an_option_of_tune(option_help: dict[str, str], field: st
 
 
 def test_tune_has_no_other_options_than_the_fields_and_how_to_run(option_help: dict[str, str]) -> None:
-    others = {"output", "config", "resume", "threads", "memory", "json", "help"}
+    others = {"output", "config", "resume", "threads", "device", "memory", "json", "help"}
     assert set(option_help) == {field.replace("_", "-") for field in FIELDS} | others
 
 

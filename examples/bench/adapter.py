@@ -65,11 +65,11 @@ def make_theta(edge: Path, directions: int, batch: int, threads: int | None = No
 
 def whole_copies(lora: Lora, theta: OuterWeights, directions: Sequence[Direction], sides: Sequence[int], eps: float) -> dict[str, Array]:
     """What `Lora.stacked_feeds` feeds, with every copy of B made outside the graph."""
-    feeds, drawn = lora.feeds(), [theta.signs(direction, "lora_B") for direction in directions]
+    feeds, (all_rows, all_columns) = lora.feeds(), theta.signs(directions, "lora_B")
     column = 0
     for index, (target, b) in enumerate(zip(lora.targets, lora.matrices("lora_B"), strict=True)):
-        rows = np.stack([r[index * lora.rank : (index + 1) * lora.rank] for r, _ in drawn]).astype(np.float32)
-        columns = np.stack([s[column : column + target.out_features] for _, s in drawn]).astype(np.float32)
+        rows = all_rows[:, index * lora.rank : (index + 1) * lora.rank].astype(np.float32)
+        columns = all_columns[:, column : column + target.out_features].astype(np.float32)
         z = rows[:, None, :, None] * columns[:, None, None, :] * np.array(sides, np.float32)[None, :, None, None]
         feeds[target.b] = (b + np.float32(eps) * z).reshape(-1, *b.shape)
         column += target.out_features
