@@ -32,7 +32,7 @@ Step = Annotated[
     str | None, typer.Option("--step", show_default=False, help="Step of the run: a number, best (by validation) or last. [default: best]")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, everything else on standard error.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, show_default=False, help="Cores to use. [default: all physical ones]")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, show_default=False, help="Cores to use. [default: the physical ones]")]
 Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, or cuda with onnxruntime-gpu.")]
 Template = Annotated[
     str | None, setting("template", text="classification prompt with {field} names, as '{sentence} It was'; \\n is a line break.")

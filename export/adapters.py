@@ -86,8 +86,9 @@ def add_lora(model: onnx.ModelProto, targets: list[LoraTarget], *, stacked: bool
     if not stacked:
         surgery.constant("edgezo/lora/first", [0])
     grouped: set[str] = set()
-    for index, target in enumerate(targets):
-        ((node, _),) = surgery.uses(f"{target.module}.weight")
+    readers = {index: surgery.uses(f"{target.module}.weight")[0][0] for index, target in enumerate(targets)}
+    for index in sorted(readers, key=lambda index: surgery.position(readers[index])):  # what targets share stands before the first of them
+        target, node = targets[index], readers[index]
         p, x, y = f"edgezo/lora{index}/", node.input[0], node.output[0]
         node.output[0] = base = p + "base"
         # defaults of rank 0, and of one output: the branch of a base without adapter is a column of zeros

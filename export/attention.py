@@ -36,11 +36,14 @@ def grouped_attention(
         dropout: 0, since nothing is trained here.
         softcap: scores are softcap * tanh(scores / softcap) when given.
 
+    Raises:
+        NotImplementedError: the layer has attention sinks.
+
     Returns:
         [batch, tokens, heads, head_dim], and None for the attention weights.
     """
     if kwargs.get("s_aux") is not None:
-        raise NotImplementedError("attention sinks")
+        raise NotImplementedError("attention sinks are not exported; choose a model without them")
     heads, head_dim, key_heads = query.shape[1], query.shape[3], key.shape[1]
     batch, tokens = query.shape[0], query.shape[2]
     grouped = query.reshape(batch, key_heads, -1, head_dim) if heads != key_heads else query
@@ -50,7 +53,7 @@ def grouped_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
-        scores = scores + attention_mask
+        scores = scores + attention_mask[..., : key.shape[2]]
     weights = torch.softmax(scores, dim=-1)
     if heads != key_heads:
         weights = weights.reshape(batch, key_heads, -1, key.shape[2])

@@ -15,6 +15,7 @@ class Surgery:
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.graph = graph
         self._nodes = list(graph.node)  # held, since a protobuf wrapper keeps its identity only while it is referenced
+        self._positions = {id(node): position for position, node in enumerate(self._nodes)}
         self._uses: dict[str, list[Use]] = {}
         self._instead: dict[int, list[onnx.NodeProto]] = {}
         self._first: list[onnx.NodeProto] = []
@@ -25,6 +26,10 @@ class Surgery:
     def uses(self, name: str) -> list[Use]:
         """Who reads `name` in the graph as it was given."""
         return self._uses.get(name, [])
+
+    def position(self, node: onnx.NodeProto) -> int:
+        """Where a node stands in the graph as it was given."""
+        return self._positions[id(node)]
 
     def replace(self, node: onnx.NodeProto, *new: onnx.NodeProto) -> None:
         """Put `new` (none, or several, the old one among them perhaps) where `node` is."""

@@ -69,7 +69,10 @@ def prove_live(model: EdgeModel, weights: MutableWeights) -> None:
 
 
 def _prove_on_device(model: EdgeModel, weights: MutableWeights, feeds: dict[str, Array]) -> None:
-    """Weights on a device are plain inputs, which nothing can freeze: it is left to prove that kernels write where the graph reads."""
+    """Weights on a device are plain inputs, which nothing can freeze: it is left to prove that kernels write where the graph reads.
+
+    Of all tensors at once, not of each: they are bound by one rule, offsets into one buffer.
+    """
     base = _scores(model.scoring, feeds)
     with _perturbed(weights):
         changed = _scores(model.scoring, feeds)
@@ -177,19 +180,20 @@ def _scores(session: Session, feeds: dict[str, Array]) -> Array:
 
 
 def _probe_feeds(model: EdgeModel, rows: int = 1) -> dict[str, Array]:
-    """A short row of spread-out tokens, repeated; a few targets at every position."""
+    """A short row of spread-out tokens, a few targets at every position; repeated, at the last, or their logits would be the peak of a run."""
     vocabulary = model.manifest.origin.vocab_size
     positions = np.arange(PROBE_TOKENS, dtype=np.int64)
     tokens = ((positions + 1) * (vocabulary // (PROBE_TOKENS + 1) or 1)) % vocabulary
-    targets = np.tile((tokens * 7 + 3) % vocabulary, PROBE_TOKENS)
+    targets = (tokens * 7 + 3) % vocabulary
+    hidden = np.arange(PROBE_TOKENS, dtype=np.int64) if rows == 1 else np.arange(1, rows + 1, dtype=np.int64) * PROBE_TOKENS - 1
     before = model.adapter.prefix_tokens if model.adapter is not None else 0
     feeds = {
         "input_ids": np.tile(tokens, (rows, 1)),
         "attention_mask": np.ones((rows, before + PROBE_TOKENS), np.int64),
         "position_ids": np.tile(before + positions, (rows, 1)),
-        "hidden_rows": np.arange(rows * PROBE_TOKENS, dtype=np.int64),
-        "pair_rows": np.repeat(np.arange(rows * PROBE_TOKENS, dtype=np.int64), PROBE_TOKENS),
-        "pair_targets": np.tile(targets, rows),
+        "hidden_rows": hidden,
+        "pair_rows": np.repeat(np.arange(len(hidden), dtype=np.int64), PROBE_TOKENS),
+        "pair_targets": np.tile(targets, len(hidden)),
     }
     return {name: feeds[name] for name in model.manifest.scoring.inputs}
 

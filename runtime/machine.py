@@ -7,10 +7,11 @@ from pathlib import Path
 CPUS = Path("/sys/devices/system/cpu")
 MEMORY = Path("/proc/meminfo")
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # of a container: what it may take
+CACHED = ("active_file ", "inactive_file ")  # files in memory, given back when memory is short
 
 
 def default_threads() -> int:
-    """The physical cores this process may use, at most as many as its container's share of time.
+    """The physical cores this process may use, at most as many as its container's share of time; all processors where the system does not tell.
 
     Two hardware threads of one core share the units that matrix products keep busy, so a second one slows the first.
     """
@@ -26,7 +27,8 @@ def available_bytes() -> int | None:
     found = [int(line.split()[1]) * 1024 for line in _read(MEMORY).splitlines() if line.startswith("MemAvailable:")]
     limit, taken = (_read(CONTROL_GROUP / name).strip() for name in ("memory.max", "memory.current"))
     if limit.isdigit() and taken.isdigit():
-        found.append(max(0, int(limit) - int(taken)))
+        cached = [int(line.split()[1]) for line in _read(CONTROL_GROUP / "memory.stat").splitlines() if line.startswith(CACHED)]
+        found.append(max(0, int(limit) - int(taken) + sum(cached)))
     return min(found, default=None)
 
 

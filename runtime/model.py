@@ -15,7 +15,9 @@ from edgezo.adapters import PREFIX
 from edgezo.config import MAX_TOKENS, Sampling
 from edgezo.errors import ConfigError, DataError, EdgeModelError
 from edgezo.manifest import Graph, Manifest, StoredFile, Tensor, read_manifest, verify_file, verify_size
-from edgezo.runtime.device import DevicePasses, DeviceSession, find_device
+from edgezo.runtime.device import find_device
+from edgezo.runtime.device_passes import DevicePasses
+from edgezo.runtime.device_session import DeviceSession
 from edgezo.runtime.graph_file import external_files
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.machine import available_bytes, default_threads
@@ -50,7 +52,8 @@ class EdgeModel:
         changed: whether it is no longer the base.
 
     Raises:
-        EdgeModelError: a file is missing, truncated or changed, or the manifest cannot be trusted.
+        EdgeModelError: a file is missing, truncated or changed, the manifest cannot be trusted, or the weights do not fit into memory.
+        ConfigError: there is no such device here.
         RunError: the run cannot be read or belongs to another edge model.
     """
 
@@ -70,11 +73,11 @@ class EdgeModel:
         files = self.manifest.files
         for name in files:
             verify_size(self.directory, name, files[name])
+        self._refuse_too_large()
         in_memory = [tensor for tensor in self.manifest.tunable if self.device is None or tensor.name == PREFIX]
         mutable_files = {tensor.file for tensor in in_memory}
         for name in files.keys() - mutable_files:
             verify_file(self.directory, name, files[name])
-        self._refuse_too_large()
         self.text = TextCodec(self.directory, self.manifest.tokenizer)
         self.buffers = {name: _load(self.directory, name, files[name]) for name in sorted(mutable_files)}
         self.weights: dict[str, npt.NDArray[np.float32]] = {tensor.name: _view(self.buffers[tensor.file], tensor) for tensor in in_memory}
@@ -139,7 +142,9 @@ class EdgeModel:
         self.step, self.changed = None, False
 
     def _refuse_too_large(self) -> None:
-        """A system that promises more memory than it has would end the process without a word."""
+        """A system that promises more memory than it has would end the process without a word. A device says itself what it cannot hold."""
+        if self.device is not None:
+            return
         needed = sum(self.manifest.files[name].bytes for name in {tensor.file for tensor in self.manifest.tensors})
         free = available_bytes()
         if free is not None and needed > free:

@@ -40,18 +40,19 @@ class OuterWeights(MutableWeights):
         self.layouts = dict(layouts)
         for tensor in self.tensors:
             tensor.decays = True
-        self._drawn: dict[str, tuple[tuple[Direction, ...], Signs, Signs]] = {}
+        self._drawn: dict[tuple[Direction, str], Signs] = {}
 
     def signs(self, directions: Sequence[Direction], name: str) -> tuple[Signs, Signs]:
         """r of all matrices of a tensor, int8 [directions, sum of rows], and s, int8 [directions, sum of columns]; r is drawn first."""
-        layout, held = self.layouts[name], self._drawn.get(name)
-        rows = sum(layout.rows)
-        if held is None or held[0] != tuple(directions):
-            size = rows + sum(layout.columns)
-            drawn = [noise.signs(direction, noise.tensor_id(name), size) for direction in directions]
-            held = tuple(directions), np.stack([signs[:rows] for signs in drawn]), np.stack([signs[rows:] for signs in drawn])
-            self._drawn[name] = held
-        return held[1:]
+        layout, tensor = self.layouts[name], noise.tensor_id(name)
+        rows, size = sum(layout.rows), sum(layout.rows) + sum(layout.columns)
+        if any(held.step != directions[0].step for held, _ in self._drawn):  # a step asks twice: for its forwards and for its update
+            self._drawn.clear()
+        for direction in directions:
+            if (direction, name) not in self._drawn:
+                self._drawn[direction, name] = noise.signs(direction, tensor, size)
+        drawn = [self._drawn[direction, name] for direction in directions]
+        return np.stack([signs[:rows] for signs in drawn]), np.stack([signs[rows:] for signs in drawn])
 
     def _apply(self, additions: Additions) -> None:
         """theta += d * sum_q m_q r_q s_q^T, m_q the scale on the grid."""

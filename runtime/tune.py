@@ -199,6 +199,10 @@ def tune(
         raise RunError(
             f"{output}: the model given is tuned already; tune starts from the base, open the edge model anew without run= and adapter="
         )
+    if memory is not None and model.device is not None:
+        raise ConfigError(
+            f"--memory: what a process takes on {model.device.name} is not measured; leave it out and lower --batch and --max-length"
+        )
     with held_run(output, resume) as previous:
         start = previous.start if previous is not None else None
         if previous is None and config.init is not None:
@@ -214,10 +218,6 @@ def tune(
         theta = Theta(model, config, weights, Sequences(model))
         reporter.stage("checking that the engine sees changes of every tunable tensor")
         prove_live(model, weights)
-        if memory is not None and model.device is not None:
-            raise ConfigError(
-                f"--memory: what a process takes on {model.device.name} is not measured; leave it out and lower --batch and --max-length"
-            )
         if memory is not None:
             reporter.stage("measuring what a forward takes")
             everything = [*dataset.train.examples, *(dataset.valid.examples if dataset.valid is not None else [])]

@@ -15,8 +15,9 @@ import edgezo
 from edgezo.errors import ConfigError, DeadTensorError, EdgeModelError, NonFiniteLossError
 from edgezo.export.kernels import KERNELS, make_kernel
 from edgezo.runtime import device as device_module
-from edgezo.runtime import noise
-from edgezo.runtime.device import CUDA, Device, DevicePasses
+from edgezo.runtime import device_passes, device_session, noise
+from edgezo.runtime.device import CUDA, Device
+from edgezo.runtime.device_passes import DevicePasses
 from edgezo.runtime.liveness import prove_live
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import BLOCK, Direction, Distribution
@@ -73,7 +74,7 @@ def test_there_is_no_other_kernel() -> None:
 
 
 def test_what_is_uploaded_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "RUN_BLOCKS", 2)
+    monkeypatch.setattr(device_passes, "RUN_BLOCKS", 2)
     tensors = make_tensors()
     assert downloaded(on_device(tensors)) == {name: array.tobytes() for name, array in tensors.items()}
 
@@ -82,7 +83,7 @@ def test_what_is_uploaded_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_steps_give_the_bits_of_numpy(distribution: Distribution, run_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Perturbations both ways, updates, decay, several directions, and a step so large that grids grow coarser."""
-    monkeypatch.setattr(device_module, "RUN_BLOCKS", run_blocks)
+    monkeypatch.setattr(device_passes, "RUN_BLOCKS", run_blocks)
     arrays, passes = make_tensors(), on_device(make_tensors())
     both = [MutableWeights(tensors, eps=1e-3, distribution=distribution) for tensors in (arrays, passes)]
     start = [tensor.exponent for tensor in both[0].tensors]
@@ -242,7 +243,7 @@ def test_memory_is_not_measured_on_a_device(exported_dir: Path, tmp_path: Path, 
 def test_an_old_engine_cannot_mix_tunable_and_frozen_weights_on_a_device(
     export_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_module, "engine_version", lambda: (1, 20))
+    monkeypatch.setattr(device_session, "engine_version", lambda: (1, 20))
     model = EdgeModel(export_tiny("llama", tunable="norms"), device="cuda")
     with pytest.raises(EdgeModelError, match=r"some weights are tunable and others frozen; on cpu that needs onnxruntime 1.21 or later"):
         model.scoring  # noqa: B018  made at first use

@@ -65,6 +65,8 @@ def test_free_memory_is_what_system_and_container_leave(system: Path) -> None:
     (system / "memory.max").write_text("5000000\n")
     (system / "memory.current").write_text("3000000\n")
     assert available_bytes() == 2_000_000
+    (system / "memory.stat").write_text("anon 500\nfile 900\ninactive_file 700000\nactive_file 100000\nactive_anon 3\n")
+    assert available_bytes() == 2_800_000, "files in memory are given back"
     (system / "memory.max").write_text("max\n")
     assert available_bytes() == 8192 * 1024
 

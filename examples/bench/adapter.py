@@ -28,7 +28,7 @@ from edgezo.runtime.machine import peak_bytes
 from edgezo.runtime.model import Array, EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.outer import OuterWeights
-from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.scoring import BATCH_TOKENS, Sequences
 from edgezo.runtime.tasks import Example
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions
 
@@ -53,14 +53,14 @@ def make_rows(model: EdgeModel, rows: int, tokens: int) -> list[Example]:
     return [Example(pairs=[(row, [10]), (row, [20])], gold=index % 2) for index, row in enumerate(ids)]
 
 
-def make_theta(edge: Path, directions: int, batch: int, threads: int | None = None) -> Theta:
+def make_theta(edge: Path, directions: int, batch: int, threads: int | None = None, batch_tokens: int = BATCH_TOKENS) -> Theta:
     """A freshly opened model with an untuned adapter."""
     if os.environ.get(WHOLE):
         Lora.stacked_feeds = whole_copies  # type: ignore[method-assign]
     model = EdgeModel(edge, threads=threads)
     settings = {"data": "-", "directions": directions, "batch": batch, "lr": LR, "eps": 1e-2, "rule": "normalized"}
     config: TuneConfig = make_config(None, settings)
-    return Theta(model, config, mutable_weights(model, config), Sequences(model))
+    return Theta(model, config, mutable_weights(model, config), Sequences(model, batch_tokens))
 
 
 def whole_copies(lora: Lora, theta: OuterWeights, directions: Sequence[Direction], sides: Sequence[int], eps: float) -> dict[str, Array]:

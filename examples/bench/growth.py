@@ -22,6 +22,7 @@ from examples.bench.systems import bare_forwards, full, lora, machine
 VOCABULARY = 8192
 SHAPES = {5: (192, 8), 19: (384, 9), 59: (640, 11), 132: (896, 13), 248: (1152, 15), 494: (1536, 17)}  # millions: width, layers
 MIDDLE, ROWS, TOKENS = 132, 8, 64
+KINDS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"adapter": "lora"}}
 SYSTEMS: dict[str, tuple[Callable[..., Any], str]] = {
     "two bare forwards": (bare_forwards, "full"),
     "full": (full, "full"),
@@ -37,7 +38,8 @@ def make_models(work: Path, most: int) -> None:
 
     words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
     for millions, (width, layers) in SHAPES.items():
-        if millions > most or all((work / f"{millions}-{kind}").exists() for kind in ("full", "lora")):
+        missing = {name: settings for name, settings in KINDS.items() if not (work / f"{millions}-{name}").exists()}
+        if millions > max(most, MIDDLE) or not missing:
             continue
         torch.manual_seed(0)
         heads = width // 64
@@ -48,8 +50,8 @@ def make_models(work: Path, most: int) -> None:
         with tempfile.TemporaryDirectory() as source, quiet():
             LlamaForCausalLM(config).save_pretrained(source)
             PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", eos_token="w1", pad_token="w1").save_pretrained(source)
-            export_model(source, work / f"{millions}-full")
-            export_model(source, work / f"{millions}-lora", adapter="lora")
+            for name, settings in missing.items():
+                export_model(source, work / f"{millions}-{name}", **settings)
         print(f"made {millions} million parameters", flush=True)
 
 

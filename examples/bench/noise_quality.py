@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgezo.config import make_config
-from edgezo.demo import SETTINGS, TEMPLATE, TOPICS
+from edgezo.demo import TEMPLATE, TOPICS
 from edgezo.runtime import noise
 from edgezo.runtime import run as run_module
 from edgezo.runtime import tune as tune_module
@@ -25,6 +25,7 @@ from edgezo.runtime.passes import Additions, GridTensor, NumPyPasses, sign_value
 from edgezo.runtime.weights import MutableWeights
 
 NOTES = Path(__file__).parents[1] / "notes"
+SETTINGS = {"lr": 4e-5, "batch": 8}
 FRESH = 9  # key word of a stream that nothing else draws from
 CHUNK = 1 << 16
 
@@ -38,7 +39,9 @@ class FreshBits(NumPyPasses):
             for direction, scales in additions.items():
                 plus, minus = sign_values(direction, scales, tensor.quantum)
                 amounts = np.array([minus, plus], np.float32)
-                drawn = noise.words(direction.seed, FRESH, -(-tensor.size // 64), tensor=tensor.id, step=direction.step)
+                drawn = noise.words(
+                    direction.seed, FRESH, -(-tensor.size // 64), tensor=tensor.id, step=direction.step, direction=direction.number
+                )
                 _add_signs(self.flat[tensor.name], drawn.view(np.uint8), amounts[bits])
 
 
@@ -52,7 +55,7 @@ def _add_signs(flat: Floats, drawn: npt.NDArray[np.uint8], expansion: Floats) ->
 def measure(edge: Path, kind: type[NumPyPasses], seed: int, steps: int) -> dict[str, float]:
     """Validation loss and accuracy after a run."""
 
-    def make(model: EdgeModel, config: tune_module.TuneConfig) -> MutableWeights:
+    def make(model: EdgeModel, config: tune_module.TuneConfig, start: Path | None = None) -> MutableWeights:
         tunable: dict[str, Floats] = model.weights
         return MutableWeights(kind(tunable, model.threads), eps=config.eps)
 

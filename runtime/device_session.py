@@ -1,0 +1,69 @@
+"""A graph of an edge model on an accelerator, whose tunable weights are inputs bound by address."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from edgezo.errors import EdgeModelError
+from edgezo.runtime.device import Device, make_session
+from edgezo.runtime.device_passes import DevicePasses
+from edgezo.runtime.graph_file import external_files, without_initializers
+from edgezo.runtime.session import Array, Session, engine_version
+
+FOLDER_KEY, FOLDER_ENGINE = "session.model_external_initializers_file_folder_path", (1, 21)
+
+
+class DeviceSession(Session):
+    """One graph of an edge model on a device, its tunable weights read from a buffer there.
+
+    Args:
+        path: the .onnx file.
+        passes: hold the tunable weights; None when all are frozen.
+        files: where the tunable weights are stored, which is not read here.
+        device: where.
+        threads: of what the engine leaves to the CPU.
+    """
+
+    def __init__(self, path: Path, passes: DevicePasses | None, files: set[str], device: Device, threads: int) -> None:
+        self._path, self._device = path, device
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.enable_mem_pattern = False
+        self._names = list(passes.shapes) if passes is not None else []
+        graph: str | bytes = str(path)
+        if self._names:
+            graph = without_initializers(path, set(self._names))
+            if external_files(path) - files and engine_version() < FOLDER_ENGINE:
+                raise EdgeModelError(
+                    f"{path}: some weights are tunable and others frozen; on {device.name} that needs onnxruntime {'.'.join(map(str, FOLDER_ENGINE))} or later, this is {onnxruntime.__version__}; update it, or export with all weights tunable"
+                )
+            options.add_session_config_entry(FOLDER_KEY, str(path.parent))
+        self._session = make_session(graph, options, device, str(path))
+        self._binding = self._session.io_binding()
+        used = {value.name for value in self._session.get_inputs()}
+        for name in self._names:
+            if passes is not None and name in used:
+                self._binding.bind_input(name, device.name, 0, np.float32, list(passes.shapes[name]), passes.address(name))
+
+    @property
+    def inputs(self) -> set[str]:
+        """Names of the inputs that every run must feed."""
+        return super().inputs - set(self._names)
+
+    def run(self, outputs: list[str], feeds: Mapping[str, Array]) -> list[Array]:
+        """As `Session.run`."""
+        if not self._names:
+            return super().run(outputs, feeds)
+        try:
+            for name, array in feeds.items():
+                self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
+            self._binding.clear_binding_outputs()
+            for name in outputs:
+                self._binding.bind_output(name, "cpu")
+            self._session.run_with_iobinding(self._binding)
+            found: list[Array] = self._binding.copy_outputs_to_cpu()
+        except Exception as error:
+            raise self._refusal(error) from error
+        return found
