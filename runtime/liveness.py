@@ -126,7 +126,8 @@ class _LoraProbe:
         for copy, number in enumerate(chosen, start=1):
             target, kind = divmod(number, 2)
             rows[B_ROWS if kind else A_ROWS][(copy, 0, 0, target) if kind else (copy, 0, target, 0)] = 2**-4
-        signs = {name: np.ones((copies, sum(sizes)), np.int8) for name, sizes in (
+        # drawn, since a layer norm leaves nothing of what is alike in all features
+        signs = {name: np.tile(noise.signs(PROBE, noise.tensor_id(name), sum(sizes)), (copies, 1)) for name, sizes in (
             (A_SIGNS, self.lora.layouts["lora_A"].rows), (B_SIGNS, self.lora.layouts["lora_B"].columns))}  # fmt: skip
         return {**self.lora.feeds(), **rows, **signs}
 
@@ -180,12 +181,12 @@ def _scores(session: Session, feeds: dict[str, Array]) -> Array:
 
 
 def _probe_feeds(model: EdgeModel, rows: int = 1) -> dict[str, Array]:
-    """A short row of spread-out tokens, a few targets at every position; repeated, at the last, or their logits would be the peak of a run."""
+    """A short row of spread-out tokens, a few targets at every position; repeated, at the last half, or their logits would be the peak of a run."""
     vocabulary = model.manifest.origin.vocab_size
     positions = np.arange(PROBE_TOKENS, dtype=np.int64)
     tokens = ((positions + 1) * (vocabulary // (PROBE_TOKENS + 1) or 1)) % vocabulary
     targets = (tokens * 7 + 3) % vocabulary
-    hidden = np.arange(PROBE_TOKENS, dtype=np.int64) if rows == 1 else np.arange(1, rows + 1, dtype=np.int64) * PROBE_TOKENS - 1
+    hidden = np.arange(rows * PROBE_TOKENS, dtype=np.int64).reshape(rows, PROBE_TOKENS)[:, 0 if rows == 1 else PROBE_TOKENS // 2 :].ravel()
     before = model.adapter.prefix_tokens if model.adapter is not None else 0
     feeds = {
         "input_ids": np.tile(tokens, (rows, 1)),
