@@ -199,6 +199,8 @@ def tune_command(
 
 def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple[str, str]]:
     """How a run ended, and what to do with it."""
+    from edgezo.runtime.run import read_run
+
     peak = f", peak memory {result.peak_bytes / 1e6:.0f} MB" if result.peak_bytes is not None else ""
     rows = [("run", f"{output}, {result.steps} steps, {result.ended}, {result.seconds:.0f} s{peak}")]
     if result.before is not None:
@@ -207,7 +209,7 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
         rows.append((f"step {result.best_step}", f"{terminal.evaluation_text(result.best)}, kept as best"))
     elif result.best is not None:
         rows.append(("best", f"step 0, the start: no evaluated step was better; --step last uses step {result.steps}"))
-    classifies = result.best is not None and result.best.accuracy is not None
+    classifies = read_run(output).config.labels is not None
     use = "predict DIR --run RUN --text '...'" if classifies else "generate DIR --run RUN --prompt '...'"
     more = {"interrupted": "", "finished": " --steps MORE", "out of time": " --minutes MORE"}[result.ended]
     rows.append(("use it", f"edgezo {use}".replace("DIR", str(directory)).replace("RUN", str(output))))

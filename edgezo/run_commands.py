@@ -115,6 +115,8 @@ def diff_command(
 
 
 def _written(output: Path, tuned: "list[Tuned]", as_json: bool) -> None:
+    if not any(one.step for one in tuned):
+        terminal.stderr().print("note: step 0 is the start, nothing in it is tuned; --step last takes the last step")
     facts: dict[str, Any] = {"written": str(output), "steps": [one.step for one in tuned], "shares": [one.weight for one in tuned]}
     files = [output] if output.is_file() else sorted(output.iterdir())
     facts["sha256"] = {path.name: sha256_file(path) for path in files if path.suffix in {".bin", ".safetensors", ".onnx_adapter"}}

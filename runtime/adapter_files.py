@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from edgezo.adapters import PREFIX
 from edgezo.config import ALL_LINEAR, ALPHA_LIMIT, RANK_LIMIT
@@ -140,7 +140,8 @@ def write_peft(adapter: Lora | Prefix, manifest: Manifest, folder: Path) -> None
             "init_lora_weights": True,
         }  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt", BASE_KEY: manifest.origin.weights_sha256 or ""})
+    metadata = {"format": "pt", BASE_KEY: manifest.origin.weights_sha256 or ""}
+    (folder / TENSORS).write_bytes(save(tensors, metadata))  # save_file would make a file that no other user can read
 
 
 def write_onnx_adapter(adapter: Lora | Prefix, manifest: Manifest, path: Path) -> None:

@@ -36,7 +36,7 @@ def find_device(name: str) -> Device | None:
     device, found = DEVICES[name], onnxruntime.get_available_providers()
     if device.provider not in found:
         raise ConfigError(
-            f"--device {name}: this onnxruntime {onnxruntime.__version__} has no {device.provider} (it has {', '.join(found)}); install onnxruntime-gpu as the README says, or leave --device out"
+            f"--device {name}: this onnxruntime {onnxruntime.__version__} has no {device.provider} (it has {', '.join(found)}); install onnxruntime-gpu as the README says (on a Jetson: docs/jetson.md), or leave --device out"
         )
     return device
 

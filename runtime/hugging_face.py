@@ -74,6 +74,7 @@ def write_hugging_face(model: EdgeModel, folder: Path) -> None:
         )
     shutil.copyfile(model.directory / manifest.config, folder / "config.json")
     save_file(dict(source_weights(model)), folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)  # save_file makes one that no other user can read
     facts = manifest.tokenizer
     shutil.copyfile(model.directory / facts.file, folder / "tokenizer.json")
     settings: dict[str, Any] = {name: token for name, token in facts.special_tokens.items() if name.endswith("_token")}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from edgezo.errors import ConfigError
 from edgezo.runtime.machine import peak_bytes
+from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.scoring import BATCH_TOKENS
 from edgezo.runtime.smoothness import PROBE_STEP
@@ -26,6 +27,19 @@ def parse_bytes(text: str) -> int:
     if not found or found[2] not in UNITS or float(found[1]) * UNITS[found[2]] < LEAST:
         raise ConfigError(f"--memory {text!r}: give a size with its unit, as 1.5GB or 800MB")
     return int(float(found[1]) * UNITS[found[2]])
+
+
+def refuse_less_than_weights(model: EdgeModel, limit: int) -> None:
+    """Before anything is measured: a limit that the frozen and tunable weights alone exceed.
+
+    Raises:
+        ConfigError: they do; says what would fit.
+    """
+    weights = sum(model.manifest.files[name].bytes for name in {tensor.file for tensor in model.manifest.tensors})
+    if weights > limit:
+        raise ConfigError(
+            f"--memory {_mb(limit)}: the weights alone take {_mb(weights)}; give more, or export with --adapter lora --weights int8 or int4"
+        )
 
 
 def fit_batches(theta: Theta, examples: Sequence[Example], limit: int) -> int:

@@ -40,18 +40,12 @@ class OuterWeights(MutableWeights):
         self.layouts = dict(layouts)
         for tensor in self.tensors:
             tensor.decays = True
-        self._drawn: dict[tuple[Direction, str], Signs] = {}
 
     def signs(self, directions: Sequence[Direction], name: str) -> tuple[Signs, Signs]:
         """r of all matrices of a tensor, int8 [directions, sum of rows], and s, int8 [directions, sum of columns]; r is drawn first."""
         layout, tensor = self.layouts[name], noise.tensor_id(name)
         rows, size = sum(layout.rows), sum(layout.rows) + sum(layout.columns)
-        if any(held.step != directions[0].step for held, _ in self._drawn):  # a step asks twice: for its forwards and for its update
-            self._drawn.clear()
-        for direction in directions:
-            if (direction, name) not in self._drawn:
-                self._drawn[direction, name] = noise.signs(direction, tensor, size)
-        drawn = [self._drawn[direction, name] for direction in directions]
+        drawn = [noise.signs(direction, tensor, size) for direction in directions]
         return np.stack([signs[:rows] for signs in drawn]), np.stack([signs[rows:] for signs in drawn])
 
     def _apply(self, additions: Additions) -> None:

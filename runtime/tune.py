@@ -23,7 +23,7 @@ from edgezo.runtime.journal import Journal, StepRecord
 from edgezo.runtime.liveness import prove_live
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.machine import peak_bytes
-from edgezo.runtime.memory import fit_batches
+from edgezo.runtime.memory import fit_batches, refuse_less_than_weights
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import evaluate
 from edgezo.runtime.optimizer import schedule_factor
@@ -203,6 +203,8 @@ def tune(
         raise ConfigError(
             f"--memory: what a process takes on {model.device.name} is not measured; leave it out and lower --batch and --max-length"
         )
+    if memory is not None:
+        refuse_less_than_weights(model, memory)
     with held_run(output, resume) as previous:
         start = previous.start if previous is not None else None
         if previous is None and config.init is not None:

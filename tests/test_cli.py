@@ -137,7 +137,7 @@ def test_a_long_run_shows_about_twenty_lines_of_progress(command: Command) -> No
 
 def test_tune_without_validation_tells_only_the_run(command: Command) -> None:
     matches(
-        rf"run     run, 2 steps, finished, \d+ s{PEAK}\nuse it  edgezo generate .*\ngo on   edgezo tune .*\n",
+        rf"run     run, 2 steps, finished, \d+ s{PEAK}\nuse it  edgezo predict .*\ngo on   edgezo tune .*\n",
         command("tune", "edge", "-o", "run", *TASK, "--steps", "2").out,
     )
 
@@ -799,3 +799,21 @@ def test_predictions_of_a_file_are_those_eval_counts(command: Command, write_row
 )
 def test_predict_refuses_in_one_line(refusal: Callable[..., str], arguments: list[str], message: str) -> None:
     assert refusal("predict", "edge", *arguments) == message
+
+
+def test_a_classification_without_validation_is_used_to_predict(command: Command) -> None:
+    found = command("tune", "edge", "-o", "run", *TASK, "--steps", "1")
+    assert found.code == 0
+    assert "edgezo predict edge --run run --text '...'" in found.out
+
+
+@pytest.mark.parametrize("of", [["replay", "edge", "run"], ["merge", "edge", "run", "--format", "hf"]])
+def test_writing_the_start_of_a_run_says_that_nothing_in_it_is_tuned(command: Command, run: str, of: list[str]) -> None:
+    note = "note: step 0 is the start, nothing in it is tuned; --step last takes the last step"
+    assert note in command(*of, "-o", "start", "--step", "0").err
+    assert note not in command(*of, "-o", "end", "--step", "last").err
+
+
+def test_what_is_written_for_others_can_be_read_by_them(command: Command, run: str, tmp_path: Path) -> None:
+    assert command("merge", "edge", run, "--format", "hf", "--step", "last", "-o", "folder").code == 0
+    assert (tmp_path / "folder" / "model.safetensors").stat().st_mode & 0o044 == 0o044

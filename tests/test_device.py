@@ -201,7 +201,7 @@ def test_an_engine_without_cuda_says_so(invoke: Command, exported_dir: Path, mon
     assert (code, out) == (1, "")
     assert err == (
         f"error: --device cuda: this onnxruntime {onnxruntime.__version__} has no CUDAExecutionProvider (it has CPUExecutionProvider);"
-        " install onnxruntime-gpu as the README says, or leave --device out\n"
+        " install onnxruntime-gpu as the README says (on a Jetson: docs/jetson.md), or leave --device out\n"
     )
 
 

@@ -331,3 +331,12 @@ def test_a_run_warns_when_it_starts_and_not_when_it_goes_on(exported_dir: Path, 
     notices.clear()
     edgezo.tune(exported_dir, tmp_path / "run", resume=True, steps=2, **settings)
     assert not notices
+
+
+def test_a_limit_below_the_weights_is_refused_before_anything_is_done(exported_dir: Path, tmp_path: Path, reviews: str) -> None:
+    weights = sum((exported_dir / name).stat().st_size for name in ("tunable.bin",))
+    with pytest.raises(
+        ConfigError, match=r"^--memory 0MB: the weights alone take 0MB; give more, or export with --adapter lora --weights int8 or int4$"
+    ):
+        edgezo.tune(exported_dir, tmp_path / "run", data=reviews, memory=weights - 1, **TASK)
+    assert not (tmp_path / "run").exists()
