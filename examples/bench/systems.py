@@ -46,7 +46,7 @@ def bare_forwards(edge: str, threads: int, rows: int, tokens: int) -> Step:
     return lambda number: [model.scoring.run(["log_probs"], feeds) for _ in range(2)]
 
 
-def full(edge: str, threads: int, rows: int, tokens: int, distribution: Distribution) -> Step:
+def full(edge: str, threads: int, rows: int, tokens: int, distribution: Distribution = "rademacher") -> Step:
     """One direction in all weights, in place."""
     model = EdgeModel(edge, threads=threads)
     weights = MutableWeights(model.weights, eps=EPS, distribution=distribution, threads=threads)
