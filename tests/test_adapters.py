@@ -372,8 +372,9 @@ def test_ten_steps_follow_a_float64_reference(export_tiny: ExportTiny, tmp_path:
 
 @pytest.mark.parametrize(("name", "kind"), [("llama", "lora"), ("gpt2", "lora"), ("llama", "prefix")])
 def test_projected_gradients_are_those_of_autograd(export_tiny: ExportTiny, tmp_path: Path, name: str, kind: str) -> None:
-    settings = {"tune_a": True} if kind == "lora" else {}
-    theta = make_theta(export_tiny(name, adapter=kind), tmp_path / "start", directions=6, batch=2, eps=2**-11, **settings)
+    # large against the rounding of float32 losses, small against the curvature, which is less along a prefix
+    settings = {"tune_a": True, "eps": 2**-11} if kind == "lora" else {"eps": 2**-10}
+    theta = make_theta(export_tiny(name, adapter=kind), tmp_path / "start", directions=6, batch=2, **settings)
     groups = theta.groups(make_examples(12, (1, 2)))
     directions = step_directions(theta.config, 0)
     found = np.array([estimate.projected_grad for estimate in theta.estimates(directions, groups)])
@@ -386,7 +387,7 @@ def test_projected_gradients_are_those_of_autograd(export_tiny: ExportTiny, tmp_
         network_loss(network, group).backward()
         expected.append(sum(float((gradient * z).sum()) for gradient, z in gradients(network, theta.model, direction)))
     assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
-    assert np.abs(found / expected - 1).max() < 0.02, "each of them; float32 losses leave 1e-3 of uncertainty, one of them is 0.12"
+    assert np.abs(found / expected - 1).max() < 0.01, "each of them, the small ones too"
 
 
 def adapter_parameters(network: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from edgezo.runtime.optimizer import zo_step
 from edgezo.runtime.scoring import Pair, Sequences
 from edgezo.runtime.weights import MutableWeights
 
-STEPS, LR, EPS, SEED = 20, 1e-3, 2**-10, 5
+STEPS, LR, EPS, SEED = 20, 1e-3, 2**-9, 5  # both sides use this eps: the larger, the less the rounding of float32 losses counts
 
 
 def make_pairs() -> list[Pair]:
@@ -94,8 +94,7 @@ def test_twenty_steps_follow_a_float64_reference(pair_of_models: tuple[str, Path
     assert np.array(found)[:, :2] == pytest.approx(np.array(expected)[:, :2], rel=1e-4)
     assert expected[-1][0] != pytest.approx(expected[0][0], rel=1e-2)
     for parameter_name, parameter in network.named_parameters():
-        # rounding of float32 losses leaves 1.1e-5
-        assert np.abs(model.weights[parameter_name] - parameter.detach().numpy()).max() < 2e-5, parameter_name
+        assert np.abs(model.weights[parameter_name] - parameter.detach().numpy()).max() < 1e-5, parameter_name
 
 
 def test_projected_gradients_agree_with_pytorch_running_published_mezo(pair_of_models: tuple[str, Path]) -> None:
