@@ -13,6 +13,7 @@ from edgezo.adapters import Adapter
 from edgezo.errors import ExportError
 from edgezo.export.adapters import LINEAR, add_lora, add_prefix
 from edgezo.export.decoder import Decoder, Part
+from edgezo.export.simplify import merge_equal_nodes
 from edgezo.manifest import ITEM_BYTES, Graph, PastState, Tensor
 
 HIDDEN_ROWS, PAIR_ROWS, PAIR_TARGETS = "hidden_rows", "pair_rows", "pair_targets"
@@ -57,6 +58,7 @@ def scoring_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[onn
         )
     _set_outputs(graph, [(LOG_PROBS, ["pair_count"]), (HIDDEN, ["hidden_count", None])])
     _prune(graph)
+    merge_equal_nodes(graph)
     inputs = _fed(graph, decoder)
     return model, Graph(file="scoring.onnx", inputs=inputs, outputs=[LOG_PROBS, HIDDEN])
 
@@ -75,6 +77,7 @@ def generation_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[
     _set_outputs(graph, [(LOGITS, ["hidden_count", "vocabulary"])])
     graph.output.extend(kept)
     _prune(graph)
+    merge_equal_nodes(graph)
     past = []
     for value in decoder.past_inputs:
         dims = value.type.tensor_type.shape.dim

@@ -71,6 +71,7 @@ def _probes(source: Source) -> list[npt.NDArray[np.int64]]:
 def _session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # one warning per overridable initializer otherwise
+    options.enable_mem_reuse = False  # its planning takes seconds for many nodes (runtime/session.py)
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:

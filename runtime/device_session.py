@@ -10,7 +10,7 @@ from edgezo.errors import EdgeModelError
 from edgezo.runtime.device import Device, make_session
 from edgezo.runtime.device_passes import DevicePasses
 from edgezo.runtime.graph_file import external_files, without_initializers
-from edgezo.runtime.session import Array, Session, engine_version
+from edgezo.runtime.session import Array, Session, engine_version, session_options
 
 FOLDER_KEY, FOLDER_ENGINE = "session.model_external_initializers_file_folder_path", (1, 21)
 
@@ -28,9 +28,7 @@ class DeviceSession(Session):
 
     def __init__(self, path: Path, passes: DevicePasses | None, files: set[str], device: Device, threads: int) -> None:
         self._path, self._device = path, device
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.enable_mem_pattern = False
+        options = session_options(threads)
         self._names = list(passes.shapes) if passes is not None else []
         graph: str | bytes = str(path)
         if self._names:

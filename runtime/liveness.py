@@ -181,19 +181,22 @@ def _scores(session: Session, feeds: dict[str, Array]) -> Array:
 
 
 def _probe_feeds(model: EdgeModel, rows: int = 1) -> dict[str, Array]:
-    """A short row of spread-out tokens, a few targets at every position; repeated, at the last half, or their logits would be the peak of a run."""
-    vocabulary = model.manifest.origin.vocab_size
-    positions = np.arange(PROBE_TOKENS, dtype=np.int64)
-    tokens = ((positions + 1) * (vocabulary // (PROBE_TOKENS + 1) or 1)) % vocabulary
+    """A short row of spread-out tokens, a few targets at every position; repeated, it is half as long and has targets at its last half alone.
+
+    Else the copies of 420 tensors would take half of the seconds before the first step, and their logits would be the peak of a run.
+    """
+    vocabulary, count = model.manifest.origin.vocab_size, PROBE_TOKENS if rows == 1 else PROBE_TOKENS // 2
+    positions = np.arange(count, dtype=np.int64)
+    tokens = ((positions + 1) * (vocabulary // (count + 1) or 1)) % vocabulary
     targets = (tokens * 7 + 3) % vocabulary
-    hidden = np.arange(rows * PROBE_TOKENS, dtype=np.int64).reshape(rows, PROBE_TOKENS)[:, 0 if rows == 1 else PROBE_TOKENS // 2 :].ravel()
+    hidden = np.arange(rows * count, dtype=np.int64).reshape(rows, count)[:, 0 if rows == 1 else count // 2 :].ravel()
     before = model.adapter.prefix_tokens if model.adapter is not None else 0
     feeds = {
         "input_ids": np.tile(tokens, (rows, 1)),
-        "attention_mask": np.ones((rows, before + PROBE_TOKENS), np.int64),
+        "attention_mask": np.ones((rows, before + count), np.int64),
         "position_ids": np.tile(before + positions, (rows, 1)),
         "hidden_rows": hidden,
-        "pair_rows": np.repeat(np.arange(len(hidden), dtype=np.int64), PROBE_TOKENS),
+        "pair_rows": np.repeat(np.arange(len(hidden), dtype=np.int64), count),
         "pair_targets": np.tile(targets, len(hidden)),
     }
     return {name: feeds[name] for name in model.manifest.scoring.inputs}
