@@ -5,19 +5,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edgezo.config import TuneConfig, make_config
+from edgezo.config import TASK_SETTINGS, TuneConfig, make_config
 from edgezo.errors import ConfigError, ExportError
 from edgezo.runtime.data import Row, read_rows
-from edgezo.runtime.dataset import row_limit
+from edgezo.runtime.dataset import row_limit, task_of
 from edgezo.runtime.evaluation import Evaluation
+from edgezo.runtime.examples import make_examples
 from edgezo.runtime.memory import parse_bytes
 from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.objective import evaluate as evaluate_examples
+from edgezo.runtime.objective import Objective, add_references
 from edgezo.runtime.predict import Prediction
 from edgezo.runtime.predict import predict as predict_labels
 from edgezo.runtime.run import StepChoice, read_run
 from edgezo.runtime.scoring import Sequences
-from edgezo.runtime.tasks import find_task, make_examples, template_fields
+from edgezo.runtime.tasks import template_fields
 from edgezo.runtime.tune import Reporter, TuneResult
 from edgezo.runtime.tune import tune as tune_model
 
@@ -117,17 +118,23 @@ def evaluate(
         adapter: PEFT folder or .onnx_adapter file to use instead of a run.
         threads: cores to use; all of this process when None.
         device: "cpu" or "cuda".
-        settings: template, labels, label_field and max_length; those of the run where not given.
+        settings: how rows are read and measured, as `TASK_SETTINGS` of edgezo.config; those of the run where not given.
 
     Raises:
         EdgezoError: bad data, model or run.
     """
     config = _task_config(run, {**settings, "data": str(data)})
     rows = read_rows(data)
-    task = find_task(rows, config.template, config.labels, config.label_field)
-    model = EdgeModel(directory, threads=threads, device=device, run=run, step=step, adapter=adapter)
-    made = make_examples(rows, task, model.text, row_limit(model, config))
-    return EvalResult(evaluate_examples(Sequences(model), made.examples), model.step, made.truncated)
+    task = task_of(rows, config)
+    model = EdgeModel(directory, threads=threads, device=device)
+    examples, truncated = make_examples(rows, task, model.text, row_limit(model, config))
+    sequences = Sequences(model)
+    objective = Objective(sequences, task, config)
+    if objective.name == "dpo":
+        examples = add_references(sequences, examples)
+    if run is not None or adapter is not None:
+        model.use(run=run, step=step, adapter=adapter)
+    return EvalResult(objective.evaluate(examples), model.step, truncated)
 
 
 def predict(
@@ -174,7 +181,7 @@ def predict(
         rows = read_rows(str(data))
     if not rows:
         return []
-    task = find_task(rows, config.template, config.labels, config.label_field)
+    task = task_of(rows, config)
     model = EdgeModel(directory, threads=threads, device=device, run=run, step=step, adapter=adapter)
     return predict_labels(model, rows, task, row_limit(model, config))
 
@@ -184,5 +191,5 @@ def _task_config(run: PathLike | None, settings: dict[str, Any]) -> TuneConfig:
     given = {name: value for name, value in settings.items() if value is not None}
     if run is not None:
         known = read_run(run).config.model_dump()
-        given = {**{name: known[name] for name in ("template", "labels", "label_field", "max_length")}, **given}
+        given = {**{name: known[name] for name in TASK_SETTINGS}, **given}
     return make_config(None, given)

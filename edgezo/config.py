@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ PREFIX_TOKENS = 5
 RANK_LIMIT, ALPHA_LIMIT = 4096, 1e6
 CONFIG_BYTES_LIMIT = 1 << 20
 DEFAULT_STEPS = 500
+OBJECTIVES = ("likelihood", "cross-entropy", "accuracy", "f1", "exact-match", "rouge-l", "preference", "dpo")
 
 
 MAX_TOKENS = 64  # of a generated text
@@ -40,6 +42,21 @@ class TuneConfig(BaseModel):
     template: str | None = Field(None, description="classification prompt with {field} names; the label word continues it")
     labels: dict[str, str] | None = Field(None, description="label as written in the data: label word")
     label_field: str = Field("label", description="field that holds the label")
+    choices: list[str] | None = Field(None, description="templates of a row's choices; else its field choices lists them")
+    answer_field: str | None = Field(None, description="field that holds the right choice or the texts of a right answer")
+    replace: dict[str, dict[str, str]] | None = Field(None, description="values of a field that stand in templates as other words")
+    stop: str | None = Field(
+        None, min_length=1, description="text that ends an answer, learned and obeyed; the end-of-text token when unset"
+    )
+    calibrate: str | None = Field(
+        None, description="neutral prompt, whose score of a candidate is taken off its own when candidates are compared"
+    )
+    objective: str | None = Field(None, description="what tuning lowers or raises; by the kind of data when unset")
+    beta: float = Field(0.1, gt=0, le=1e3, allow_inf_nan=False, description="of preference and dpo: inverse temperature")
+    metrics: list[Literal["f1", "exact-match", "rouge-l"]] | None = Field(
+        None, description="of generated answers: f1, exact-match, rouge-l; the first ranks states"
+    )
+    max_tokens: int = Field(50, gt=0, description="of an answer that is generated to evaluate")
     max_length: int | None = Field(None, gt=1, description="tokens of a row at most; the model's context when unset")
     steps: int | None = Field(None, gt=0, description=f"steps in all; {DEFAULT_STEPS} when neither steps nor minutes is given")
     minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time budget in minutes, evaluation included")
@@ -62,6 +79,8 @@ class TuneConfig(BaseModel):
 
     @model_validator(mode="after")
     def _bounded(self) -> "TuneConfig":
+        if self.objective is not None and self.objective not in OBJECTIVES and not re.fullmatch(r"[\w.]+:\w+", self.objective):
+            raise ValueError(f"--objective {self.objective}: give {', '.join(OBJECTIVES)}, or package.module:function")
         if self.lr * self.weight_decay >= 1:
             raise ValueError("lr * weight_decay must be below 1")
         return self
@@ -76,6 +95,12 @@ class TuneConfig(BaseModel):
         """Steps of the whole run; None when time alone ends it."""
         return self.steps if self.steps is not None or self.minutes is not None else DEFAULT_STEPS
 
+
+# how rows are read and measured: what an evaluation takes from the run
+TASK_SETTINGS = (
+    "template", "labels", "label_field", "max_length", "choices", "answer_field", "replace", "stop", "calibrate", "objective", "beta",
+    "metrics", "max_tokens",
+)  # fmt: skip
 
 # what differs from the fields' defaults where an adapter is tuned: measured in docs/adapters.md
 ADAPTER_DEFAULTS: dict[AdapterKind, dict[str, Any]] = {
@@ -98,6 +123,10 @@ def make_config(file: str | os.PathLike[str] | None, options: dict[str, Any], ki
     values = {**defaults, **(_read_settings(Path(file)) if file is not None else {}), **given}
     if values.get("labels") is not None:
         values["labels"] = parse_labels(values["labels"])
+    if isinstance(values.get("replace"), list):
+        values["replace"] = dict(map(parse_replacement, values["replace"]))
+    if isinstance(values.get("metrics"), str):
+        values["metrics"] = [name.strip() for name in values["metrics"].split(",")]
     try:
         return TuneConfig.model_validate(values)
     except ValidationError as error:
@@ -131,6 +160,19 @@ def parse_labels(given: Any) -> dict[str, str]:
     if len(labels) != len(pairs) or not all(labels) or not all(words) or len(set(words)) != len(words):
         raise ConfigError(f"--labels {given!r}: every label needs one word of its own")
     return labels
+
+
+def parse_replacement(given: Any) -> tuple[str, dict[str, str]]:
+    """`question:effect=so,cause=because` as the field and its words.
+
+    Raises:
+        ConfigError: it is written otherwise.
+    """
+    field, colon, words = str(given).partition(":")
+    pairs = [part.partition("=") for part in words.split(",")]
+    if not field or not colon or not all(value and equals for value, equals, _ in pairs):
+        raise ConfigError(f"--replace {given!r}: write it as field:value=word,value=word")
+    return field, {value.strip(): word.strip() for value, _, word in pairs}
 
 
 def describe(error: ValidationError, file: str | None = None) -> str:

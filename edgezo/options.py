@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgezo.config import ADAPTER_DEFAULTS, Sampling, TuneConfig
+from edgezo.config import ADAPTER_DEFAULTS, OBJECTIVES, Sampling, TuneConfig
 from edgezo.errors import ConfigError
 
 EdgeDir = Annotated[Path, typer.Argument(metavar="DIR", help="Edge model directory made by `edgezo export`.")]
@@ -41,6 +41,36 @@ Labels = Annotated[
     str | None, setting("labels", text="label words: 'terrible,great' in the order of the integer label, or 'neg=terrible,pos=great'.")
 ]
 LabelField = Annotated[str | None, setting("label_field")]
+Choices = Annotated[
+    list[str] | None,
+    setting(
+        "choices",
+        text="template of a choice, once for each: --choices '{choice1}' --choices '{choice2}'; else the field choices lists them.",
+    ),
+]
+AnswerField = Annotated[
+    str | None, setting("answer_field", text="field with the right choice, or the texts of a right answer.", shown="answer")
+]
+Replace = Annotated[
+    list[str] | None, setting("replace", text="words that stand in templates for values of a field: 'question:effect=so,cause=because'.")
+]
+Stop = Annotated[str | None, setting("stop", text="text that ends an answer; \\n is a line break.", shown="the end-of-text token")]
+Calibrate = Annotated[
+    str | None, setting("calibrate", text="neutral prompt: candidates are compared by their log-probability less that after it.")
+]
+Objective = Annotated[
+    str | None,
+    setting(
+        "objective",
+        text=f"what tuning lowers or raises: {', '.join(OBJECTIVES)}, or a function of yours as package.module:function.",
+        shown="by the kind of data",
+    ),
+]
+Beta = Annotated[float | None, setting("beta")]
+Metrics = Annotated[
+    str | None, setting("metrics", text="of generated answers: f1, exact-match, rouge-l; the first ranks states.", shown="f1,exact-match")
+]
+AnswerTokens = Annotated[int | None, setting("max_tokens")]
 MaxLength = Annotated[int | None, setting("max_length", text="tokens of a row at most.", shown="the model's context")]
 
 Temperature = Annotated[

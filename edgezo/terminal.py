@@ -61,8 +61,11 @@ def _fact_text(value: Any) -> str:
 def evaluation_text(evaluation: "Evaluation") -> str:
     """An evaluation in a few words."""
     parts = [f"loss {evaluation.loss:.4f}"]
-    if evaluation.accuracy is not None and evaluation.macro_f1 is not None:
-        parts = [f"accuracy {100 * evaluation.accuracy:.1f} %", f"macro F1 {evaluation.macro_f1:.3f}", *parts]
+    if evaluation.macro_f1 is not None:
+        parts = [f"macro F1 {evaluation.macro_f1:.3f}", *parts]
+    if evaluation.accuracy is not None:
+        parts = [f"accuracy {100 * evaluation.accuracy:.1f} %", *parts]
+    parts = [*(f"{name.replace('_', ' ')} {value:.3f}" for name, value in evaluation.others.items()), *parts]
     if evaluation.perplexity is not None:
         parts.append(f"perplexity {evaluation.perplexity:.2f}")
     return f"{', '.join(parts)} ({evaluation.rows} rows)"

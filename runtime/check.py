@@ -8,6 +8,7 @@ import numpy as np
 
 from edgezo.runtime.dataset import read_dataset
 from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.objective import Objective
 from edgezo.runtime.run import INIT, JOURNAL, Run, check_base, check_same, journal_header, read_run
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions
@@ -81,7 +82,7 @@ def _derive_again(run: Run, model: EdgeModel, every: int, progress: Callable[[in
     dataset = read_dataset(model, run.config)
     check_same(run, dataset.config, journal_header(model.manifest, dataset.config, run.start))
     order, weights = dataset.order(), mutable_weights(model, run.config, run.start)
-    theta = Theta(model, run.config, weights, Sequences(model))
+    theta = Theta(model, run.config, weights, Objective(Sequences(model), dataset.task, run.config))
     derived, largest = 0, 0.0
     for step, record in enumerate(run.records):
         directions = step_directions(run.config, step)

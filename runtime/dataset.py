@@ -1,20 +1,24 @@
 """The rows of a run as examples: training and validation files read under one configuration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from edgezo.config import TuneConfig
 from edgezo.errors import DataError
 from edgezo.runtime.data import Row, read_rows
+from edgezo.runtime.examples import Example, Examples, make_examples
 from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.objective import add_references
 from edgezo.runtime.order import DataOrder
-from edgezo.runtime.tasks import Example, Examples, find_task, make_examples
+from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.tasks import Task, find_task
 
 
 class Dataset(NamedTuple):
     """Examples of a run. `config` is the one given, with the labels that were found in the data."""
 
     config: TuneConfig
+    task: Task
     train: Examples
     valid: Examples | None
 
@@ -31,13 +35,14 @@ def read_dataset(model: EdgeModel, config: TuneConfig, notice: Callable[[str], N
     """Read and tokenise the files of `config`.
 
     Args:
+        model: untuned; with the objective dpo its scores are what preferences are relative to.
         notice: told how many rows were cut to fit.
 
     Raises:
         DataError: a file, row, template or label cannot be used.
     """
     rows = read_rows(config.data)
-    task = find_task(rows, config.template, config.labels, config.label_field)
+    task = task_of(rows, config)
     if task.labels:  # they are the run's from now on: another file may lack one
         config = config.model_copy(update={"labels": dict(task.labels)})
     limit = row_limit(model, config)
@@ -46,7 +51,7 @@ def read_dataset(model: EdgeModel, config: TuneConfig, notice: Callable[[str], N
         made = make_examples(rows, task, model.text, limit)
         if made.truncated:
             notice(f"{made.truncated} of {len(rows)} {kind} rows were cut to {limit} tokens")
-        return made
+        return made._replace(examples=add_references(Sequences(model), made.examples)) if config.objective == "dpo" else made
 
     if config.directions > len(rows):
         raise DataError(
@@ -54,10 +59,20 @@ def read_dataset(model: EdgeModel, config: TuneConfig, notice: Callable[[str], N
         )
     train = make("training", rows)
     if config.valid is None:
-        return Dataset(config, train, None)
+        return Dataset(config, task, train, None)
     chosen = read_rows(config.valid)
     spread = max(1, len(chosen) / config.eval_rows)  # every k-th row, so that a sorted file is sampled evenly
-    return Dataset(config, train, make("validation", [chosen[int(i * spread)] for i in range(min(len(chosen), config.eval_rows))]))
+    return Dataset(config, task, train, make("validation", [chosen[int(i * spread)] for i in range(min(len(chosen), config.eval_rows))]))
+
+
+def task_of(rows: Sequence[Row], config: TuneConfig) -> Task:
+    """How a configuration reads rows.
+
+    Raises:
+        DataError: it does not fit their fields.
+    """
+    names = ("choices", "answer_field", "replace", "stop", "calibrate")
+    return find_task(rows, config.template, config.labels, config.label_field, **{name: getattr(config, name) for name in names})
 
 
 def row_limit(model: EdgeModel, config: TuneConfig) -> int:

@@ -2,30 +2,37 @@
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 
 class Evaluation(NamedTuple):
-    """Loss in nats and metrics over `rows` rows. `accuracy` and `macro_f1` are None unless rows have candidates."""
+    """Loss in nats and metrics over `rows` rows.
+
+    `accuracy` and `macro_f1` are None unless rows have candidates. `others`: metrics of generated text, of preferences, or of the user's own
+    function, by name; larger is better, the first ranks.
+    """
 
     rows: int
     loss: float
     accuracy: float | None = None
     macro_f1: float | None = None
+    others: Mapping[str, float] = MappingProxyType({})
 
     @property
     def perplexity(self) -> float | None:
         """exp(loss), the loss being the mean over tokens; None where rows have candidates."""
-        return math.exp(min(self.loss, 700.0)) if self.accuracy is None else None
+        return math.exp(min(self.loss, 700.0)) if self.accuracy is None and "preferred" not in self.others else None
 
     def score(self) -> tuple[float, float]:
-        """Larger is better: accuracy first where there is one, then lower loss."""
-        return (self.accuracy or 0.0, -self.loss)
+        """Larger is better: the first of the other metrics or else accuracy where there is one, then lower loss."""
+        return (next(iter(self.others.values()), self.accuracy or 0.0), -self.loss)
 
     def as_dict(self) -> dict[str, float | int]:
         """The fields that hold a number."""
         values = {**self._asdict(), "perplexity": self.perplexity}
-        return {name: value for name, value in values.items() if value is not None}
+        del values["others"]
+        return {**{name: value for name, value in values.items() if value is not None}, **self.others}
 
 
 def best_step(evaluations: Mapping[int, Evaluation], default: int) -> int:

@@ -1,6 +1,6 @@
-"""The journal, version 1: what a run is. Base weights and journal give the tuned weights. The format is docs/journal.md.
+"""The journal, version 2: what a run is. Base weights and journal give the tuned weights. The format is docs/journal.md.
 
-8 bytes   b"EDGEZOJ1"
+8 bytes   b"EDGEZOJ2"
 4 bytes   header length n, little-endian
 n bytes   header, JSON in UTF-8
 4 bytes   CRC-32 of all before
@@ -21,11 +21,12 @@ from edgezo.errors import RunError
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.storage import write_atomically
 
-MAGIC = b"EDGEZOJ1"
+MAGIC = b"EDGEZOJ2"
+READABLE = (b"EDGEZOJ1", MAGIC)  # 2 added the record of other metrics; what 1 has means the same
 JOURNAL_BYTES_LIMIT = 1 << 30  # 63 million steps
 HEADER_BYTES_LIMIT = 1 << 20
 SETTINGS_BYTES_LIMIT = 1 << 16
-STEP, DIRECTIONS, EVALUATION, SETTINGS = b"S", b"D", b"E", b"C"
+STEP, DIRECTIONS, EVALUATION, METRICS, SETTINGS = b"S", b"D", b"E", b"M", b"C"
 STEP_PAYLOAD = struct.Struct("<fff")
 DIRECTIONS_PAYLOAD = struct.Struct("<Hff")  # how many projected gradients follow, learning rate, loss
 DIRECTIONS_LIMIT = (1 << 16) - 1
@@ -49,7 +50,7 @@ class JournalContents(NamedTuple):
     """What a journal file holds.
 
     header: as written at the start. records: the steps. evaluations: by step. best_step: the last one marked as best, None without marks.
-    settings: those changed since the start. whole_bytes: bytes up to the last whole record; torn_bytes: what follows.
+    settings: those changed since the start. others: metrics of the evaluation that comes next. whole_bytes: bytes up to the last whole record; torn_bytes: what follows.
     checksum: of the last whole record, where the next one goes on.
     """
 
@@ -61,6 +62,7 @@ class JournalContents(NamedTuple):
     whole_bytes: int
     torn_bytes: int
     checksum: int
+    others: dict[str, float]
 
 
 class Journal:
@@ -104,14 +106,15 @@ class Journal:
 
     def mark(self, step: int, evaluation: Evaluation, best: bool) -> None:
         """Append what an evaluation of step `step` found, and whether it is the best so far; synced."""
+        if evaluation.others:
+            self._write_json(METRICS, dict(evaluation.others))
         numbers = [math.nan if value is None else value for value in (evaluation.accuracy, evaluation.macro_f1)]
         self._write(EVALUATION, EVALUATION_PAYLOAD.pack(step, evaluation.rows, evaluation.loss, *numbers, best))
         self.sync()
 
     def change(self, settings: dict[str, Any]) -> None:
         """Append settings that hold from here on; synced."""
-        body = json.dumps(settings, ensure_ascii=False, sort_keys=True).encode()
-        self._write(SETTINGS, LENGTH.pack(len(body)) + body)
+        self._write_json(SETTINGS, settings)
         self.sync()
 
     def sync(self) -> None:
@@ -123,6 +126,10 @@ class Journal:
         """Sync and close."""
         self.sync()
         self._file.close()
+
+    def _write_json(self, kind: bytes, value: dict[str, Any]) -> None:
+        body = json.dumps(value, ensure_ascii=False).encode()
+        self._write(kind, LENGTH.pack(len(body)) + body)
 
     def _write(self, kind: bytes, payload: bytes) -> None:
         checksum = zlib.crc32(kind + payload, self._checksum)
@@ -154,7 +161,7 @@ def read_journal(path: Path) -> JournalContents:
     except OSError as error:
         raise RunError(f"{path}: no readable journal ({error.strerror}); give a run directory made by edgezo tune") from None
     header, position, checksum = _read_header(path, data)
-    contents = JournalContents(header, [], {}, None, {}, position, len(data) - position, checksum)
+    contents = JournalContents(header, [], {}, None, {}, position, len(data) - position, checksum, {})
     written = len(data.rstrip(b"\0"))
     directions = _directions(path, header)
     while position < len(data):
@@ -175,8 +182,8 @@ def read_journal(path: Path) -> JournalContents:
 
 def _read_header(path: Path, data: bytes) -> tuple[dict[str, Any], int, int]:
     """Header, the position behind it and its checksum."""
-    if data[: len(MAGIC)] != MAGIC:
-        raise RunError(f"{path}: not a journal of version 1 (starts with {data[:8]!r})")
+    if data[: len(MAGIC)] not in READABLE:
+        raise RunError(f"{path}: not a journal of version 1 or 2 (starts with {data[:8]!r})")
     (length,) = LENGTH.unpack_from(data, 8) if len(data) >= 12 else (HEADER_BYTES_LIMIT + 1,)
     end = 12 + length
     if length > HEADER_BYTES_LIMIT or end + CHECKSUM.size > len(data):
@@ -208,7 +215,7 @@ def _record_bytes(data: bytes, position: int, directions: int) -> int:
         return 1 + DIRECTIONS_PAYLOAD.size + 4 * directions + CHECKSUM.size
     if kind == EVALUATION:
         return EVALUATION_BYTES
-    if kind == SETTINGS:
+    if kind in (SETTINGS, METRICS):
         body = data[position + 1 : position + 1 + LENGTH.size]
         length = LENGTH.unpack(body)[0] if len(body) == LENGTH.size else SETTINGS_BYTES_LIMIT
         return 1 + LENGTH.size + length + CHECKSUM.size if length <= SETTINGS_BYTES_LIMIT else 0
@@ -227,14 +234,16 @@ def _with_record(path: Path, contents: JournalContents, record: bytes, end: int,
         return contents
     if kind == SETTINGS:
         return contents._replace(settings={**contents.settings, **_json_object(path, payload[LENGTH.size :], "a change of settings")})
+    if kind == METRICS:
+        return contents._replace(others=_metrics(path, payload[LENGTH.size :]))
     step, rows, loss, accuracy, macro_f1, best = EVALUATION_PAYLOAD.unpack(payload)
     if step > len(contents.records):
         raise RunError(f"{path}: evaluates step {step} after step {len(contents.records)}; restore the file from a copy")
-    numbers = [None if math.isnan(value) else value for value in (accuracy, macro_f1)]
-    if not math.isfinite(loss) or any(number is not None and not 0 <= number <= 1 for number in numbers):
+    one, other = (None if math.isnan(value) else value for value in (accuracy, macro_f1))
+    if not math.isfinite(loss) or any(number is not None and not 0 <= number <= 1 for number in (one, other)):
         raise RunError(f"{path}: the evaluation of step {step} holds values that none can have; the run cannot be used")
-    contents.evaluations[step] = Evaluation(rows, loss, *numbers)
-    return contents._replace(best_step=step) if best else contents
+    contents.evaluations[step] = Evaluation(rows, loss, one, other, contents.others)
+    return contents._replace(others={}, best_step=step if best else contents.best_step)
 
 
 def _step_record(kind: bytes, payload: bytes) -> StepRecord:
@@ -243,6 +252,13 @@ def _step_record(kind: bytes, payload: bytes) -> StepRecord:
         return StepRecord((grad,), *rest)
     count, *rest = DIRECTIONS_PAYLOAD.unpack_from(payload)
     return StepRecord(struct.unpack_from(f"<{count}f", payload, DIRECTIONS_PAYLOAD.size), *rest)
+
+
+def _metrics(path: Path, body: bytes) -> dict[str, float]:
+    found = _json_object(path, body, "a record of metrics")
+    if not all(isinstance(value, float) and math.isfinite(value) for value in found.values()):
+        raise RunError(f"{path}: a record of metrics holds values that none can have; the run cannot be used")
+    return found
 
 
 def _json_object(path: Path, body: bytes, what: str) -> dict[str, Any]:

@@ -4,12 +4,12 @@ import re
 from collections.abc import Sequence
 
 from edgezo.errors import ConfigError
+from edgezo.runtime.examples import Example
 from edgezo.runtime.machine import peak_bytes
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.scoring import BATCH_TOKENS
 from edgezo.runtime.smoothness import PROBE_STEP
-from edgezo.runtime.tasks import Example
 from edgezo.runtime.theta import Theta
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}

@@ -1,57 +1,197 @@
-"""Losses and metrics of examples under the present weights."""
+"""What tuning lowers, and what evaluations measure, of examples under the present weights.
+
+    likelihood     mean over completion tokens of -log p, of the right text alone (teacher forcing)
+    cross-entropy  mean over rows of -log softmax(s)[gold]
+    accuracy       1 - mean over rows of [argmax(s) = gold]
+    f1             1 - macro F1 over the rows, or of generated answers 1 - mean of SQuAD's F1
+    exact-match, rouge-l   1 - mean over rows, of generated answers
+    preference     mean over rows of -log sigmoid(beta (s_chosen - s_rejected))
+    dpo            the same with s - s_ref for s, s_ref under the untuned model
+    module:function        minus the mean of a user's own numbers (runtime/outcome.py)
+
+s are a row's candidates' scores: the summed log-probability of a label word, the mean over the tokens of a choice; with calibration the sum
+less that after the neutral prompt.
+
+References:
+    Malladi et al. 2023, arXiv 2305.17333; Rafailov et al. 2023, Direct Preference Optimization (arXiv 2305.18290).
+"""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgezo.errors import NonFiniteLossError
+from edgezo.config import TuneConfig
+from edgezo.errors import ConfigError, NonFiniteLossError
+from edgezo.runtime.batch_generate import generate_batch
 from edgezo.runtime.evaluation import Evaluation
-from edgezo.runtime.scoring import Copies, Scores, Sequences
-from edgezo.runtime.tasks import Example
+from edgezo.runtime.examples import Example
+from edgezo.runtime.outcome import Outcome, load_reward
+from edgezo.runtime.scoring import Copies, Pair, Scores, Sequences
+from edgezo.runtime.tasks import Kind, Task
+from edgezo.runtime.text_metrics import METRICS, best_of
+
+DEFAULTS: dict[Kind, str] = {"classification": "cross-entropy", "preference": "preference"}  # likelihood for all others
+SMOOTH = {"likelihood", "cross-entropy", "preference", "dpo"}
+Row = npt.NDArray[np.float64]
 
 
-def batch_loss(sequences: Sequences, examples: Sequence[Example]) -> float:
-    """The loss that tuning lowers, in nats.
+class Objective:
+    """The loss of a task's examples, and their metrics.
 
-    Rows with candidates: the mean over rows of -log softmax(s)[gold], s the summed log-probability of each candidate. Rows with one
-    completion: the mean over all completion tokens of -log p.
-    """
-    return _loss(*_scores(sequences, examples), [example.gold for example in examples])
-
-
-def stacked_losses(
-    sequences: Sequences, groups: Sequence[Sequence[Example]], sides: Sequence[int], copies: Copies
-) -> npt.NDArray[np.float64]:
-    """`batch_loss` of every group under each of its copies, float64 [groups, sides]."""
-    scored = sequences.stacked([[pair for example in group for pair in example.pairs] for group in groups], sides, copies)
-    return np.array(
-        [
-            [_loss(*_by_example(parts, group), [example.gold for example in group]) for parts in by_side]
-            for group, by_side in zip(groups, scored, strict=True)
-        ]
-    )
-
-
-def evaluate(sequences: Sequences, examples: Sequence[Example]) -> Evaluation:
-    """Loss and metrics over all examples.
+    Args:
+        sequences: scores under the model's present weights.
+        task: what the rows are.
+        config: objective, beta, metrics, max_tokens.
 
     Raises:
-        NonFiniteLossError: the loss is NaN or infinite.
+        ConfigError: the objective does not fit the rows, or cannot be imported.
     """
-    scores, tokens = _scores(sequences, examples)
-    gold = np.array([example.gold for example in examples])
-    loss = _loss(scores, tokens, gold.tolist())
-    if not math.isfinite(loss):
-        raise NonFiniteLossError(f"the loss over {len(examples)} rows is {loss}; export the model again, or tune with a smaller --lr")
-    if len(scores[0]) == 1:
-        return Evaluation(len(examples), loss)
-    predicted = np.array([int(np.argmax(row)) for row in scores])
-    return Evaluation(len(examples), loss, float((predicted == gold).mean()), macro_f1(predicted, gold, len(scores[0])))
+
+    def __init__(self, sequences: Sequences, task: Task, config: TuneConfig) -> None:
+        self.sequences, self.task, self.config = sequences, task, config
+        self.smooth_name = DEFAULTS.get(task.kind, "likelihood")
+        self.name = config.objective or self.smooth_name
+        self.metrics = config.metrics or (["f1", "exact-match"] if task.kind == "answer" else [])
+        self._refuse_misfit()
+        self.reward = load_reward(self.name) if ":" in self.name else None
+        if self.name in SMOOTH:
+            self.smooth_name = self.name
+
+    @property
+    def generates(self) -> bool:
+        """Whether the loss is of generated answers, so that copies of an adapter cannot share a forward."""
+        return not self.task.has_candidates and self.name not in SMOOTH
+
+    @property
+    def smooth(self) -> bool:
+        """Whether the loss has a slope that a small perturbation can show."""
+        return self.name in SMOOTH
+
+    def loss(self, examples: Sequence[Example]) -> float:
+        """The loss that tuning lowers."""
+        if self.generates:
+            return self._generated_loss(examples, self._answers(examples))
+        return self._value(self.name, self.sequences.log_probs(self._flat(self.name, examples)), examples)
+
+    def stacked_losses(self, groups: Sequence[Sequence[Example]], sides: Sequence[int], copies: Copies) -> npt.NDArray[np.float64]:
+        """`loss` of every group under each of its copies, float64 [groups, sides]; not for generated answers."""
+        scored = self.sequences.stacked([self._flat(self.name, group) for group in groups], sides, copies)
+        return np.array(
+            [[self._value(self.name, parts, group) for parts in by_side] for group, by_side in zip(groups, scored, strict=True)]
+        )
+
+    def evaluate(self, examples: Sequence[Example]) -> Evaluation:
+        """Loss and metrics over all examples. The loss is the smooth one of the kind of data, whatever tuning lowers.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite.
+        """
+        every = self.sequences.log_probs([pair for example in examples for pair in example.pairs])
+        parts = every if self.smooth_name != "likelihood" else _golds(every, examples)
+        loss, count = self._value(self.smooth_name, parts, examples), len(examples)
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(f"the loss over {count} rows is {loss}; export the model again, or tune with a smaller --lr")
+        if not self.task.has_candidates:
+            return Evaluation(count, loss, others=self._text_metrics(examples))
+        scores = self._candidate_scores(every, examples)
+        if self.task.kind == "preference":
+            margins = self._margins(self.smooth_name, scores, examples)
+            return Evaluation(count, loss, others={"preferred": float((margins > 0).mean()), "margin": float(margins.mean())})
+        predicted, gold = np.array([int(np.argmax(row)) for row in scores]), np.array([example.gold for example in examples])
+        macro = macro_f1(predicted, gold, len(scores[0])) if self.task.kind == "classification" else None
+        others = {"reward": self._reward(examples, scores, None)} if self.reward else {}
+        return Evaluation(count, loss, float((predicted == gold).mean()), macro, others)
+
+    def _flat(self, name: str, examples: Sequence[Example]) -> list[Pair]:
+        """The pairs that a loss needs, example after example."""
+        return [pair for example in examples for pair in ([example.pairs[example.gold]] if name == "likelihood" else example.pairs)]
+
+    def _value(self, name: str, parts: Scores, examples: Sequence[Example]) -> float:
+        if name == "likelihood":
+            return -float(sum(float(part.sum()) for part in parts)) / sum(map(len, parts))
+        scores, gold = self._candidate_scores(parts, examples), [example.gold for example in examples]
+        if name in {"preference", "dpo"}:
+            return float(np.logaddexp(0, -self.config.beta * self._margins(name, scores, examples)).mean())
+        with np.errstate(invalid="ignore"):  # NaN is the estimator's to refuse
+            if name == "cross-entropy":
+                return float(np.mean([np.logaddexp.reduce(row) - row[index] for row, index in zip(scores, gold, strict=True)]))
+        if not all(np.isfinite(row).all() for row in scores):
+            return math.nan  # an argmax would hide it
+        if self.reward:
+            return -self._reward(examples, scores, None)
+        predicted = np.array([int(np.argmax(row)) for row in scores])
+        if name == "f1":
+            return 1 - macro_f1(predicted, np.array(gold), len(scores[0]))
+        return 1 - float((predicted == gold).mean())
+
+    def _candidate_scores(self, parts: Scores, examples: Sequence[Example]) -> list[Row]:
+        """Scores of each example's candidates, in nats."""
+        sums, lengths = np.array([part.sum() for part in parts]), np.array([len(part) for part in parts])
+        ends = np.cumsum([len(example.pairs) for example in examples])[:-1]
+        if self.task.calibrate is not None:
+            return [row[: len(row) // 2] - row[len(row) // 2 :] for row in np.split(sums, ends)]
+        return np.split(sums / lengths if self.task.kind == "choice" else sums, ends)
+
+    def _margins(self, name: str, scores: list[Row], examples: Sequence[Example]) -> Row:
+        margins = np.array([row[0] - row[1] for row in scores])
+        if name == "dpo":
+            margins -= np.array([example.reference[0] - example.reference[1] for example in examples])
+        return margins
+
+    def _text_metrics(self, examples: Sequence[Example]) -> dict[str, float]:
+        own = [self.name] if self.name in METRICS else []
+        names = list(dict.fromkeys([*own, *self.metrics]))
+        if not names and not self.reward:
+            return {}
+        texts = self._answers(examples)
+        found = {"reward": self._reward(examples, None, texts)} if self.reward else {}
+        return {**found, **{name.replace("-", "_"): _mean_metric(name, examples, texts) for name in names}}
+
+    def _generated_loss(self, examples: Sequence[Example], texts: list[str]) -> float:
+        return -self._reward(examples, None, texts) if self.reward else 1 - _mean_metric(self.name, examples, texts)
+
+    def _answers(self, examples: Sequence[Example]) -> list[str]:
+        """Greedy answers after the prompts."""
+        prompts = [example.pairs[0][0] for example in examples]
+        return generate_batch(self.sequences.model, prompts, self.config.max_tokens, self.task.stop, self.sequences.batch_tokens)
+
+    def _reward(self, examples: Sequence[Example], scores: list[Row] | None, texts: list[str] | None) -> float:
+        assert self.reward is not None
+        outcomes = [
+            Outcome(
+                example.fields,
+                texts[index] if texts is not None else None,
+                scores[index].tolist() if scores is not None else None,
+                example.gold if scores is not None else None,
+            )
+            for index, example in enumerate(examples)
+        ]
+        return float(np.mean(self.reward(outcomes)))
+
+    def _refuse_misfit(self) -> None:
+        name, kind = self.name, self.task.kind
+        fitting = [smooth for smooth in ("likelihood", "cross-entropy") if smooth == "likelihood" or self.task.has_candidates]
+        fitting += ["accuracy"] if self.task.has_candidates and kind != "preference" else []
+        fitting += ["f1"] if kind == "classification" else list(METRICS) if kind == "answer" else []
+        fitting = ["preference", "dpo"] if kind == "preference" else fitting
+        if name not in fitting and ":" not in name:
+            raise ConfigError(
+                f"--objective {name}: does not fit rows of kind {kind}; give {', '.join(fitting)}, or package.module:function"
+            )
+        if self.config.metrics and kind != "answer":
+            raise ConfigError(f"--metrics {','.join(self.config.metrics)}: compare a generated answer, and rows of kind {kind} have none")
 
 
-def macro_f1(predicted: npt.NDArray[np.int64], gold: npt.NDArray[np.int64], classes: int) -> float:
+def add_references(sequences: Sequences, examples: Sequence[Example]) -> list[Example]:
+    """Examples with their candidates' log-probabilities under the model as it is now."""
+    sums = iter(sequences.log_probs([pair for example in examples for pair in example.pairs]))
+    return [example._replace(reference=tuple(float(next(sums).sum()) for _ in example.pairs)) for example in examples]
+
+
+def macro_f1(predicted: npt.NDArray[Any], gold: npt.NDArray[Any], classes: int) -> float:
     """Unweighted mean over classes of 2 TP / (2 TP + FP + FN); a class that neither occurs nor is predicted is left out."""
     hits = np.bincount(gold[predicted == gold], minlength=classes)
     total = np.bincount(predicted, minlength=classes) + np.bincount(gold, minlength=classes)
@@ -59,18 +199,11 @@ def macro_f1(predicted: npt.NDArray[np.int64], gold: npt.NDArray[np.int64], clas
     return float((2 * hits[present] / total[present]).mean())
 
 
-def _scores(sequences: Sequences, examples: Sequence[Example]) -> tuple[list[npt.NDArray[np.float64]], int]:
-    """Summed log-probabilities of each example's candidates, and the number of scored tokens."""
-    return _by_example(sequences.log_probs([pair for example in examples for pair in example.pairs]), examples)
+def _golds(parts: Scores, examples: Sequence[Example]) -> Scores:
+    """Those of the right candidates."""
+    firsts = np.cumsum([0, *(len(example.pairs) for example in examples)])
+    return [parts[first + example.gold] for first, example in zip(firsts[:-1], examples, strict=True)]
 
 
-def _by_example(parts: Scores, examples: Sequence[Example]) -> tuple[list[npt.NDArray[np.float64]], int]:
-    sums = np.array([part.sum() for part in parts])
-    return np.split(sums, np.cumsum([len(example.pairs) for example in examples])[:-1]), sum(map(len, parts))
-
-
-def _loss(scores: list[npt.NDArray[np.float64]], tokens: int, gold: list[int]) -> float:
-    if len(scores[0]) == 1:
-        return -float(sum(float(row[0]) for row in scores)) / tokens
-    with np.errstate(invalid="ignore"):  # NaN is the estimator's to refuse
-        return float(np.mean([np.logaddexp.reduce(row) - row[index] for row, index in zip(scores, gold, strict=True)]))
+def _mean_metric(name: str, examples: Sequence[Example], texts: Sequence[str]) -> float:
+    return float(np.mean([best_of(METRICS[name], text, example.answers) for example, text in zip(examples, texts, strict=True)]))

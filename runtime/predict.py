@@ -7,9 +7,10 @@ import numpy as np
 
 from edgezo.errors import DataError, NonFiniteLossError
 from edgezo.runtime.data import Row
+from edgezo.runtime.examples import make_candidates
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.scoring import Sequences
-from edgezo.runtime.tasks import Task, make_candidates
+from edgezo.runtime.tasks import Task
 
 
 class Prediction(NamedTuple):
@@ -38,6 +39,8 @@ def predict(model: EdgeModel, rows: Sequence[Row], task: Task, max_length: int) 
     found = []
     for _ in rows:
         sums = np.array([next(scores).sum() for _ in task.labels])
+        if task.calibrate is not None:
+            sums -= np.array([next(scores).sum() for _ in task.labels])
         if not np.isfinite(sums).all():
             raise NonFiniteLossError("the model gives no finite scores; export it again, or tune with a smaller --lr")
         probabilities = np.exp(sums - np.logaddexp.reduce(sums))

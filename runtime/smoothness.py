@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgezo.errors import NonFiniteLossError
+from edgezo.runtime.examples import Example
 from edgezo.runtime.noise import Direction
-from edgezo.runtime.tasks import Example
 from edgezo.runtime.theta import Theta
 
 DIRECTIONS, ROWS = (
@@ -45,7 +45,7 @@ def smoothness_warning(theta: Theta, examples: Sequence[Example]) -> str | None:
     if change <= TOLERANCE:
         return None
     # where the loss curves, smaller steps agree; where rounding drowns, they disagree more
-    curves = _change(grads(1 / 256), grads(1 / 64)) < change
+    curves = _change(grads(1 / 1024), grads(1 / 256)) <= TOLERANCE
     cause, advice = ("the loss curves", "smaller") if curves else ("rounding drowns the difference of losses", "larger")
     at_half, at_double = _rms(half), _rms(double)
     return (

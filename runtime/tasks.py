@@ -1,9 +1,4 @@
-"""Rows to examples: what is scored, and which of it is right.
-
-A row becomes one or more (prompt, completion) pairs. Classification has a pair for every label word and learns the right one by
-cross-entropy over the candidates' log-probabilities; prompt/completion rows, chat messages and plain text have one pair and learn
-its tokens. The loss never covers the prompt.
-"""
+"""What kind of data rows are, told by the options and the first row's fields, and how a row's texts are read."""
 
 import string
 from collections.abc import Mapping, Sequence
@@ -12,74 +7,123 @@ from typing import Any, Literal, NamedTuple
 
 from edgezo.errors import DataError
 from edgezo.runtime.data import Row
-from edgezo.runtime.scoring import Pair
-from edgezo.runtime.text import TextCodec, TextError
 
-Kind = Literal["classification", "completion", "chat", "text"]
-
-
-class Example(NamedTuple):
-    """Candidates of one row; `gold` is the index of the right one."""
-
-    pairs: list[Pair]
-    gold: int
+Kind = Literal["classification", "choice", "answer", "completion", "preference", "chat", "text"]
+NAMED_FIELDS: dict[Kind, set[str]] = {
+    "preference": {"prompt", "chosen", "rejected"},
+    "chat": {"messages"},
+    "completion": {"prompt", "completion"},
+}
+NO_REPLACEMENTS: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
 
 class Task(NamedTuple):
-    """How rows are read. `labels` maps the label as written in the data to its label word; empty unless classification."""
+    """How rows are read.
+
+    template: of the prompt; empty where the field `prompt` holds it, or another field of its own.
+    labels: the label as written in the data to its label word; empty unless classification.
+    label_field: holds the label of a classification.
+    choices: templates of the choices; empty where the field `choices` lists them.
+    answer_field: holds the right choice (text, or number from 0) or the texts of a right answer.
+    replace: words that stand in a template for values of a field.
+    stop: ends an answer in place of the end-of-text token.
+    calibrate: neutral prompt; the log-probability of a candidate after it is taken off its own (Zhao et al. 2021, arXiv 2102.09690;
+        Holtzman et al. 2021, arXiv 2104.08315).
+    """
 
     kind: Kind
     template: str = ""
     labels: Mapping[str, str] = MappingProxyType({})
     label_field: str = "label"
+    choices: tuple[str, ...] = ()
+    answer_field: str = "answer"
+    replace: Mapping[str, Mapping[str, str]] = NO_REPLACEMENTS
+    stop: str | None = None
+    calibrate: str | None = None
 
     @property
     def words(self) -> list[str]:
         """The label words, in order of the label."""
         return list(self.labels.values())
 
+    @property
+    def has_candidates(self) -> bool:
+        """Whether a row has several texts of which one is right."""
+        return self.kind in {"classification", "choice", "preference"}
 
-class Examples(NamedTuple):
-    """The examples of one file, and how many rows were cut to fit."""
-
-    examples: list[Example]
-    truncated: int
+    def prompt(self, row: Row) -> str:
+        """The filled template, or the field `prompt`."""
+        return fill(self.template, row, self.replace) if self.template else text_of(row, "prompt")
 
 
-def find_task(rows: Sequence[Row], template: str | None, labels: dict[str, str] | None, label_field: str) -> Task:
+def find_task(
+    rows: Sequence[Row],
+    template: str | None,
+    labels: Mapping[str, str] | None,
+    label_field: str,
+    *,
+    choices: Sequence[str] | None = None,
+    answer_field: str | None = None,
+    replace: Mapping[str, Mapping[str, str]] | None = None,
+    stop: str | None = None,
+    calibrate: str | None = None,
+) -> Task:
     """Tell the kind of data from the options and the first row's fields.
 
     Args:
         rows: of the training file; when `labels` is None its label strings are the label words.
         template: such as '{sentence} It was', or None.
         labels: label as written in the data to label word.
+        label_field, choices, answer_field, replace, stop, calibrate: as in `Task`.
 
     Raises:
         DataError: the fields fit no kind, or the template names a field that does not exist.
     """
     first = rows[0]
-    if template is not None:
-        _check_template(template, first)
-        labels = labels or {word: word for word in sorted({_label_word(row, label_field) for row in rows})}
-        if len(labels) < 2:
-            raise DataError(f"{first.place}: one label only ({', '.join(labels)}); classification needs two")
-        return Task("classification", template, labels, label_field)
+    for field in replace or {}:
+        if field not in first.fields:
+            raise DataError(f"replace: field {field!r} does not exist; {first.place} has {_names(first)}")
+    for pattern in (*([template] if template is not None else []), *(choices or ())):
+        _check_template(pattern, first, "--template" if pattern == template else "--choices")
+    given = Task("text", template or "", {}, label_field, tuple(choices or ()), answer_field or "answer", replace or {}, stop, calibrate)
+    task = _find_kind(rows, given, labels, answer_field is not None)
+    if calibrate is not None and task.kind not in {"classification", "choice"}:
+        raise DataError(f"--calibrate: compares candidates, and rows of kind {task.kind} have none; leave it out")
+    if stop is not None and task.kind not in {"completion", "answer"}:
+        raise DataError(f"--stop: ends an answer, and rows of kind {task.kind} have none; leave it out")
+    return task
+
+
+def _find_kind(rows: Sequence[Row], given: Task, labels: Mapping[str, str] | None, asked_answer: bool) -> Task:
+    first = rows[0]
+    fields = first.fields
+    prompted = bool(given.template) or "prompt" in fields
+    if labels is None and (given.choices or "choices" in fields):
+        if not prompted:
+            raise DataError(f"{first.place}: choices continue a prompt, and there is none; give --template or a field 'prompt'")
+        return given._replace(kind="choice")
+    if labels is None and prompted and (asked_answer or (given.answer_field in fields and given.label_field not in fields)):
+        return given._replace(kind="answer")
+    if given.template:
+        words = labels or {word: word for word in sorted({_label_word(row, given.label_field) for row in rows})}
+        if len(words) < 2:
+            raise DataError(f"{first.place}: one label only ({', '.join(words)}); classification needs two")
+        return given._replace(kind="classification", labels=words)
     if labels is not None:
         raise DataError("--labels needs a --template such as '{text} It was', which the label word continues")
-    if "messages" in first.fields:
-        return Task("chat")
-    if "prompt" in first.fields and "completion" in first.fields:
-        return Task("completion")
-    if "text" in first.fields and label_field not in first.fields:
-        return Task("text")
+    for kind, needed in NAMED_FIELDS.items():
+        if needed <= fields.keys():
+            return given._replace(kind=kind)
+    if "text" in fields and given.label_field not in fields:
+        return given
     raise DataError(
-        f"{first.place}: fields {', '.join(map(repr, first.fields))} are neither prompt and completion, messages, nor text; for classification give --template '{{field}} ...' and --labels"
+        f"{first.place}: fields {_names(first)} are neither prompt and completion, prompt and choices, prompt and answer, prompt, chosen and rejected, messages, nor text; for classification give --template '{{field}} ...' and --labels"
     )
 
 
 def _label_word(row: Row, label_field: str) -> str:
     """The label of a row as a word of its own, where no --labels say otherwise."""
-    label = _label(row, label_field)
+    label = label_of(row, label_field)
     if label.lstrip("-").isdigit():
         raise DataError(
             f"{row.place}: label {label} in field {label_field!r} is a number; give the words of the labels with --labels word0,word1,..."
@@ -87,108 +131,10 @@ def _label_word(row: Row, label_field: str) -> str:
     return label
 
 
-def make_examples(rows: Sequence[Row], task: Task, text: TextCodec, max_length: int) -> Examples:
-    """Tokenise rows.
-
-    Args:
-        max_length: tokens of prompt and completion together. A longer prompt loses its first tokens (a leading special token stays), a
-            longer plain text its last; a label or completion is never cut.
-
-    Raises:
-        DataError: a row lacks a field, has a label outside the list, or a completion that does not fit (file and line).
-    """
-    examples, truncated = [], 0
-    for row in rows:
-        kept, cut = make_candidates(row, task, text, max_length)
-        examples.append(Example(kept, _gold(row, task) if task.kind == "classification" else 0))
-        truncated += cut
-    return Examples(examples, truncated)
-
-
-def make_candidates(row: Row, task: Task, text: TextCodec, max_length: int) -> tuple[list[Pair], bool]:
-    """The (prompt, completion) pairs of one row, and whether they were cut to fit. Classification: one for every label word.
-
-    Raises:
-        DataError: the row lacks a field, or its completion does not fit (file and line).
-    """
-    try:
-        pairs = _pairs(row, task, text)
-    except TextError as error:
-        raise DataError(f"{row.place}: {error}") from None
-    longest = max(len(completion) for _, completion in pairs)  # candidates are compared after the same prompt
-    kept = [_fit(pair, longest, row, task, text, max_length) for pair in pairs]
-    return kept, any(len(new[0]) + len(new[1]) < len(old[0]) + len(old[1]) for new, old in zip(kept, pairs, strict=True))
-
-
-def template_fields(template: str) -> list[str]:
-    """The names of the fields in a template, each once."""
-    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name is not None))
-
-
-def _pairs(row: Row, task: Task, text: TextCodec) -> list[Pair]:
-    if task.kind == "classification":
-        prompt = _fill(task.template, row)
-        gap = "" if not prompt or prompt[-1].isspace() else " "
-        return [text.split(prompt, gap + word) for word in task.words]
-    if task.kind == "completion":
-        prompt, completion = _string(row, "prompt"), _string(row, "completion")
-        head, tail = text.split(prompt, completion)
-        return [_start(head, tail + text.facts.eos_token_ids[:1], row, text)]
-    if task.kind == "chat":
-        messages = _messages(row)
-        opened, whole = text.chat(messages[:-1], reply=True), text.chat(messages)
-        if not whole.startswith(opened):
-            raise DataError(
-                f"{row.place}: the chat template renders the last message apart from its prompt; use prompt and completion instead"
-            )
-        return [_start(*text.split(opened, whole[len(opened) :], special=False), row, text)]
-    tokens = text.encode(_string(row, "text"))
-    return [_start([], tokens, row, text)]
-
-
-def _start(prompt: list[int], completion: list[int], row: Row, text: TextCodec) -> Pair:
-    """Every scored token needs one before it: an empty prompt becomes the beginning-of-text token or, without one, the first token."""
-    if not prompt:
-        if text.facts.bos_token_id is not None and completion[:1] != [text.facts.bos_token_id]:
-            prompt = [text.facts.bos_token_id]
-        else:
-            prompt, completion = completion[:1], completion[1:]
-    if not completion:
-        raise DataError(f"{row.place}: nothing to learn, the text or completion is empty")
-    return prompt, completion
-
-
-def _fit(pair: Pair, longest: int, row: Row, task: Task, text: TextCodec, max_length: int) -> Pair:
-    """Cut the prompt (of a plain text its end) so that it and `longest` completion tokens have `max_length` at most."""
-    prompt, completion = pair
-    if len(prompt) + longest <= max_length:
-        return pair
-    if task.kind == "text":
-        return prompt, completion[: max_length - len(prompt)]
-    special = prompt[:1] if prompt[:1] == [text.facts.bos_token_id] else []
-    room = max_length - longest - len(special)
-    if room < 1:
-        raise DataError(
-            f"{row.place}: the completion alone has {longest} tokens, at most {max_length} fit with its prompt; shorten it or raise --max-length"
-        )
-    return special + prompt[-room:], completion
-
-
-def _gold(row: Row, task: Task) -> int:
-    label = _label(row, task.label_field)
-    if label in task.labels:
-        return list(task.labels).index(label)
-    if label in task.words:
-        return task.words.index(label)
-    raise DataError(f"{row.place}: label {label!r} is not in the list {', '.join(task.labels)}; add it with --labels or mend the row")
-
-
-def _label(row: Row, label_field: str) -> str:
+def label_of(row: Row, label_field: str) -> str:
     """The label as written in the data."""
     if label_field not in row.fields:
-        raise DataError(
-            f"{row.place}: no field {label_field!r}; it has {', '.join(map(repr, row.fields))} (--label-field names the label's field)"
-        )
+        raise DataError(f"{row.place}: no field {label_field!r}; it has {_names(row)} (--label-field names the label's field)")
     value = row.fields[label_field]
     label = "" if value is None else str(value).strip()
     if not label:
@@ -196,32 +142,44 @@ def _label(row: Row, label_field: str) -> str:
     return label
 
 
-def _check_template(template: str, first: Row) -> None:
+def template_fields(template: str) -> list[str]:
+    """The names of the fields in a template, each once."""
+    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name is not None))
+
+
+def _check_template(template: str, first: Row, option: str) -> None:
     try:
         fields = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise DataError(f"--template {template!r}: {error}; write a brace of the text as {{{{ or }}}}") from None
-    if not fields:
-        raise DataError(f"--template {template!r}: names no field; write for example '{{{next(iter(first.fields), 'text')}}} It was'")
+        raise DataError(f"{option} {template!r}: {error}; write a brace of the text as {{{{ or }}}}") from None
+    if not fields and option == "--template":
+        raise DataError(f"{option} {template!r}: names no field; write for example '{{{next(iter(first.fields), 'text')}}} It was'")
     for name, spec, conversion in fields:
         if spec or conversion:
-            raise DataError(f"--template {template!r}: field {name!r} has a format; fields are put in as they are, write {{{name}}}")
+            raise DataError(f"{option} {template!r}: field {name!r} has a format; fields are put in as they are, write {{{name}}}")
         if name not in first.fields:
-            raise DataError(
-                f"--template {template!r}: field {name!r} does not exist; {first.place} has {', '.join(map(repr, first.fields))}"
-            )
+            raise DataError(f"{option} {template!r}: field {name!r} does not exist; {first.place} has {_names(first)}")
 
 
-def _fill(template: str, row: Row) -> str:
+def fill(template: str, row: Row, replace: Mapping[str, Mapping[str, str]] = NO_REPLACEMENTS) -> str:
+    """The template with a row's fields in it.
+
+    Raises:
+        DataError: a field is missing, empty or no text, or has a value without a replacement (file and line).
+    """
     parts = []
     for literal, name, _, _ in string.Formatter().parse(template):
         parts.append(literal)
         if name is not None:
-            parts.append(_string(row, name))
+            value = text_of(row, name)
+            if name in replace and value not in replace[name]:
+                raise DataError(f"{row.place}: field {name!r} is {value!r}, replace has words for {', '.join(map(repr, replace[name]))}")
+            parts.append(replace[name][value] if name in replace else value)
     return "".join(parts)
 
 
-def _string(row: Row, name: str) -> str:
+def text_of(row: Row, name: str) -> str:
+    """A field as text."""
     value: Any = row.fields.get(name)
     if value is None or isinstance(value, dict | list) or not str(value).strip():
         found = "no such field" if name not in row.fields else "it is empty or no text"
@@ -229,13 +187,5 @@ def _string(row: Row, name: str) -> str:
     return str(value)
 
 
-def _messages(row: Row) -> list[dict[str, str]]:
-    messages = row.fields.get("messages")
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise DataError(f"{row.place}: field 'messages' must be a list of at least two messages, the last from the assistant")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise DataError(f"{row.place}: every message needs a 'role' and a 'content' of text")
-    if messages[-1]["role"] != "assistant":
-        raise DataError(f"{row.place}: the last message is from {messages[-1]['role']!r}; it must be the assistant's, which is learned")
-    return messages
+def _names(row: Row) -> str:
+    return ", ".join(map(repr, row.fields))

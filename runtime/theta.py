@@ -13,15 +13,14 @@ from edgezo.adapters import PREFIX
 from edgezo.config import TuneConfig
 from edgezo.errors import ConfigError, RunError, first_line
 from edgezo.runtime.estimator import Estimate, stacked_two_sided, two_sided
+from edgezo.runtime.examples import Example
 from edgezo.runtime.lora import A, B, Lora
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
-from edgezo.runtime.objective import batch_loss, stacked_losses
+from edgezo.runtime.objective import Objective
 from edgezo.runtime.optimizer import zo_step
 from edgezo.runtime.outer import OuterWeights
 from edgezo.runtime.prefix import Prefix
-from edgezo.runtime.scoring import Sequences
-from edgezo.runtime.tasks import Example
 from edgezo.runtime.weights import MutableWeights
 from edgezo.storage import write_atomically
 
@@ -86,11 +85,12 @@ class Theta:
         model: its weights and adapter are those of `weights`.
         config: of the run.
         weights: from `mutable_weights`.
-        sequences: how the forwards are cut.
+        objective: the loss, over the same model.
     """
 
-    def __init__(self, model: EdgeModel, config: TuneConfig, weights: MutableWeights, sequences: Sequences) -> None:
-        self.model, self.config, self.weights, self.sequences = model, config, weights, sequences
+    def __init__(self, model: EdgeModel, config: TuneConfig, weights: MutableWeights, objective: Objective) -> None:
+        self.model, self.config, self.weights, self.objective = model, config, weights, objective
+        self.sequences = objective.sequences
 
     def groups(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
         """The examples of a step shared out, `batch` to every direction."""
@@ -104,9 +104,9 @@ class Theta:
             NonFiniteLossError: a loss is NaN or infinite; theta is as before.
         """
         eps = self.weights.eps if eps is None else eps
-        if self.model.adapter is None:
+        if self.model.adapter is None or self.objective.generates:
             return [
-                two_sided(self.weights, lambda group=group: batch_loss(self.sequences, group), direction, eps)  # type: ignore[misc]
+                two_sided(self.weights, lambda group=group: self.objective.loss(group), direction, eps)  # type: ignore[misc]
                 for direction, group in zip(directions, groups, strict=True)
             ]
 
@@ -114,7 +114,7 @@ class Theta:
             def copies(chosen: Sequence[int], sides: Sequence[int]) -> dict[str, Any]:
                 return self._stacked_feeds([directions[index] for index in chosen], sides, eps)
 
-            return stacked_losses(self.sequences, groups, sides, copies)
+            return self.objective.stacked_losses(groups, sides, copies)
 
         return stacked_two_sided(losses, directions, eps)
 

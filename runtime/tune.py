@@ -25,7 +25,7 @@ from edgezo.runtime.lora import Lora
 from edgezo.runtime.machine import peak_bytes
 from edgezo.runtime.memory import fit_batches, refuse_less_than_weights
 from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.objective import evaluate
+from edgezo.runtime.objective import Objective
 from edgezo.runtime.optimizer import schedule_factor
 from edgezo.runtime.run import (
     INIT,
@@ -147,7 +147,7 @@ class Tuner:
             return
         self.theta.weights.flush()
         self.reporter.stage("evaluating")
-        found = evaluate(self.theta.sequences, self.dataset.valid.examples)
+        found = self.theta.objective.evaluate(self.dataset.valid.examples)
         self.evaluations[step] = found
         best = best_step(self.evaluations, step) == step
         self.journal.mark(step, found, best)
@@ -217,14 +217,14 @@ def tune(
             check_base(previous, model)
             check_same(previous, config, header)
         weights = mutable_weights(model, config, start)
-        theta = Theta(model, config, weights, Sequences(model))
+        theta = Theta(model, config, weights, Objective(Sequences(model), dataset.task, config))
         reporter.stage("checking that the engine sees changes of every tunable tensor")
         prove_live(model, weights)
         if memory is not None:
             reporter.stage("measuring what a forward takes")
             everything = [*dataset.train.examples, *(dataset.valid.examples if dataset.valid is not None else [])]
             reporter.notice(f"forwards of at most {fit_batches(theta, everything, memory)} tokens keep to {memory / 1e6:.0f} MB")
-        if previous is None and (warning := smoothness_warning(theta, dataset.train.examples)):
+        if previous is None and theta.objective.smooth and (warning := smoothness_warning(theta, dataset.train.examples)):
             reporter.notice(f"warning: {warning}")
         with open_journal(output, config, header, previous) as journal:
             tuner = Tuner(model, config, output, dataset, theta, journal, reporter)

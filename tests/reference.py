@@ -10,14 +10,17 @@ import tiny
 import torch
 
 from edgezo.adapters import LoraTarget
+from edgezo.config import make_config
 from edgezo.runtime import noise
 from edgezo.runtime.adapter_files import write_peft
+from edgezo.runtime.examples import Example
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
+from edgezo.runtime.objective import Objective
 from edgezo.runtime.prefix import Prefix
 from edgezo.runtime.scoring import Pair, Sequences
-from edgezo.runtime.tasks import Example
+from edgezo.runtime.tasks import Kind, Task
 
 Numbers = npt.NDArray[np.float64]
 
@@ -34,6 +37,11 @@ def make_examples(rows: int, words: Sequence[int] = (1, 1), seed: int = 0) -> li
     labels = [random.integers(4, 300, length).tolist() for length in words]
     prompts = [random.integers(4, 300, random.integers(3, 12)).tolist() for _ in range(rows)]
     return [Example([(prompt, label) for label in labels], row % len(labels)) for row, prompt in enumerate(prompts)]
+
+
+def make_objective(sequences: Sequences, kind: Kind = "classification", **settings: Any) -> Objective:
+    """The default loss of rows of a kind."""
+    return Objective(sequences, Task(kind), make_config(None, {"data": "no file", **settings}))
 
 
 def network_scores(network: Any, pairs: Sequence[Pair]) -> list[Any]:

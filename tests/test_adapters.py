@@ -17,6 +17,7 @@ from reference import (
     Numbers,
     edge_log_probs,
     make_examples,
+    make_objective,
     make_pairs,
     matrix_shapes,
     network_log_probs,
@@ -38,14 +39,13 @@ from edgezo.export.prefix import TEXT
 from edgezo.export.source import load_source
 from edgezo.manifest import StoredFile, read_manifest
 from edgezo.runtime import noise
+from edgezo.runtime.examples import Example
 from edgezo.runtime.journal import read_journal
 from edgezo.runtime.liveness import prove_live
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.objective import batch_loss
 from edgezo.runtime.prefix import Prefix
 from edgezo.runtime.scoring import BATCH_TOKENS, Sequences
-from edgezo.runtime.tasks import Example
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions, write_start
 from edgezo.runtime.tune import tune
 
@@ -69,7 +69,7 @@ def make_theta(directory: Path, start: Path, batch_tokens: int = BATCH_TOKENS, *
     shape = {"rank": RANK, "alpha": ALPHA} if kind == "lora" else {}
     config = make_config(None, {"data": "no file", **shape, **settings}, kind)
     model = EdgeModel(directory, threads=1)
-    return Theta(model, config, mutable_weights(model, config, start), Sequences(model, batch_tokens))
+    return Theta(model, config, mutable_weights(model, config, start), make_objective(Sequences(model, batch_tokens)))
 
 
 def adapter_arrays(model: EdgeModel) -> list[Any]:
@@ -199,7 +199,7 @@ def loss_alone(theta: Theta, step: int, number: int, side: int, group: Sequence[
             prefix = theta.model.weights["prefix"]
             z = noise.draw(direction, "prefix", prefix.size, theta.config.noise)
             prefix += (side * theta.weights.eps * z).reshape(prefix.shape)
-        return batch_loss(Sequences(theta.model), group)
+        return make_objective(Sequences(theta.model)).loss(group)
     finally:
         for array, values in zip(adapter_arrays(theta.model), before, strict=True):
             array[...] = values

@@ -83,7 +83,11 @@ def test_a_file_and_options_override_the_defaults_of_an_adapter(write: Write) ->
     assert (config.lr, config.eps, config.directions) == (0.5, 0.125, ADAPTER_DEFAULTS["lora"]["directions"])
 
 
-@pytest.mark.parametrize("field", [field for field in FIELDS if DEFAULTS[field] is None and field not in {"steps", "max_length"}])
+# no default, or one that is said in words
+SHOWN = {"steps", "max_length", "answer_field", "stop", "objective", "metrics"}
+
+
+@pytest.mark.parametrize("field", [field for field in FIELDS if DEFAULTS[field] is None and field not in SHOWN])
 def test_help_says_no_default_where_there_is_none(option_help: dict[str, str], field: str) -> None:
     assert "default" not in option_help[field.replace("_", "-")]
 
@@ -100,6 +104,15 @@ NEITHER_DEFAULT: dict[str, Any] = {  # a value for every field, none of them its
     "labels": {"0": "terrible", "1": "great"},
     "label_field": "sentiment",
     "max_length": 30,
+    "choices": ["{body} one", "two"],
+    "answer_field": "right",
+    "replace": {"sentiment": {"0": "bad", "1": "good"}},
+    "stop": "#",
+    "calibrate": "N/A It was",
+    "objective": "accuracy",
+    "beta": 0.5,
+    "metrics": ["rouge-l", "f1"],
+    "max_tokens": 7,
     "steps": 3,
     "minutes": 9.5,
     "lr": 3e-5,
@@ -121,7 +134,8 @@ NEITHER_DEFAULT: dict[str, Any] = {  # a value for every field, none of them its
 }
 
 
-REFUSED_ON = {"exported_dir": {"rank", "alpha", "tune_a", "init"}, "lora_dir": {"noise", "init"}}
+OTHER_ROWS = {"choices", "stop", "metrics"}  # of other kinds of rows than labelled ones
+REFUSED_ON = {"exported_dir": {"rank", "alpha", "tune_a", "init", *OTHER_ROWS}, "lora_dir": {"noise", "init", *OTHER_ROWS}}
 
 
 def option(field: str, value: Any) -> list[str]:
@@ -129,6 +143,13 @@ def option(field: str, value: Any) -> list[str]:
     name = f"--{field.replace('_', '-')}"
     if isinstance(value, bool):
         return [name if value else f"--no-{name[2:]}"]
+    if field == "replace":
+        (only,) = value
+        return [name, f"{only}:{option(field[:0], value[only])[1]}"]
+    if field == "choices":
+        return [part for choice in value for part in (name, choice)]
+    if isinstance(value, list):
+        return [name, ",".join(value)]
     return [name, ",".join(f"{label}={word}" for label, word in value.items()) if isinstance(value, dict) else str(value)]
 
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference import make_examples
+from reference import make_examples, make_objective
 
 import edgezo
 from edgezo.config import make_config
 from edgezo.errors import ConfigError
 from edgezo.runtime import memory
 from edgezo.runtime.estimator import Estimate
+from edgezo.runtime.examples import Example
 from edgezo.runtime.memory import RESERVE, fit_batches, parse_bytes
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.scoring import BATCH_TOKENS, Sequences
 from edgezo.runtime.smoothness import smoothness_warning
-from edgezo.runtime.tasks import Example
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions
 from edgezo.runtime.tune import Reporter
 
@@ -100,7 +100,7 @@ def make_theta(exported_dir: Path, lora_dir: Path, prefix_dir: Path) -> Callable
         model = EdgeModel({"full": exported_dir, "lora": lora_dir, "prefix": prefix_dir}[kind], threads=1)
         defaults: dict[str, Any] = {"data": "no file", "rank": 2} if kind == "lora" else {"data": "no file"}
         config = make_config(None, {**defaults, **settings}, None if kind == "full" else kind)  # type: ignore[arg-type]
-        return Theta(model, config, mutable_weights(model, config), Sequences(model))
+        return Theta(model, config, mutable_weights(model, config), make_objective(Sequences(model)))
 
     return make
 
@@ -302,7 +302,7 @@ def test_rounded_losses_are_warned_of_with_numbers(make_theta: Callable[..., The
     found = WARNING.fullmatch(warning)
     assert found is not None
     assert float(found["eps"]) == pytest.approx(eps, rel=0.02)
-    assert found["count"] == "6"
+    assert found["count"] == "4"
     assert found["advice"] == ROUNDING
     if step < 1:
         assert int(found["change"]) > 50

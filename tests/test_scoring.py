@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from reference import make_objective
 
 from edgezo.runtime import scoring
 from edgezo.runtime.evaluation import Evaluation
+from edgezo.runtime.examples import Example
 from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.objective import batch_loss, evaluate, macro_f1
+from edgezo.runtime.objective import macro_f1
 from edgezo.runtime.scoring import Pair, Sequences
-from edgezo.runtime.tasks import Example
 
 PAIRS: list[Pair] = [
     ([264, 308, 288], [265]),  # one token
@@ -208,18 +209,18 @@ def torch_sums(network: Any, examples: list[Example]) -> torch.Tensor:
 def test_the_loss_of_classification_is_cross_entropy_over_the_candidates(model: EdgeModel, network: Any) -> None:
     gold = torch.tensor([example.gold for example in CLASSIFIED])
     expected = float(torch.nn.functional.cross_entropy(torch_sums(network, CLASSIFIED), gold))
-    assert batch_loss(Sequences(model), CLASSIFIED) == pytest.approx(expected, abs=1e-4)
+    assert make_objective(Sequences(model)).loss(CLASSIFIED) == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_loss_of_completions_is_the_mean_over_all_their_tokens(model: EdgeModel, network: Any) -> None:
     tokens = [value for pair in PAIRS for value in torch_log_probs(network, pair)]
-    assert batch_loss(Sequences(model), COMPLETED) == pytest.approx(-np.mean(tokens), abs=1e-4)
+    assert make_objective(Sequences(model), "completion").loss(COMPLETED) == pytest.approx(-np.mean(tokens), abs=1e-4)
 
 
 def test_evaluating_candidates_gives_loss_accuracy_and_macro_f1(model: EdgeModel, network: Any) -> None:
     sums, gold = torch_sums(network, CLASSIFIED), [example.gold for example in CLASSIFIED]
     predicted = sums.argmax(1).tolist()
-    found = evaluate(Sequences(model), CLASSIFIED)
+    found = make_objective(Sequences(model)).evaluate(CLASSIFIED)
     assert found.rows == 4
     assert found.loss == pytest.approx(float(torch.nn.functional.cross_entropy(sums, torch.tensor(gold))), abs=1e-4)
     assert found.accuracy == np.mean(np.equal(predicted, gold))
@@ -229,7 +230,7 @@ def test_evaluating_candidates_gives_loss_accuracy_and_macro_f1(model: EdgeModel
 
 def test_evaluating_completions_gives_loss_and_perplexity(model: EdgeModel, network: Any) -> None:
     loss = -float(np.mean([value for pair in PAIRS for value in torch_log_probs(network, pair)]))
-    found = evaluate(Sequences(model), COMPLETED)
+    found = make_objective(Sequences(model), "completion").evaluate(COMPLETED)
     assert (found.rows, found.accuracy, found.macro_f1) == (len(PAIRS), None, None)
     assert found.loss == pytest.approx(loss, abs=1e-4)
     assert found.perplexity == pytest.approx(np.exp(loss), rel=1e-4)
@@ -239,7 +240,8 @@ def test_accuracy_is_whole_when_gold_is_what_the_model_prefers(model: EdgeModel,
     preferred = torch_sums(network, CLASSIFIED).argmax(1).tolist()
     right = [example._replace(gold=index) for example, index in zip(CLASSIFIED, preferred, strict=True)]
     wrong = [example._replace(gold=(index + 1) % 3) for example, index in zip(CLASSIFIED, preferred, strict=True)]
-    assert (evaluate(Sequences(model), right).accuracy, evaluate(Sequences(model), wrong).accuracy) == (1.0, 0.0)
+    objective = make_objective(Sequences(model))
+    assert (objective.evaluate(right).accuracy, objective.evaluate(wrong).accuracy) == (1.0, 0.0)
 
 
 def test_as_dict_leaves_out_what_there_is_not() -> None:

@@ -14,8 +14,9 @@ import edgezo
 from edgezo.errors import DataError
 from edgezo.manifest import TokenizerFacts
 from edgezo.runtime.data import Row
+from edgezo.runtime.examples import Example, make_examples
 from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.tasks import Example, Task, find_task, make_examples
+from edgezo.runtime.tasks import Task, find_task
 from edgezo.runtime.text import TextCodec
 
 BEGIN, END, IM_START, IM_END = range(4)  # special tokens of tests/tiny.py
@@ -90,7 +91,7 @@ def test_a_template_makes_it_classification() -> None:
 @pytest.mark.parametrize("fields", [{"sentence": "a"}, {"text": "a", "label": 0}, {"prompt": "a"}])
 def test_fields_of_no_kind_are_refused_with_what_is_known(fields: dict[str, Any]) -> None:
     assert refusal(task_of, fields) == (
-        f"rows.jsonl:1: fields {', '.join(map(repr, fields))} are neither prompt and completion, messages, nor text; "
+        f"rows.jsonl:1: fields {', '.join(map(repr, fields))} are neither prompt and completion, prompt and choices, prompt and answer, prompt, chosen and rejected, messages, nor text; "
         "for classification give --template '{field} ...' and --labels"
     )
 

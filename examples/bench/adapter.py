@@ -23,13 +23,15 @@ import numpy as np
 
 from edgezo.config import TuneConfig, make_config
 from edgezo.runtime.dataset import read_dataset
+from edgezo.runtime.examples import Example
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.machine import peak_bytes
 from edgezo.runtime.model import Array, EdgeModel
 from edgezo.runtime.noise import Direction
+from edgezo.runtime.objective import Objective
 from edgezo.runtime.outer import OuterWeights
 from edgezo.runtime.scoring import BATCH_TOKENS, Sequences
-from edgezo.runtime.tasks import Example
+from edgezo.runtime.tasks import Task
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions
 
 DIRECTIONS, TOKENS, LR = 16, 32, 1e-3
@@ -60,7 +62,8 @@ def make_theta(edge: Path, directions: int, batch: int, threads: int | None = No
     model = EdgeModel(edge, threads=threads)
     settings = {"data": "-", "directions": directions, "batch": batch, "lr": LR, "eps": 1e-2, "rule": "normalized"}
     config: TuneConfig = make_config(None, settings)
-    return Theta(model, config, mutable_weights(model, config), Sequences(model, batch_tokens))
+    objective = Objective(Sequences(model, batch_tokens), Task("classification"), config)
+    return Theta(model, config, mutable_weights(model, config), objective)
 
 
 def whole_copies(lora: Lora, theta: OuterWeights, directions: Sequence[Direction], sides: Sequence[int], eps: float) -> dict[str, Array]:

@@ -1,0 +1,112 @@
+"""Greedy answers to many prompts: rows of like length share forwards of the generation graph, one token each, over one KV cache."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from edgezo.errors import NonFiniteLossError
+from edgezo.runtime.model import Array, EdgeModel
+from edgezo.runtime.prefix import Prefix
+from edgezo.runtime.scoring import BATCH_LOGITS_BYTES, BATCH_TOKENS
+
+
+def generate_batch(
+    model: EdgeModel, prompts: Sequence[list[int]], max_tokens: int, stop: str | None = None, batch_tokens: int = BATCH_TOKENS
+) -> list[str]:
+    """The greedy continuation of every prompt, in order, as `generate` gives it one by one (up to rounding of equal logits).
+
+    Args:
+        model: at its present weights and adapter.
+        prompts: token ids, none empty, each shorter than the context.
+        max_tokens: tokens of an answer at most.
+        stop: an answer ends before this text; else before an end-of-text token.
+        batch_tokens: padded tokens of prompts and answers in the cache at most, unless one row has more.
+
+    Raises:
+        NonFiniteLossError: the model gives no finite logits.
+    """
+    answers = [""] * len(prompts)
+    for rows in _batches(prompts, max_tokens, batch_tokens, BATCH_LOGITS_BYTES // (4 * model.manifest.origin.vocab_size)):
+        for row, text in zip(rows, _answer(model, [prompts[row] for row in rows], max_tokens, stop), strict=True):
+            answers[row] = text
+    return answers
+
+
+def _batches(prompts: Sequence[list[int]], max_tokens: int, batch_tokens: int, most_rows: int) -> Iterator[list[int]]:
+    """Numbers of prompts, longest first, as many as the cache may hold."""
+    held: list[int] = []
+    for row in sorted(range(len(prompts)), key=lambda row: -len(prompts[row])):
+        longest = len(prompts[held[0]]) if held else 0
+        if held and ((len(held) + 1) * (longest + max_tokens) > batch_tokens or len(held) == most_rows):
+            yield held
+            held = []
+        held.append(row)
+    if held:
+        yield held
+
+
+def _answer(model: EdgeModel, prompts: list[list[int]], max_tokens: int, stop: str | None) -> list[str]:
+    """Rows are padded on the left, so that all write their next token at one place; rows that are done leave the batch."""
+    width, ends = max(map(len, prompts)), set(model.manifest.tokenizer.eos_token_ids)
+    new = np.full((len(prompts), width), model.manifest.tokenizer.pad_token_id, np.int64)
+    mask = np.zeros(new.shape, np.int64)
+    for row, tokens in enumerate(prompts):
+        new[row, width - len(tokens) :], mask[row, width - len(tokens) :] = tokens, 1
+    fed, past = _start(model, len(prompts))
+    before = model.adapter.prefix_tokens if model.adapter is not None else 0
+    mask = np.concatenate([np.ones((len(prompts), before), np.int64), mask], axis=1)
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, before:]
+    written: list[list[int]] = [[] for _ in prompts]
+    texts: dict[int, str] = {}
+    alive = np.arange(len(prompts))
+    for _ in range(max_tokens):
+        logits, past = _forward(model, new, mask, positions, past, fed)
+        tokens = logits.argmax(axis=1)
+        going = []
+        for place, row in enumerate(alive.tolist()):
+            if int(tokens[place]) not in ends:
+                written[row].append(int(tokens[place]))
+            text = model.text.decode(written[row])
+            stopped = stop is not None and stop in text
+            texts[row] = text.split(stop)[0] if stop is not None and stopped else text
+            full = len(prompts[row]) + len(written[row]) >= model.context
+            if int(tokens[place]) not in ends and not stopped and not full:
+                going.append(place)
+        if not going:
+            break
+        alive, tokens, mask, positions = alive[going], tokens[going], mask[going], positions[going]
+        if len(going) < len(new):
+            past = {name: np.ascontiguousarray(array[going]) for name, array in past.items()}
+        new, positions = tokens[:, None].astype(np.int64), positions[:, -1:] + 1
+        mask = np.concatenate([mask, np.ones((len(going), 1), np.int64)], axis=1)
+    return [texts[row].strip() for row in range(len(prompts))]
+
+
+def _start(model: EdgeModel, rows: int) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Feeds of an adapter, and the first keys and values: none, or a prefix for every row."""
+    past, adapter = model.manifest.generation.past, model.adapter
+    if isinstance(adapter, Prefix):
+        own = zip([state.input for state in past], adapter.past(), strict=True)
+        return {}, {name: np.repeat(array, rows, axis=0) for name, array in own}
+    empty = {state.input: np.zeros((rows, state.heads, 0, state.head_dim), np.float32) for state in past}
+    return (adapter.feeds() if adapter is not None else {}), empty
+
+
+def _forward(
+    model: EdgeModel,
+    new: npt.NDArray[np.int64],
+    mask: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
+    past: dict[str, Array],
+    fed: dict[str, Array],
+) -> tuple[npt.NDArray[np.float32], dict[str, Array]]:
+    """Logits [rows, vocabulary] after the last token of every row, and the grown cache."""
+    graph, (rows, count) = model.manifest.generation, new.shape
+    last = np.arange(rows, dtype=np.int64) * count + count - 1
+    feeds = {"input_ids": new, "attention_mask": mask, "position_ids": positions, "hidden_rows": last}
+    outputs = ["logits", *(state.output for state in graph.past)]
+    logits, *present = model.generation.run(outputs, {**{name: feeds[name] for name in graph.inputs}, **past, **fed})
+    if not np.isfinite(logits.max()):  # NaN passes through max
+        raise NonFiniteLossError("the model's logits are NaN or infinite; export it again, or tune with a smaller --lr")
+    return logits, {state.input: value for state, value in zip(graph.past, present, strict=True)}

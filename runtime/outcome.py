@@ -1,0 +1,77 @@
+"""What a user's own objective sees of a row, and how it is found and called.
+
+`--objective package.module:function` names a function that takes a list of `Outcome` and returns a list of as many numbers, larger is better:
+
+    def short_and_right(outcomes):
+        return [(outcome.text == outcome.fields["answer"]) - 0.01 * len(outcome.text) for outcome in outcomes]
+
+Rows with candidates are scored, all others are answered by greedy generation. Tuning lowers minus the mean of the numbers.
+"""
+
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from edgezo.errors import ConfigError, first_line
+
+
+class Outcome(NamedTuple):
+    """What the model did with one row.
+
+    fields: of the row, as read from the data.
+    text: the generated answer; None where the row has candidates.
+    scores: of every candidate, in nats: summed log-probability of a label word, mean of a choice; None without candidates.
+    gold: index of the right candidate; None without candidates.
+    """
+
+    fields: Mapping[str, Any]
+    text: str | None
+    scores: Sequence[float] | None
+    gold: int | None
+
+
+Reward = Callable[[Sequence[Outcome]], Sequence[float]]
+
+
+def load_reward(name: str) -> Reward:
+    """Import a user's function; the working directory is searched first.
+
+    Args:
+        name: package.module:function.
+
+    Raises:
+        ConfigError: there is no such module or function, or the import fails.
+    """
+    module, _, function = name.partition(":")
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # a user's module may raise anything
+        raise ConfigError(f"--objective {name}: {module} cannot be imported from {folder}: {first_line(error)}") from error
+    finally:
+        sys.path.remove(folder)
+    reward = getattr(found, function, None)
+    if not callable(reward):
+        raise ConfigError(f"--objective {name}: {module} has no function {function!r}")
+    return _checked(name, reward)
+
+
+def _checked(name: str, reward: Callable[[Sequence[Outcome]], Any]) -> Reward:
+    def call(outcomes: Sequence[Outcome]) -> list[float]:
+        try:
+            values = [float(value) for value in reward(list(outcomes))]
+        except Exception as error:
+            raise ConfigError(
+                f"--objective {name}: failed on {len(outcomes)} rows: {type(error).__name__}: {first_line(error)}; it must return a list of numbers, one a row"
+            ) from error
+        if len(values) != len(outcomes) or not all(map(math.isfinite, values)):
+            raise ConfigError(
+                f"--objective {name}: returned {len(values)} values for {len(outcomes)} rows or one that is not finite; return a finite number a row"
+            )
+        return values
+
+    return call
