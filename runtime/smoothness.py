@@ -10,10 +10,7 @@ from edgezo.runtime.examples import Example
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.theta import Theta
 
-DIRECTIONS, ROWS = (
-    4,
-    1,
-)  # at least so many directions, of at most so many rows; 4 rows tell the same in twice the time (SmolLM2-135M, SST-2)
+LEAST, MOST = 4, 8  # directions, of one row each; 4 rows each tell the same in twice the time (SmolLM2-135M, SST-2)
 TOLERANCE = 0.5
 PROBE_STEP = (1 << 64) - 2  # no run has this step
 
@@ -29,7 +26,7 @@ def smoothness_warning(theta: Theta, examples: Sequence[Example]) -> str | None:
         A warning with the numbers when the root mean square of the difference exceeds half of that of c; None when all is well.
     """
     eps, config = theta.weights.eps, theta.config
-    count = min(DIRECTIONS, len(examples))
+    count = min(max(config.directions, LEAST), MOST, len(examples))
     groups = [[example] for example in examples[:count]]
     directions = [Direction(config.seed, PROBE_STEP, number) for number in range(count)]
 

@@ -1,0 +1,308 @@
+"""Choices, answers, preferences and objectives without a slope, against the source model's own numbers."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from reference import network_log_probs
+
+import edgezo
+from edgezo.config import make_config
+from edgezo.errors import ConfigError, DataError
+from edgezo.runtime.data import Row
+from edgezo.runtime.examples import Example, make_examples
+from edgezo.runtime.generate import generate
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.objective import Objective, add_references
+from edgezo.runtime.outcome import Outcome, load_reward
+from edgezo.runtime.run import read_run
+from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.tasks import find_task
+from edgezo.runtime.text_metrics import best_of, exact_match, f1, normalize_answer, rouge_l
+
+CHOICE_ROWS = [
+    {"prompt": "the film was", "choices": ["good", "bad and long"], "answer": 0},
+    {"prompt": "a plot so", "choices": ["long it is bad", "good"], "answer": "good"},
+    {"prompt": "it is", "choices": ["a film", "no film", "the plot"], "answer": "2"},
+]
+ANSWER_ROWS = [{"prompt": "what was it?", "answer": ["a film", "film"]}, {"prompt": "it was the", "answer": "plot"}]
+PREFERENCE_ROWS = [
+    {"prompt": "it was", "chosen": "a good film", "rejected": "bad"},
+    {"prompt": "the plot is", "chosen": "long", "rejected": "a bad film and no plot"},
+]
+
+
+def make_rows(rows: list[dict[str, Any]]) -> list[Row]:
+    return [Row(fields, f"rows.jsonl:{number}") for number, fields in enumerate(rows, 1)]
+
+
+def objective_of(model: EdgeModel, rows: list[dict[str, Any]], **settings: Any) -> tuple[Objective, list[Example]]:
+    read = make_rows(rows)
+    config = make_config(None, {"data": "no file", **settings})
+    names = ("choices", "answer_field", "replace", "stop", "calibrate")
+    task = find_task(read, config.template, config.labels, config.label_field, **{name: getattr(config, name) for name in names})
+    return Objective(Sequences(model), task, config), make_examples(read, task, model.text, 64).examples
+
+
+@pytest.fixture(scope="module")
+def network() -> Any:
+    """The source model of tests/conftest.py in PyTorch: the same seed."""
+    return tiny.make_model("llama")
+
+
+@pytest.fixture
+def model(exported_dir: Path) -> EdgeModel:
+    return EdgeModel(exported_dir, threads=1)
+
+
+def candidate_sums(network: Any, examples: list[Example]) -> list[np.ndarray[Any, Any]]:
+    return [network_log_probs(network, example.pairs) for example in examples]
+
+
+def test_choices_learn_the_right_text_and_are_compared_by_the_mean_of_their_tokens(model: EdgeModel, network: Any) -> None:
+    objective, examples = objective_of(model, CHOICE_ROWS)
+    assert [example.gold for example in examples] == [0, 1, 2]
+    sums = candidate_sums(network, examples)
+    tokens = sum(len(example.pairs[example.gold][1]) for example in examples)
+    nats = sum(float(row[example.gold]) for row, example in zip(sums, examples, strict=True))
+    assert objective.loss(examples) == pytest.approx(-nats / tokens, abs=1e-4)
+    means = [row / [len(pair[1]) for pair in example.pairs] for row, example in zip(sums, examples, strict=True)]
+    right = [int(np.argmax(row)) == example.gold for row, example in zip(means, examples, strict=True)]
+    found = objective.evaluate(examples)
+    assert (found.accuracy, found.macro_f1) == (np.mean(right), None)
+    assert objective_of(model, CHOICE_ROWS, objective="accuracy")[0].loss(examples) == pytest.approx(1 - np.mean(right))
+    expected = np.mean([np.logaddexp.reduce(row) - row[example.gold] for row, example in zip(means, examples, strict=True)])
+    assert objective_of(model, CHOICE_ROWS, objective="cross-entropy")[0].loss(examples) == pytest.approx(expected, abs=1e-4)
+
+
+def test_calibration_takes_off_the_score_after_the_neutral_prompt(model: EdgeModel, network: Any) -> None:
+    plain, calibrated = objective_of(model, CHOICE_ROWS)[1], objective_of(model, CHOICE_ROWS, calibrate="so it is")
+    assert [len(example.pairs) for example in calibrated[1]] == [4, 4, 6]
+    right = []
+    for example in calibrated[1]:
+        sums = network_log_probs(network, example.pairs)
+        half = len(sums) // 2
+        right.append(int(np.argmax(sums[:half] - sums[half:])) == example.gold)
+    assert calibrated[0].evaluate(calibrated[1]).accuracy == np.mean(right)
+    assert [example.pairs for example in plain] == [example.pairs[: len(example.pairs) // 2] for example in calibrated[1]]
+
+
+def test_templates_of_choices_with_other_words_for_a_value(model: EdgeModel) -> None:
+    rows = [
+        {"premise": "the film was bad", "one": "no plot", "two": "a plot", "question": "cause", "label": 0},
+        {"premise": "a good film", "one": "it is long", "two": "long", "question": "effect", "label": 1},
+    ]
+    settings = {
+        "template": "{premise} {question}",
+        "choices": ["{one}", "{two}"],
+        "answer_field": "label",
+        "replace": ["question:effect=so,cause=because"],
+    }
+    _, examples = objective_of(model, rows, **settings)
+    texts = [model.text.decode([*example.pairs[0][0], *example.pairs[0][1]]) for example in examples]
+    assert texts == [
+        model.text.decode(model.text.encode(text)) for text in ("the film was bad because no plot", "a good film so it is long")
+    ]
+    assert [example.gold for example in examples] == [0, 1]
+    with pytest.raises(DataError, match=r"^rows.jsonl:2: field 'question' is 'effect', replace has words for 'cause'$"):
+        objective_of(model, rows, **{**settings, "replace": ["question:cause=because"]})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answer": 7}, "field 'answer' is '7', which is neither one of the 2 choices nor a number from 0 to 1 (--answer-field names it)"),
+        ({"answer": None}, "field 'answer' is missing or no text, which is neither one of the 2 choices nor a number from 0 to 1"),
+        ({"choices": ["one"]}, "field 'choices' must be a list of at least two texts"),
+        ({"choices": "one"}, "field 'choices' must be a list of at least two texts"),
+        ({"prompt": ""}, "field 'prompt': it is empty or no text; every row needs it"),
+    ],
+)
+def test_bad_rows_of_choices_are_named(model: EdgeModel, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        objective_of(model, [CHOICE_ROWS[0], {**CHOICE_ROWS[0], **row}])
+    assert str(caught.value).startswith(f"rows.jsonl:2: {message}")
+
+
+def test_generated_answers_are_those_of_one_prompt_at_a_time(model: EdgeModel, lora_dir: Path, prefix_dir: Path) -> None:
+    rows = [{"prompt": prompt, "answer": "x"} for prompt in ("it", "the film was a good", "a plot and a film", "no", "good good good")]
+    for opened in (model, EdgeModel(lora_dir, threads=1), EdgeModel(prefix_dir, threads=1)):
+        objective, examples = objective_of(opened, rows, max_tokens=12)
+        expected = ["".join(generate(opened, row["prompt"], 12)).strip() for row in rows]
+        assert objective._answers(examples) == expected
+        assert len(set(expected)) > 1
+        objective.sequences.batch_tokens = 1  # a row at a time
+        assert objective._answers(examples) == expected
+
+
+def test_a_stop_text_ends_an_answer_and_is_learned(model: EdgeModel) -> None:
+    rows = [{"prompt": "the film was a good", "answer": "film"}]
+    objective, examples = objective_of(model, rows, max_tokens=12)
+    (whole,) = objective._answers(examples)
+    stop = whole[3:5]
+    stopping, stopped = objective_of(model, rows, max_tokens=12, stop=stop)
+    assert stopping._answers(stopped) == [whole.split(stop)[0].strip()]
+    prompt, completion = stopped[0].pairs[0]
+    assert model.text.decode([*prompt, *completion]).endswith(f"film{stop}")
+    assert examples[0].pairs[0][1][-1] == model.manifest.tokenizer.eos_token_ids[0]
+
+
+def test_answers_are_measured_against_the_nearest_reference(model: EdgeModel) -> None:
+    objective, examples = objective_of(model, ANSWER_ROWS, max_tokens=6, metrics="rouge-l,f1")
+    texts = objective._answers(examples)
+    found = objective.evaluate(examples)
+    assert list(found.others) == ["rouge_l", "f1"]
+    assert found.others["f1"] == np.mean([best_of(f1, text, example.answers) for text, example in zip(texts, examples, strict=True)])
+    right = [{**row, "answer": text} for row, text in zip(ANSWER_ROWS, texts, strict=True)]
+    for name in ("f1", "exact-match", "rouge-l"):
+        objective, examples = objective_of(model, right, max_tokens=6, objective=name)
+        assert objective.generates
+        assert objective.loss(examples) == pytest.approx(0)
+        assert next(iter(objective.evaluate(examples).others.items())) == (name.replace("-", "_"), pytest.approx(1))
+
+
+def test_preferences_with_and_without_a_reference(model: EdgeModel, network: Any) -> None:
+    objective, examples = objective_of(model, PREFERENCE_ROWS, beta=0.5)
+    sums = candidate_sums(network, examples)
+    margins = np.array([row[0] - row[1] for row in sums])
+    assert objective.loss(examples) == pytest.approx(np.mean(np.log1p(np.exp(-0.5 * margins))), abs=1e-4)
+    found = objective.evaluate(examples)
+    assert dict(found.others) == {"preferred": np.mean(margins > 0), "margin": pytest.approx(margins.mean(), abs=1e-3)}
+    assert found.perplexity is None
+    relative, _ = objective_of(model, PREFERENCE_ROWS, objective="dpo", beta=0.5)
+    referred = add_references(relative.sequences, examples)
+    assert relative.loss(referred) == pytest.approx(math.log(2))  # nothing is tuned yet
+    moved = [example._replace(reference=(example.reference[0] - 2, example.reference[1])) for example in referred]
+    assert relative.loss(moved) == pytest.approx(math.log1p(math.exp(-1)))
+    assert relative.evaluate(moved).others["margin"] == pytest.approx(2)
+
+
+# SQuAD's script, transcribed as a specification: https://rajpurkar.github.io/SQuAD-explorer (f1_score, exact_match_score)
+@pytest.mark.parametrize(
+    ("answer", "reference", "match", "score"),
+    [
+        ("The Denver Broncos!", "denver broncos", 1, 1),
+        ("Denver Broncos won", "Denver Broncos", 0, 0.8),
+        ("a a b", "a b b", 1 - 1, 2 * 1 / (1 + 2)),  # articles go
+        ("", "gold", 0, 0),
+        ("gold, gold", "gold", 0, 2 / 3),
+        ("twenty-four", "twenty four", 0, 0),
+    ],
+)
+def test_exact_match_and_f1_are_those_of_squad(answer: str, reference: str, match: float, score: float) -> None:
+    assert exact_match(answer, reference) == match
+    assert f1(answer, reference) == pytest.approx(score)
+    shared = Counter(normalize_answer(answer).split()) & Counter(normalize_answer(reference).split())
+    assert (f1(answer, reference) == 0) == (not shared)
+
+
+def test_rouge_l_is_of_the_longest_common_subsequence() -> None:
+    # words in common in order: the, film, long: P 3/4, R 3/5
+    assert rouge_l("the film was long", "the good film is long") == pytest.approx(2 * 0.75 * 0.6 / 1.35)
+
+
+REWARDS = """
+def short(outcomes):
+    return [-len(outcome.text) for outcome in outcomes]
+def sure(outcomes):
+    return [outcome.scores[outcome.gold] - max(outcome.scores) for outcome in outcomes]
+def few(outcomes):
+    return []
+def broken(outcomes):
+    raise KeyError("film")
+def endless(outcomes):
+    return [float("nan") for _ in outcomes]
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "own_rewards", raising=False)
+
+
+def test_a_users_own_function_is_the_objective(model: EdgeModel, rewards: None) -> None:
+    objective, examples = objective_of(model, ANSWER_ROWS, objective="own_rewards:short", max_tokens=5)
+    texts = objective._answers(examples)
+    assert objective.loss(examples) == np.mean([len(text) for text in texts])
+    assert next(iter(objective.evaluate(examples).others.items())) == ("reward", -objective.loss(examples))
+    objective, examples = objective_of(model, CHOICE_ROWS, objective="own_rewards:sure")
+    assert not objective.generates
+    assert objective.loss(examples) >= 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such:thing", "--objective no_such:thing: no_such cannot be imported from "),
+        ("own_rewards:none", "--objective own_rewards:none: own_rewards has no function 'none'"),
+        (
+            "own_rewards:few",
+            "--objective own_rewards:few: returned 0 values for 1 rows or one that is not finite; return a finite number a row",
+        ),
+        ("own_rewards:endless", "--objective own_rewards:endless: returned 1 values for 1 rows or one that is not finite"),
+        (
+            "own_rewards:broken",
+            "--objective own_rewards:broken: failed on 1 rows: KeyError: 'film'; it must return a list of numbers, one a row",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_users_function_is_told(rewards: None, name: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_reward(name)([Outcome({}, "text", None, None)])
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "fitting"),
+    [
+        (CHOICE_ROWS, "f1", "likelihood, cross-entropy, accuracy"),
+        (ANSWER_ROWS, "accuracy", "likelihood, f1, exact-match, rouge-l"),
+        (PREFERENCE_ROWS, "likelihood", "preference, dpo"),
+        ([{"text": "a film"}], "dpo", "likelihood"),
+    ],
+)
+def test_an_objective_that_does_not_fit_is_refused(model: EdgeModel, rows: list[dict[str, Any]], name: str, fitting: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^--objective {name}: does not fit rows of kind \w+; give {fitting}, or package.module:function$"
+    ):
+        objective_of(model, rows, objective=name)
+
+
+RUNS: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [
+    (CHOICE_ROWS, {}),
+    (CHOICE_ROWS, {"objective": "accuracy"}),
+    (ANSWER_ROWS, {"objective": "f1", "max_tokens": 4}),
+    (PREFERENCE_ROWS, {}),
+    (PREFERENCE_ROWS, {"objective": "dpo"}),
+]
+
+
+@pytest.mark.parametrize("edge", ["exported_dir", "lora_dir"])
+@pytest.mark.parametrize(("rows", "settings"), RUNS)
+def test_runs_of_every_kind_resume_replay_and_verify(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    write_rows: Callable[..., str],
+    edge: str,
+    rows: list[dict[str, Any]],
+    settings: dict[str, Any],
+) -> None:
+    directory, data = request.getfixturevalue(edge), write_rows(rows)
+    given = {"data": data, "valid": data, "directions": 2, "batch": 1, "eval_every": 1, "lr": 1e-3, "threads": 1, **settings}
+    edgezo.tune(directory, tmp_path / "whole", steps=2, **given)
+    result = edgezo.tune(directory, tmp_path / "parts", steps=1, **given)
+    assert result.best is not None
+    resumed = edgezo.tune(directory, tmp_path / "parts", resume=True, steps=2, threads=1)
+    whole, parts = (read_run(tmp_path / name) for name in ("whole", "parts"))
+    assert [record.projected_grads for record in whole.records] == [record.projected_grads for record in parts.records]
+    assert whole.evaluations == parts.evaluations
+    assert resumed.steps == 2
+    found = edgezo.evaluate(directory, data, run=tmp_path / "whole", step="last", threads=1).evaluation
+    assert found.as_dict() == pytest.approx(whole.evaluations[2].as_dict(), abs=1e-5)
