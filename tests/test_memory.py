@@ -290,7 +290,7 @@ ROUNDING = "rounding drowns the difference of losses, try a larger --eps"
 CURVATURE = "the loss curves, try a smaller --eps"
 
 
-@pytest.mark.parametrize("step", [0.1, 1.0, 1e6])  # losses of one row differ by as much as 0.05
+@pytest.mark.parametrize("step", [0.2, 1.0, 1e6])  # losses of one row differ by as much as 0.2
 @pytest.mark.parametrize(("kind", "eps"), [("full", 2e-4), ("lora", 2e-3), ("prefix", 3e-3)])
 def test_rounded_losses_are_warned_of_with_numbers(make_theta: Callable[..., Theta], kind: str, eps: float, step: float) -> None:
     """Rounded so far that many do not change at all, or that none does."""
