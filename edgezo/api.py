@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.config import TASK_SETTINGS, TuneConfig, make_config
-from edgezo.errors import ConfigError, ExportError
+from edgezo.errors import ConfigError, DataError, ExportError
 from edgezo.runtime.data import Row, read_rows
 from edgezo.runtime.dataset import row_limit, task_of
 from edgezo.runtime.evaluation import Evaluation
@@ -16,6 +16,7 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective, add_references
 from edgezo.runtime.predict import Prediction
 from edgezo.runtime.predict import predict as predict_labels
+from edgezo.runtime.probe import ProbeResult, refuse_rare_labels, require_scikit_learn, run_probe
 from edgezo.runtime.run import StepChoice, read_run
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.tasks import template_fields
@@ -184,6 +185,49 @@ def predict(
     task = task_of(rows, config)
     model = EdgeModel(directory, threads=threads, device=device, run=run, step=step, adapter=adapter)
     return predict_labels(model, rows, task, row_limit(model, config))
+
+
+def probe(
+    directory: PathLike,
+    data: PathLike,
+    test: PathLike,
+    *,
+    valid: PathLike | None = None,
+    rows: int | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda stage: None,
+    **settings: Any,
+) -> ProbeResult:
+    """A linear probe of the base: logistic regression on its final hidden states, one forward a row. Needs the extra `probe`.
+
+    Args:
+        directory: edge model made by `export_model`.
+        data: .jsonl, .csv or .tsv training rows of a classification.
+        test: rows to evaluate on.
+        valid: rows to choose the strength of the penalty by; None: cross-validation on the training rows.
+        rows: use the first so many training rows; None: all.
+        threads: cores to use; all of this process when None.
+        device: "cpu" or "cuda".
+        progress: told every stage.
+        settings: template, labels, label_field and max_length.
+
+    Raises:
+        EdgezoError: bad data or model, no classification, a label without training rows, or scikit-learn is missing.
+    """
+    require_scikit_learn()
+    config = _task_config(None, {**settings, "data": str(data)})
+    everything = read_rows(data)
+    task = find_task(everything, config.template, config.labels, config.label_field)
+    if task.kind != "classification":
+        raise DataError(f"a probe learns the labels of a classification, this is {task.kind}; give --template and --labels")
+    if rows is not None and not 1 <= rows <= len(everything):
+        raise DataError(f"--rows {rows}: {data} has {len(everything)} rows; give 1 to {len(everything)}")
+    files = [everything[:rows], read_rows(test), *([read_rows(valid)] if valid is not None else [])]
+    model = EdgeModel(directory, threads=threads, device=device)
+    made = [make_examples(part, task, model.text, row_limit(model, config)) for part in files]
+    refuse_rare_labels(made[0].examples, task, least=2 if valid is None else 1)
+    return run_probe(Sequences(model), made[0], made[1], made[2] if valid is not None else None, progress)
 
 
 def _task_config(run: PathLike | None, settings: dict[str, Any]) -> TuneConfig:

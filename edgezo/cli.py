@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgezo import __version__, chat, run_commands, terminal
+from edgezo import __version__, baseline_commands, chat, run_commands, terminal
 from edgezo.config import ALL_LINEAR, DEFAULT_STEPS, MAX_TOKENS, PREFIX_TOKENS
 from edgezo.errors import ConfigError, EdgezoError
 from edgezo.options import (
@@ -395,6 +395,7 @@ def demo_command(
         raise typer.Exit(130)
 
 
+app.command("probe")(baseline_commands.probe_command)
 app.command("replay")(run_commands.replay_command)
 app.command("merge")(run_commands.merge_command)
 app.command("verify")(run_commands.verify_command)

@@ -69,6 +69,25 @@ class Sequences:
         feeds = self.model.adapter.feeds() if self.model.adapter is not None else {}
         return self._run([pairs], (1,), lambda groups, sides: feeds, together=1)[0][0]
 
+    def hidden_states(self, prompts: Sequence[list[int]]) -> npt.NDArray[np.float32]:
+        """The final hidden state at the last token of every prompt, after the last norm; equal prompts run once.
+
+        Args:
+            prompts: token ids of one prompt or more, none empty.
+
+        Returns:
+            float32 [prompts, width].
+        """
+        layout = _lay_out([(prompt, [self.pad]) for prompt in prompts])  # a target of no meaning: the graph wants one a row
+        feeds = self.model.adapter.feeds() if self.model.adapter is not None else {}
+        found: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(layout.hidden)
+        for tile in self._tiles(0, layout, sides=1):
+            own, _ = self._feeds([layout], [tile], sides=1)
+            states = self.model.scoring.run(["hidden"], {**{name: own[name] for name in self.inputs}, **feeds})[0]
+            for row, state in zip(tile.hidden, states, strict=True):
+                found[row] = state
+        return np.stack([found[row] for row, _ in layout.scored])
+
     def stacked(self, groups: Sequence[Sequence[Pair]], sides: Sequence[int], copies: Copies) -> list[list[Scores]]:
         """Scores of every group of pairs under its own copies of the weights, as many copies in one forward as fit.
 
