@@ -218,7 +218,7 @@ def probe(
     require_scikit_learn()
     config = _task_config(None, {**settings, "data": str(data)})
     everything = read_rows(data)
-    task = find_task(everything, config.template, config.labels, config.label_field)
+    task = task_of(everything, config)
     if task.kind != "classification":
         raise DataError(f"a probe learns the labels of a classification, this is {task.kind}; give --template and --labels")
     if rows is not None and not 1 <= rows <= len(everything):

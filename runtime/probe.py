@@ -9,9 +9,10 @@ import numpy.typing as npt
 
 from edgezo.errors import ConfigError, DataError, NonFiniteLossError
 from edgezo.runtime.evaluation import Evaluation
+from edgezo.runtime.examples import Example, Examples
 from edgezo.runtime.objective import macro_f1
 from edgezo.runtime.scoring import Sequences
-from edgezo.runtime.tasks import Example, Examples, Task
+from edgezo.runtime.tasks import Task
 
 STRENGTHS = tuple(10.0**power for power in range(-5, 2))  # C, the inverse of the L2 penalty
 FOLDS = 5

@@ -19,9 +19,9 @@ from sklearn.metrics import f1_score, log_loss
 import edgezo
 from edgezo.errors import ConfigError, DataError, EdgezoError, NonFiniteLossError
 from edgezo.runtime import probe
+from edgezo.runtime.examples import Example, Examples
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.scoring import Sequences
-from edgezo.runtime.tasks import Example, Examples
 
 PROMPTS = [[264, 308, 288], [17], [*range(100, 220)], [5, 9, 200, 31], [264, 308, 288], [0, 264, 308, 288, 265, 309, 280]]
 HIDDEN_TOLERANCE = 1e-5  # values are of size 1; float32 sums in another order differ by 1e-6
