@@ -421,7 +421,7 @@ def test_no_arguments_show_help(command: Command) -> None:
     assert shown.startswith("Usage: edgezo [OPTIONS] COMMAND [ARGS]...\n")
     assert re.findall(r"^  ([a-z]+)  ", shown, re.MULTILINE) == [
         *("export", "tune", "eval", "predict", "generate", "inspect", "demo"),
-        *("replay", "merge", "verify", "diff", "chat"),
+        *("probe", "replay", "merge", "verify", "diff", "chat"),
     ]
 
 
