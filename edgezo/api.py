@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.config import TASK_SETTINGS, TuneConfig, make_config
 from edgezo.errors import ConfigError, DataError, ExportError
+from edgezo.manifest import FAMILY_WORDS, read_manifest
 from edgezo.runtime.data import Row, read_rows
 from edgezo.runtime.dataset import row_limit, task_of
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.examples import make_examples
+from edgezo.runtime.masked import ModelFacts
 from edgezo.runtime.memory import parse_bytes
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective, add_references
@@ -126,7 +128,7 @@ def evaluate(
     """
     config = _task_config(run, {**settings, "data": str(data)})
     rows = read_rows(data)
-    task = task_of(rows, config)
+    task = task_of(rows, config, _reader(directory))
     model = EdgeModel(directory, threads=threads, device=device)
     examples, truncated = make_examples(rows, task, model.text, row_limit(model, config))
     sequences = Sequences(model)
@@ -171,10 +173,11 @@ def predict(
     if isinstance(texts, str):
         raise ConfigError("texts is one string; give a list of texts")
     config = _task_config(run, {**settings, "data": str(data)})
-    if config.template is None or config.labels is None:
+    reader = _reader(directory)
+    if config.template is None or (config.labels is None and reader.family != "classifier"):
         raise ConfigError("labels are predicted by a classification; give --template and --labels, or the --run of one")
     if texts is not None:
-        names = template_fields(config.template)
+        names = template_fields(config.template, reader)
         if len(names) != 1:
             raise ConfigError(f"--template {config.template!r}: has {len(names)} fields, a text fills one; give a data file")
         rows = [Row({names[0]: text}, f"text {number}") for number, text in enumerate(texts, 1)]
@@ -182,7 +185,7 @@ def predict(
         rows = read_rows(str(data))
     if not rows:
         return []
-    task = task_of(rows, config)
+    task = task_of(rows, config, reader)
     model = EdgeModel(directory, threads=threads, device=device, run=run, step=step, adapter=adapter)
     return predict_labels(model, rows, task, row_limit(model, config))
 
@@ -216,9 +219,14 @@ def probe(
         EdgezoError: bad data or model, no classification, a label without training rows, or scikit-learn is missing.
     """
     require_scikit_learn()
+    reader = _reader(directory)
+    if reader.family != "causal":
+        raise ConfigError(
+            f"{directory}: is {FAMILY_WORDS[reader.family]}; a probe reads the last token of a prompt, which causal models have"
+        )
     config = _task_config(None, {**settings, "data": str(data)})
     everything = read_rows(data)
-    task = task_of(everything, config)
+    task = task_of(everything, config, reader)
     if task.kind != "classification":
         raise DataError(f"a probe learns the labels of a classification, this is {task.kind}; give --template and --labels")
     if rows is not None and not 1 <= rows <= len(everything):
@@ -228,6 +236,11 @@ def probe(
     made = [make_examples(part, task, model.text, row_limit(model, config)) for part in files]
     refuse_rare_labels(made[0].examples, task, least=2 if valid is None else 1)
     return run_probe(Sequences(model), made[0], made[1], made[2] if valid is not None else None, progress)
+
+
+def _reader(directory: PathLike) -> ModelFacts:
+    """What reading rows needs to know of an edge model."""
+    return ModelFacts.of(read_manifest(Path(directory)))
 
 
 def _task_config(run: PathLike | None, settings: dict[str, Any]) -> TuneConfig:

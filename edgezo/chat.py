@@ -60,6 +60,7 @@ class Conversation:
     def __init__(self, model: "EdgeModel", max_tokens: int, sampling: Sampling | None, system: str | None) -> None:
         from edgezo.runtime.generate import Cache
 
+        model.generation_facts  # noqa: B018  a model that writes no text says so
         if model.manifest.tokenizer.chat_template is None:
             raise EdgeModelError(
                 f"{model.directory}: has no chat template to converse by; write text with: edgezo generate {model.directory} --prompt TEXT"

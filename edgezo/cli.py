@@ -89,6 +89,14 @@ def export_command(
     weights: Annotated[
         str, typer.Option("--weights", help="How frozen weights are stored: fp32, int8 or int4 (weights only, activations stay fp32).")
     ] = "fp32",
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes",
+            show_default=False,
+            help="Classify with a head on an encoder: how many classes, or their names as negative,positive; a new head where the model has none.",
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Hub revision.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -104,6 +112,7 @@ def export_command(
             targets=targets,
             tokens=tokens,
             weights=weights,
+            classes=classes,
             revision=revision,
             progress=progress,
         )
@@ -117,6 +126,9 @@ def export_command(
                 "tunable_parameters": manifest.tunable_size,
                 "adapter": manifest.adapter.kind if manifest.adapter else None,
                 "weights": manifest.weights,
+                "family": manifest.origin.family,
+                "classes": manifest.classes,
+                "new_weights": manifest.new_weights,
                 "export_seconds": round(result.export_seconds, 1),
                 **checked.model_dump(),
             }
@@ -130,9 +142,16 @@ def export_command(
     terminal.print_rows(
         [
             ("edge model", f"{output}, {size / 1e6:,.0f} MB, {tuned}"),
+            *([("classes", ", ".join(manifest.classes))] if manifest.classes else []),
+            *(
+                [("new head", f"{', '.join(manifest.new_weights)}; small and random, it knows nothing before tuning")]
+                if manifest.new_weights
+                else []
+            ),
             (
                 "checked",
-                f"largest log-probability difference {checked.largest_log_prob_difference:.1e}, {checked.greedy_tokens_equal} greedy tokens equal"
+                f"largest log-probability difference {checked.largest_log_prob_difference:.1e}"
+                + (f", {checked.greedy_tokens_equal} greedy tokens equal" if checked.greedy_tokens_equal is not None else "")
                 + (
                     f"; quantising to {manifest.weights} changed the loss by {quantized:+.4f} nats a token" if quantized is not None else ""
                 ),
@@ -357,6 +376,7 @@ def generate_command(
 
     text = read_standard_input() if prompt == "-" else prompt
     model = EdgeModel(directory, threads=threads, device=device, run=run, step=step_of_run(step, run), adapter=adapter)
+    model.generation_facts  # noqa: B018  a model that writes no text says so
     if chat:
         text = model.text.chat([{"role": "user", "content": text}], reply=True)
     pieces = generate(model, text, max_tokens, sampling_of(temperature, top_k, top_p, seed), special=not chat)

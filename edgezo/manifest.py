@@ -14,12 +14,15 @@ from edgezo.quantization import Precision, Quantized
 from edgezo.storage import is_plain_name, sha256_file, write_atomically
 
 FORMAT: Final = "edgezo-edge-model"
-VERSION: Final = 2
-READABLE = (1, 2)  # 2 added adapter, weights, quantized tensors, config; what 1 has means the same
+VERSION: Final = 3
+READABLE = (1, 2, 3)  # 2 added adapter, weights, quantized tensors, config; 3 families and classes; what older ones have means the same
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES_LIMIT = 64 << 20
 ALIGNMENT = 4096  # bytes; every tensor starts on a page, so that any system can map it
 ITEM_BYTES = {"float32": 4, "int64": 8, "bool": 1, "uint8": 1}
+
+Family = Literal["causal", "masked", "classifier"]
+FAMILY_WORDS: dict[Family, str] = {"causal": "a causal language model", "masked": "a masked language model", "classifier": "a classifier"}
 
 
 class Origin(Record):
@@ -30,7 +33,7 @@ class Origin(Record):
     revision: str | None = None
     license: str | None = None
     model_type: str
-    family: Literal["causal"] = "causal"
+    family: Family = "causal"
     context_length: int = Field(gt=0)
     vocab_size: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
@@ -43,6 +46,7 @@ class TokenizerFacts(Record):
     bos_token_id: int | None = None
     eos_token_ids: list[int] = Field(default_factory=list)
     pad_token_id: int = 0
+    mask_token_id: int | None = None
     special_tokens: dict[str, str] = Field(default_factory=dict)
     chat_template: str | None = None
 
@@ -104,11 +108,12 @@ class Graph(Record):
 class Verification(Record):
     """What the check at the end of the export measured against the source model.
 
+    greedy_tokens_equal: None where there is no generation graph.
     quantization_loss_change: nats a token of the probes that quantising the weights cost; None for fp32.
     """
 
     largest_log_prob_difference: float
-    greedy_tokens_equal: int
+    greedy_tokens_equal: int | None = None
     onnxruntime: str
     quantization_loss_change: float | None = None
 
@@ -130,19 +135,21 @@ class StoredFile(Record):
 
 
 class Manifest(Record):
-    """manifest.json of an edge model. See docs/edge-model.md."""
+    """manifest.json of an edge model. See docs/edge-model.md. `new_weights` are those of a head that was made at export."""
 
     format: Literal["edgezo-edge-model"] = FORMAT
-    version: Literal[1, 2] = VERSION
+    version: Literal[1, 2, 3] = VERSION
     edgezo: str
     origin: Origin
     tokenizer: TokenizerFacts
     scoring: Graph
-    generation: Graph
+    generation: Graph | None = None
     tensors: list[Tensor]
     weights: Precision = "fp32"
     adapter: Adapter | None = None
     config: str | None = None
+    classes: list[str] = Field(default_factory=list)
+    new_weights: list[str] = Field(default_factory=list)
     verification: Verification | None = None
     tuned: list[Tuned] = Field(default_factory=list)
     files: dict[str, StoredFile]
@@ -184,7 +191,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise EdgeModelError(f"{path}: not an edge model manifest (format is not {FORMAT!r})")
     if raw.get("version") not in READABLE:
         raise EdgeModelError(
-            f"{path}: manifest version {raw.get('version')!r}, this edgezo reads {' and '.join(map(str, READABLE))}; export again or update edgezo"
+            f"{path}: manifest version {raw.get('version')!r}, this edgezo reads {', '.join(map(str, READABLE[:-1]))} and {READABLE[-1]}; export again or update edgezo"
         )
     try:
         manifest = Manifest.model_validate_json(text)
@@ -226,8 +233,9 @@ def _check(manifest: Manifest, path: Path) -> None:
     for name in manifest.files:
         if not is_plain_name(name):
             refuse(f"file name {name!r} leaves the directory")
-    referred = [manifest.scoring.file, manifest.generation.file, manifest.tokenizer.file, *(t.file for t in manifest.tensors)]
-    referred += [name for name in (manifest.tokenizer.chat_template, manifest.config) if name is not None]
+    referred = [manifest.scoring.file, manifest.tokenizer.file, *(t.file for t in manifest.tensors)]
+    generation = manifest.generation.file if manifest.generation is not None else None
+    referred += [name for name in (generation, manifest.tokenizer.chat_template, manifest.config) if name is not None]
     for name in referred:
         if not is_plain_name(name):
             refuse(f"file name {name!r} leaves the directory")
@@ -235,7 +243,12 @@ def _check(manifest: Manifest, path: Path) -> None:
             refuse(f"file {name!r} is used but not listed under files")
     facts, vocabulary = manifest.tokenizer, manifest.origin.vocab_size
     ends = [("eos_token_ids", token) for token in facts.eos_token_ids]
-    for kind, token in (("pad_token_id", facts.pad_token_id), ("bos_token_id", facts.bos_token_id), *ends):
+    for kind, token in (
+        ("pad_token_id", facts.pad_token_id),
+        ("bos_token_id", facts.bos_token_id),
+        ("mask_token_id", facts.mask_token_id),
+        *ends,
+    ):
         if token is not None and not 0 <= token < vocabulary:
             refuse(f"{kind} {token} is outside the vocabulary of {vocabulary}")
     seen: set[str] = set()
@@ -258,9 +271,22 @@ def _check(manifest: Manifest, path: Path) -> None:
                 refuse(f"tensors {first!r} and {second!r} overlap in {name}")
     if manifest.adapter is None and not manifest.tunable:
         refuse("no tensor is tunable")
-    problem = _quantization_problem(manifest) or _adapter_problem(manifest)
+    problem = _family_problem(manifest) or _quantization_problem(manifest) or _adapter_problem(manifest)
     if problem:
         refuse(problem)
+
+
+def _family_problem(manifest: Manifest) -> str | None:
+    family, classes = manifest.origin.family, manifest.classes
+    if (family == "causal") != (manifest.generation is not None):
+        return f"it is {family}, {'without' if family == 'causal' else 'with'} a generation graph"
+    if (family == "masked") != (manifest.tokenizer.mask_token_id is not None):
+        return f"it is {family}, {'without' if family == 'masked' else 'with'} a mask token"
+    if family != "classifier":
+        return f"it is {family}, with classes" if classes else None
+    if len(classes) < 2 or len(set(classes)) != len(classes) or not all(classes):
+        return f"it is a classifier with the classes {classes}, which are not two or more of a name each"
+    return None
 
 
 def _quantization_problem(manifest: Manifest) -> str | None:
@@ -292,7 +318,7 @@ def _adapter_problem(manifest: Manifest) -> str | None:
     prefix = tensors.get(PREFIX)
     if adapter is None:
         return f"tensor {PREFIX!r} is stored, but no prefix is described" if prefix is not None else None
-    past = manifest.generation.past
+    past = manifest.generation.past if manifest.generation is not None else []
     heads = {(state.heads, state.head_dim) for state in past}
     if prefix is None or manifest.tunable != [prefix] or len(heads) != 1 or len(prefix.shape) != 5:
         return "it is prepared for a prefix, but none that is tunable and alone is stored"

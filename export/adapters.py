@@ -37,7 +37,7 @@ def find_targets(decoder: Decoder, targets: str) -> list[LoraTarget]:
 
     Args:
         decoder: after `freeze`.
-        targets: "all-linear" (every one but the vocabulary projection), names as q_proj,v_proj (the last part of a module's name), or a
+        targets: "all-linear" (every one of the layers, and a head of classes), names as q_proj,v_proj (the last part of a module's name), or a
             regular expression searched in the modules' names.
 
     Raises:
@@ -48,7 +48,9 @@ def find_targets(decoder: Decoder, targets: str) -> list[LoraTarget]:
     for weight in decoder.weights.values():
         uses = surgery.uses(weight.name)
         module = weight.name.removesuffix(".weight")
-        if len(uses) != 1 or uses[0][1] != 1 or uses[0][0].op_type not in LINEAR or not LAYER.search(f".{module}."):
+        if not uses or any(place != 1 or node.op_type not in LINEAR for node, place in uses):
+            continue
+        if decoder.family != "classifier" and not LAYER.search(f".{module}."):  # the head of words; that of classes is a target
             continue
         out_first = weight.quantized is not None or any(item.name == "transB" and item.i for item in uses[0][0].attribute)
         shape = weight.quantized.shape if weight.quantized else weight.array.shape
@@ -86,19 +88,26 @@ def add_lora(model: onnx.ModelProto, targets: list[LoraTarget], *, stacked: bool
     if not stacked:
         surgery.constant("edgezo/lora/first", [0])
     grouped: set[str] = set()
-    readers = {index: surgery.uses(f"{target.module}.weight")[0][0] for index, target in enumerate(targets)}
-    for index in sorted(readers, key=lambda index: surgery.position(readers[index])):  # what targets share stands before the first of them
-        target, node = targets[index], readers[index]
-        p, x, y = f"edgezo/lora{index}/", node.input[0], node.output[0]
-        node.output[0] = base = p + "base"
+    for index, target in enumerate(targets):
         # defaults of rank 0, and of one output: the branch of a base without adapter is a column of zeros
         a_copies, b_copies = ("a_copies", "b_copies") if stacked else (1, 1)
-        a = surgery.overridable(target.a, np.zeros((1, target.in_features, 0), np.float32), [a_copies, target.in_features, "rank"])
-        b = surgery.overridable(target.b, np.zeros((1, 0, 1), np.float32), [b_copies, "rank", f"out{index}"])
+        surgery.overridable(target.a, np.zeros((1, target.in_features, 0), np.float32), [a_copies, target.in_features, "rank"])
+        surgery.overridable(target.b, np.zeros((1, 0, 1), np.float32), [b_copies, "rank", f"out{index}"])
+    # ALBERT's layers share their weights: a target has several readers then, and one A and B
+    readers = [
+        (surgery.position(node), index, use, node)
+        for index, target in enumerate(targets)
+        for use, (node, _) in enumerate(surgery.uses(f"{target.module}.weight"))
+    ]
+    for _, index, use, node in sorted(readers, key=lambda reader: reader[0]):  # what targets share stands before the first of them
+        target = targets[index]
+        p, x, y, a, b = f"edgezo/lora{index}/", node.input[0], node.output[0], target.a, target.b
+        p += f"use{use}/" if use else ""
+        node.output[0] = base = p + "base"
         if stacked:
             shared = [] if x in grouped else _group_input(x, target.in_features)
             grouped.add(x)
-            branch = [*shared, *_stacked_branch(x, index, a, b)]
+            branch = [*shared, *_stacked_branch(x, p, index, a, b)]
         else:
             branch = _plain_branch(p, x, a, b)
         surgery.replace(node, node, *branch, helper.make_node("Add", [base, p + "branch"], [y]))
@@ -199,13 +208,13 @@ def _group_input(x: str, width: int) -> list[onnx.NodeProto]:
     ]
 
 
-def _stacked_branch(x: str, index: int, a: str, b: str) -> list[onnx.NodeProto]:
-    p, shared, nodes = f"edgezo/lora{index}/", f"edgezo/lora/{x}/", []
+def _stacked_branch(x: str, p: str, index: int, a: str, b: str) -> list[onnx.NodeProto]:
+    split, shared, nodes = f"edgezo/lora{index}/", f"edgezo/lora/{x}/", []
     for tensor, rows, signs in ((a, A_ROWS, A_SIGNS), (b, B_ROWS, B_SIGNS)):
         q = f"{p}{signs}/"
         nodes += [
-            helper.make_node("Expand", [p + rows, shared + "late"], [q + "rows"]),
-            helper.make_node("Cast", [p + signs], [q + "float"], to=TensorProto.FLOAT),
+            helper.make_node("Expand", [split + rows, shared + "late"], [q + "rows"]),
+            helper.make_node("Cast", [split + signs], [q + "float"], to=TensorProto.FLOAT),
             helper.make_node("Mul", [q + "rows", q + "float"], [q + "product"]),
             helper.make_node("Add", [q + "product", tensor], [q + "copies"]),
         ]

@@ -1,4 +1,4 @@
-"""A traced decoder: what a source becomes, and what the graphs are made from."""
+"""A traced model: what a source becomes, and what the graphs are made from."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 import onnx
 
+from edgezo.manifest import Family
 from edgezo.quantization import Quantized
+
+EXPORTED = "decoder-only causal models, masked language models and encoder classifiers"
 
 
 @dataclass
@@ -31,11 +34,12 @@ class Part(NamedTuple):
 
 @dataclass
 class Decoder:
-    """A traced decoder: every weight is a graph input, its values lie in `weights`; `parts` name rows of some of them."""
+    """A traced model: every weight is a graph input, its values lie in `weights`; `parts` name rows of some of them."""
 
     model: onnx.ModelProto
     weights: dict[str, Weight]
     parts: dict[str, Part] = field(default_factory=dict)
+    family: Family = "causal"
 
     @property
     def past_inputs(self) -> list[onnx.ValueInfoProto]:

@@ -1,4 +1,4 @@
-"""A decoder graph to the two graphs of an edge model: scoring and generation (see docs/edge-model.md)."""
+"""A traced graph to the two graphs of an edge model: scoring and generation (see docs/edge-model.md)."""
 
 import math
 from collections import Counter
@@ -27,18 +27,19 @@ def scoring_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[onn
     """The graph that tuning and evaluation run.
 
     log_probs[p] = log_softmax(head(hidden[pair_rows[p]]))[pair_targets[p]], hidden[h] = the final hidden state at flat position
-    hidden_rows[h] of [batch * sequence]. The vocabulary projection sees the gathered rows alone. With `adapter` it has the branch
-    points of stacked LoRA, or a prefix before the first token.
+    hidden_rows[h] of [batch * sequence]. The vocabulary projection sees the gathered rows alone. A classifier has one row of logits a
+    row of the batch: hidden_rows are rows of [batch], pair_targets classes. With `adapter` it has the branch points of stacked LoRA, or a
+    prefix before the first token.
     """
     model = _copy(decoder)
     graph = model.graph
     if adapter is not None and adapter.kind == "prefix":
         add_prefix(model, decoder)
-    else:
+    elif decoder.past_inputs:
         _remove_past(graph, decoder)
     if adapter is not None and adapter.kind == "lora":
         add_lora(model, adapter.targets, stacked=True)
-    logits, hidden = _gather_before_head(graph)
+    logits, hidden = _gather_before_head(graph) if decoder.family != "classifier" else (_gather_logits(graph), None)
     nodes = [
         helper.make_node("Cast", [logits], ["edgezo/logits32"], to=TensorProto.FLOAT),
         _log_sum_exp(opset(model)),
@@ -48,19 +49,22 @@ def scoring_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[onn
         helper.make_node("GatherND", ["edgezo/logits32", "edgezo/pairs"], ["edgezo/picked"]),
         helper.make_node("Gather", ["edgezo/lse", PAIR_ROWS], ["edgezo/picked_lse"], axis=0),
         helper.make_node("Sub", ["edgezo/picked", "edgezo/picked_lse"], [LOG_PROBS]),
-        helper.make_node("Identity", [hidden], [HIDDEN]),
     ]
     graph.node.extend(nodes)
+    if hidden is not None:
+        graph.node.append(helper.make_node("Identity", [hidden], [HIDDEN]))
     graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "edgezo/axis1"))
     for name in (HIDDEN_ROWS, PAIR_ROWS, PAIR_TARGETS):
         graph.input.append(
             helper.make_tensor_value_info(name, TensorProto.INT64, [name.replace("rows", "count").replace("targets", "count")])
         )
-    _set_outputs(graph, [(LOG_PROBS, ["pair_count"]), (HIDDEN, ["hidden_count", None])])
+    outputs: list[tuple[str, list[str | None]]] = [(LOG_PROBS, ["pair_count"]), (HIDDEN, ["hidden_count", None])]
+    outputs = outputs if hidden is not None else outputs[:1]
+    _set_outputs(graph, outputs)
     _prune(graph)
     merge_equal_nodes(graph)
     inputs = _fed(graph, decoder)
-    return model, Graph(file="scoring.onnx", inputs=inputs, outputs=[LOG_PROBS, HIDDEN])
+    return model, Graph(file="scoring.onnx", inputs=inputs, outputs=[name for name, _ in outputs])
 
 
 def generation_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[onnx.ModelProto, Graph]:
@@ -224,6 +228,14 @@ def _gather_before_head(graph: onnx.GraphProto) -> tuple[str, str]:
     last = producers[LOGITS]
     last.output[list(last.output).index(LOGITS)] = "edgezo/head_logits"
     return "edgezo/head_logits", "edgezo/hidden"
+
+
+def _gather_logits(graph: onnx.GraphProto) -> str:
+    """Insert the gather of rows after the head of classes, which may hold branch points; returns the name of the logits [H, classes]."""
+    node = next(node for node in graph.node if LOGITS in node.output)
+    node.output[list(node.output).index(LOGITS)] = "edgezo/class_logits"
+    graph.node.append(helper.make_node("Gather", ["edgezo/class_logits", HIDDEN_ROWS], ["edgezo/head_logits"], axis=0))
+    return "edgezo/head_logits"
 
 
 def _set_outputs(graph: onnx.GraphProto, outputs: list[tuple[str, list[str | None]]]) -> None:

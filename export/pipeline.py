@@ -16,13 +16,14 @@ from edgezo.config import ALL_LINEAR, PREFIX_TOKENS
 from edgezo.errors import ConfigError, ExportError
 from edgezo.export.adapters import check_targets, find_targets
 from edgezo.export.decoder import Decoder
+from edgezo.export.encoder import parse_classes
 from edgezo.export.freeze import freeze
 from edgezo.export.graphs import attach_weights, generation_graph, scoring_graph, unconnected
 from edgezo.export.prefix import check_tokens, fill_prefix, prefix_weight
 from edgezo.export.source import Source, load_source, save_tokenizer
 from edgezo.export.verify import probe_logits, verify
 from edgezo.export.weights import matching, plan_tensors, refuse_non_finite, tunable_pattern, write_weights
-from edgezo.manifest import Manifest, StoredFile, TokenizerFacts, Verification
+from edgezo.manifest import FAMILY_WORDS, Manifest, StoredFile, TokenizerFacts, Verification
 from edgezo.quantization import Precision
 from edgezo.storage import directory_in_the_making, refuse_existing, sha256_file
 
@@ -49,10 +50,11 @@ def export_model(
     targets: str = ALL_LINEAR,
     tokens: int = PREFIX_TOKENS,
     weights: str = "fp32",
+    classes: str | None = None,
     revision: str | None = None,
     progress: Progress = lambda stage: None,
 ) -> ExportResult:
-    """Export a decoder-only causal language model to an edge model directory and check it against its source.
+    """Export a causal or masked language model, or an encoder classifier, to an edge model directory and check it against its source.
 
     Args:
         model: hub id, Hugging Face folder, .gguf file, or folder with an optimum-style model.onnx.
@@ -62,6 +64,7 @@ def export_model(
         targets: of LoRA: "all-linear", names as "q_proj,v_proj", or a regular expression over module names.
         tokens: of a prefix.
         weights: how frozen linear weights and the token embedding are stored.
+        classes: how many classes, or their names, of a new head on an encoder; or other names for those of its own head.
         revision: hub revision.
         progress: called with the name of each stage as it begins.
 
@@ -78,8 +81,14 @@ def export_model(
     if adapter not in {None, "lora", "prefix"}:
         option, tunable, adapter = "--adapter (neither lora nor prefix, so weights in place)", str(adapter), None
     progress(f"loading and tracing {Path(model).name if Path(model).exists() else model}")
-    source = load_source(model, revision)
+    source = load_source(model, revision, parse_classes(classes))
     decoder = source.decoder
+    if source.new_weights:
+        progress(f"making a new head of {len(source.classes)} classes: {', '.join(source.new_weights)}")
+    if adapter == "prefix" and decoder.family != "causal":
+        raise ConfigError(
+            f"--adapter prefix: a prefix is put before the text of a causal model, {model} is {FAMILY_WORDS[decoder.family]}; use --adapter lora"
+        )
     refuse_non_finite(decoder.weights.values())
     origin = source.origin.model_copy(update={"weights_sha256": _weights_sha256(decoder)})
     chosen = set() if adapter is not None else matching(decoder.weights.values(), tunable, option)
@@ -100,19 +109,22 @@ def export_model(
         with directory_in_the_making(output) as folder:
             progress("building the graphs")
             scoring_model, scoring = scoring_graph(decoder, described)
-            generation_model, generation = generation_graph(decoder, described)
+            graphs = [(scoring_model, scoring)]
+            if decoder.family == "causal":
+                graphs.append(generation_graph(decoder, described))
+            generation = graphs[1][1] if len(graphs) > 1 else None
             tensors = plan_tensors(decoder.weights.values(), chosen)
             dead = unconnected(scoring_model, [tensor.name for tensor in tensors if tensor.tunable])
             if dead:
                 raise ExportError(
                     f"{model}: {len(dead)} tunable weights do not reach the scores: {', '.join(dead[:3])}; leave them out with --tunable"
                 )
-            for proto, graph in ((scoring_model, scoring), (generation_model, generation)):
+            for proto, graph in graphs:
                 attach_weights(proto, tensors, decoder.parts)
                 onnx.save(proto, folder / graph.file)
             progress(f"writing {sum(tensor.nbytes for tensor in tensors) / 1e6:,.0f} MB of weights")
             files = write_weights(folder, tensors, decoder.weights)
-            if adapter == "prefix":
+            if adapter == "prefix" and generation is not None:
                 prefix = prefix_weight(decoder, tokens)
                 fill_prefix(prefix, folder / generation.file, source, generation.inputs)
                 (planned,) = plan_tensors([prefix], {prefix.name})
@@ -135,6 +147,8 @@ def export_model(
                 weights=precision,
                 adapter=described,
                 config=CONFIG_FILE,
+                classes=source.classes,
+                new_weights=source.new_weights,
                 verification=checked,
                 files=files,
             )
@@ -185,11 +199,13 @@ def _tokenizer_facts(source: Source, template: str | None, special: dict[str, st
 
     eos = known([tokenizer.eos_token_id, *source.generation_eos])
     bos = known([tokenizer.bos_token_id])
+    mask = known([tokenizer.mask_token_id]) if source.origin.family == "masked" else []
     return TokenizerFacts(
         file="tokenizer.json",
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=eos,
         pad_token_id=known([tokenizer.pad_token_id, *eos, 0])[0],
+        mask_token_id=mask[0] if mask else None,
         special_tokens=special,
         chat_template=template,
     )

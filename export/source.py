@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgezo.errors import ConfigError, ExportError, first_line
-from edgezo.export.decoder import Decoder
+from edgezo.export.decoder import EXPORTED, Decoder
+from edgezo.export.encoder import Network, family_of, fix_token_types, load_encoder, usable_context
 from edgezo.export.quiet import quiet
 from edgezo.manifest import Origin
 
@@ -20,9 +21,10 @@ Logits = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
 
 @dataclass
 class Source:
-    """A loaded source: the decoder to convert and the reference to check the result against.
+    """A loaded source: the traced model to convert and the reference to check the result against.
 
-    `logits(tokens)` runs the source on int64 [batch, sequence] without padding and returns float32 [batch, sequence, vocabulary].
+    `logits(tokens)` runs the source on int64 [batch, sequence] without padding and returns float32 [batch, sequence, vocabulary], of a
+    classifier [batch, 1, classes]. `new_weights` are those of a head that its files lack.
     `shares_weights` says that it reads the decoder's own arrays, so that a change of these is a change of the source.
     """
 
@@ -33,13 +35,15 @@ class Source:
     config: Any
     generation_eos: list[int] = field(default_factory=list)
     shares_weights: bool = False
+    classes: list[str] = field(default_factory=list)
+    new_weights: list[str] = field(default_factory=list)
 
 
-def load_source(model: str, revision: str | None = None) -> Source:
-    """Load MODEL.
+def load_source(model: str, revision: str | None = None, classes: list[str] | None = None) -> Source:
+    """Load MODEL; `classes` are the names of a head of classes, made new where the model has none.
 
     Raises:
-        ExportError: it does not exist, cannot be read, or is no decoder-only causal language model.
+        ExportError: it does not exist, cannot be read, or is neither a decoder-only causal language model nor an encoder.
     """
     path = Path(model).expanduser()
     if revision is not None and path.exists():
@@ -49,23 +53,27 @@ def load_source(model: str, revision: str | None = None) -> Source:
             raise ExportError(
                 f"{model}: a file that is not .gguf; give a .gguf file, a Hugging Face folder, a folder with model.onnx, or a hub id"
             )
-        return _from_torch(str(path.parent.resolve()), model, {"gguf_file": path.name}, None)
+        return _from_torch(str(path.parent.resolve()), model, {"gguf_file": path.name}, None, classes)
     if path.is_dir():
         if (path / "model.onnx").is_file():
             from edgezo.export.onnx_folder import load_onnx_folder
 
+            if classes is not None:
+                raise ConfigError(
+                    f"--classes: {model} is a model.onnx, which has its head already; leave it out, or give the Hugging Face folder"
+                )
             return load_onnx_folder(path)
         if not (path / "config.json").is_file():
             raise ExportError(f"{model}: a folder with neither config.json nor model.onnx; it is no Hugging Face or optimum model")
-        return _from_torch(str(path), model, {}, None)
+        return _from_torch(str(path), model, {}, None, classes)
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith((".gguf", ".onnx")):
         raise ExportError(f"{model}: no such file or folder")
-    return _from_torch(model, model, {}, revision)
+    return _from_torch(model, model, {}, revision, classes)
 
 
-def _from_torch(location: str, shown: str, keywords: dict[str, Any], revision: str | None) -> Source:
+def _from_torch(location: str, shown: str, keywords: dict[str, Any], revision: str | None, classes: list[str] | None) -> Source:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from edgezo.export.trace import trace_decoder
 
@@ -80,38 +88,63 @@ def _from_torch(location: str, shown: str, keywords: dict[str, Any], revision: s
             ) from error
         raise ExportError(f"{shown}: transformers cannot read it: {first_line(error)}; download or convert it again") from error
     if getattr(config, "is_encoder_decoder", False):
-        raise ExportError(f"{shown}: {config.model_type} is an encoder-decoder; edgezo exports decoder-only causal models")
+        raise ExportError(f"{shown}: {config.model_type} is an encoder-decoder; edgezo exports {EXPORTED}")
+    family = family_of(config, classes, shown)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(location, use_fast=True, **where)
     except Exception as error:
         reason = f"its tokenizer (tokenizer.json beside the weights) cannot be loaded: {first_line(error)}"
         raise ExportError(f"{shown}: transformers cannot use it: {reason}") from error
-    try:
-        with quiet():
-            network = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32, low_cpu_mem_usage=True, **where).eval()
-    except Exception as error:
-        raise ExportError(f"{shown}: transformers cannot load it: {first_line(error)}") from error
+    loaded = _load_causal(location, shown, where) if family == "causal" else load_encoder(location, shown, config, family, classes, where)
+    network = loaded.model
     if not tokenizer.is_fast:
         raise ExportError(f"{shown}: its tokenizer has no fast version (tokenizer.json), which the device needs")
     if "gguf_file" in keywords:
         _mend_gguf_tokenizer(tokenizer, Path(location) / keywords["gguf_file"])
-    decoder = trace_decoder(network)
+    if family == "masked" and tokenizer.mask_token_id is None:
+        raise ExportError(f"{shown}: its tokenizer has no mask token, which a masked language model needs; download the tokenizer again")
+    decoder = trace_decoder(network, family)
+    fix_token_types(decoder)
     origin = Origin(
         id=_name_of(location, shown),
         revision=revision or getattr(config, "_commit_hash", None),
         license=_license(location, keywords.get("gguf_file")),
-        **sizes(network.config),
+        family=family,
+        **{**sizes(network.config), **({"context_length": room} if family != "causal" and (room := usable_context(network)) else {})},
     )
+    arguments = {"use_cache": False} if family == "causal" else {}
 
     def logits(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         with torch.no_grad():
-            result: npt.NDArray[np.float32] = network(torch.from_numpy(tokens), use_cache=False).logits.float().numpy()
-        return result
+            result: npt.NDArray[np.float32] = network(torch.from_numpy(tokens), **arguments).logits.float().numpy()
+        return result[:, None] if family == "classifier" else result
 
-    eos = getattr(network.generation_config, "eos_token_id", None)
+    eos = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
     eos_ids = eos if isinstance(eos, list) else [eos] if eos is not None else []
-    return Source(origin, decoder, logits, tokenizer, network.config, eos_ids, shares_weights=True)
+    return Source(
+        origin,
+        decoder,
+        logits,
+        tokenizer,
+        network.config,
+        eos_ids,
+        shares_weights=True,
+        classes=loaded.classes,
+        new_weights=loaded.new_weights,
+    )
+
+
+def _load_causal(location: str, shown: str, where: dict[str, Any]) -> Network:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32, low_cpu_mem_usage=True, **where)
+    except Exception as error:
+        raise ExportError(f"{shown}: transformers cannot load it: {first_line(error)}") from error
+    return Network(model.eval())
 
 
 def sizes(config: Any) -> dict[str, Any]:

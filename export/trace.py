@@ -14,22 +14,31 @@ import torch
 
 from edgezo.errors import ExportError, first_line
 from edgezo.export.attention import traced_attention
-from edgezo.export.decoder import Decoder, Weight
+from edgezo.export.decoder import EXPORTED, Decoder, Weight
 from edgezo.export.quiet import quiet
+from edgezo.manifest import Family
 
 OPSET = 17  # the newest that onnxruntime 1.18 (JetPack 6) runs with every operator used here
 
 
-def trace_decoder(model: Any) -> Decoder:
-    """Trace a causal language model with its KV cache through optimum's configuration for its architecture.
+TASKS: dict[Family, tuple[str, str]] = {  # of optimum, and in words
+    "causal": ("text-generation-with-past", "text generation"),
+    "masked": ("fill-mask", "masked language models"),
+    "classifier": ("text-classification", "text classification"),
+}
+
+
+def trace_decoder(model: Any, family: Family = "causal") -> Decoder:
+    """Trace a model, a causal one with its KV cache, through optimum's configuration for its architecture.
 
     Args:
         model: a `transformers` PreTrainedModel in float32 on the CPU, in evaluation mode.
+        family: what it computes: logits of next tokens, of all tokens, or of classes.
 
     Raises:
-        ExportError: optimum has no text-generation export for the architecture, or tracing failed.
+        ExportError: optimum does not export the architecture for this, or tracing failed.
     """
-    config = _onnx_config(model)
+    config = _onnx_config(model, family)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tied: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -57,15 +66,15 @@ def trace_decoder(model: Any) -> Decoder:
         raise ExportError(
             f"{model.config.model_type}: {len(lost)} parameters are missing from the traced graph ({', '.join(lost[:3])}); this architecture cannot be exported faithfully"
         )
-    return Decoder(graph, weights)
+    return Decoder(graph, weights, family=family)
 
 
-def _onnx_config(model: Any) -> Any:
-    """optimum's export configuration with past keys and values as inputs."""
+def _onnx_config(model: Any, family: Family) -> Any:
+    """optimum's export configuration, for a causal model with past keys and values as inputs."""
     import optimum.exporters.onnx.model_configs  # noqa: F401  registers the architectures
     from optimum.exporters.tasks import TasksManager
 
-    task = "text-generation-with-past"
+    task, words = TASKS[family]
     model_type = model.config.model_type
     try:
         supported = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
@@ -73,10 +82,9 @@ def _onnx_config(model: Any) -> Any:
             raise KeyError(task)
         constructor = TasksManager.get_exporter_config_constructor(exporter="onnx", model=model, task=task, library_name="transformers")
     except (KeyError, ValueError):
-        raise ExportError(
-            f"{model_type}: not an architecture that optimum exports for text generation; edgezo exports decoder-only causal models"
-        ) from None
-    return constructor(model.config, use_past=True, use_past_in_inputs=True)
+        raise ExportError(f"{model_type}: not an architecture that optimum exports for {words}; edgezo exports {EXPORTED}") from None
+    past = {"use_past": True, "use_past_in_inputs": True} if family == "causal" else {}
+    return constructor(model.config, **past)
 
 
 def _trace(model: Any, config: Any) -> tuple[onnx.ModelProto, list[str]]:

@@ -1,6 +1,7 @@
 """The check every export ends with: the edge model against its source, through plain onnxruntime."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -8,7 +9,7 @@ import onnxruntime
 
 from edgezo.errors import ExportError, first_line
 from edgezo.export.source import Source
-from edgezo.manifest import Graph, Verification
+from edgezo.manifest import Family, Graph, Verification
 
 LOG_PROB_TOLERANCE = 2e-3
 GREEDY_TOKENS = 16
@@ -16,17 +17,27 @@ PROBES = ("The quick brown fox jumps over the lazy dog, and then it", "Question:
 
 
 Logits = list[npt.NDArray[np.float32]]
+Integers = npt.NDArray[np.int64]
+
+
+class Probe(NamedTuple):
+    """Token ids to run, int64 [tokens], and what is scored of them: pairs of a row of the logits and a target, int64 [pairs] both."""
+
+    tokens: Integers
+    positions: Integers
+    targets: Integers
 
 
 def probe_logits(source: Source) -> Logits:
-    """The source's logits on the probes, float32 [tokens, vocabulary] each."""
-    return [source.logits(tokens[None])[0] for tokens in _probes(source)]
+    """The source's logits on the probes, float32 [tokens, vocabulary] each; of a classifier [1, classes]."""
+    return [source.logits(probe.tokens[None])[0] for probe in _probes(source)]
 
 
-def verify(directory: Path, scoring: Graph, generation: Graph, source: Source, unquantized: Logits | None = None) -> Verification:
+def verify(directory: Path, scoring: Graph, generation: Graph | None, source: Source, unquantized: Logits | None = None) -> Verification:
     """Score and generate with the files in `directory` and compare with the source.
 
     Args:
+        generation: None where there is no such graph.
         unquantized: `probe_logits` before the weights were quantised, to tell what that changed.
 
     Raises:
@@ -34,38 +45,58 @@ def verify(directory: Path, scoring: Graph, generation: Graph, source: Source, u
     """
     probes = _probes(source)
     logits = probe_logits(source)
-    difference = _largest_difference(
-        _score(directory, scoring, probes), [_log_probs(own, tokens) for own, tokens in zip(logits, probes, strict=True)]
-    )
+    own = [_log_probs(values, probe) for values, probe in zip(logits, probes, strict=True)]
+    difference = _largest_difference(_score(directory, scoring, probes, source.decoder.family), own)
     if not difference <= LOG_PROB_TOLERANCE:
         raise ExportError(
             f"{source.origin.id}: log-probabilities of the edge model differ from the source by up to {difference:.2e}, allowed are {LOG_PROB_TOLERANCE:.0e}; this architecture cannot be exported faithfully"
         )
-    longest = max(probes, key=len)
+    before = [_log_probs(values, probe) for values, probe in zip(unquantized, probes, strict=True)] if unquantized else own
+    return Verification(
+        largest_log_prob_difference=difference,
+        greedy_tokens_equal=_equal_greedy_tokens(directory, generation, source, probes) if generation is not None else None,
+        onnxruntime=onnxruntime.__version__,
+        quantization_loss_change=_loss_change(before, own, source.decoder.family) if unquantized else None,
+    )
+
+
+def _loss_change(before: list[npt.NDArray[np.float64]], after: list[npt.NDArray[np.float64]], family: Family) -> float:
+    """Nats a token of the probes; of a classifier nats a probe, at the class that was the likeliest."""
+    if family == "classifier":
+        return float(np.mean([old.max() - new[old.argmax()] for old, new in zip(before, after, strict=True)]))
+    return float(np.concatenate(before).mean() - np.concatenate(after).mean())
+
+
+def _probes(source: Source) -> list[Probe]:
+    """Token sequences of unequal length, so that padding is checked too; every next token, every third masked token, or every class."""
+    family = source.decoder.family
+    limit = min(48, source.origin.context_length - GREEDY_TOKENS)
+    probes = []
+    for text in PROBES:
+        tokens = [token for token in source.tokenizer(text)["input_ids"] if token < source.origin.vocab_size] or [0]
+        ids = np.array((tokens * 2)[: max(2, limit)] if len(tokens) < 2 else tokens[: max(2, limit)], np.int64)
+        if family == "causal":
+            probes.append(Probe(ids, np.arange(len(ids) - 1), ids[1:]))
+        elif family == "masked":
+            places = np.arange(1, len(ids), 3)
+            masked = ids.copy()
+            masked[places] = source.tokenizer.mask_token_id
+            probes.append(Probe(masked, places, ids[places]))
+        else:
+            classes = np.arange(len(source.classes))
+            probes.append(Probe(ids, np.zeros_like(classes), classes))
+    return probes
+
+
+def _equal_greedy_tokens(directory: Path, generation: Graph, source: Source, probes: list[Probe]) -> int:
+    longest = max((probe.tokens for probe in probes), key=len)
     expected, found = _greedy_source(source, longest), _greedy_edge(directory, generation, longest)
     if expected != found:
         equal = next(i for i, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1])
         raise ExportError(
             f"{source.origin.id}: greedy generation differs from the source after {equal} of {GREEDY_TOKENS} tokens; this architecture cannot be exported faithfully"
         )
-    own = [_log_probs(values, tokens) for values, tokens in zip(logits, probes, strict=True)]
-    before = [_log_probs(values, tokens) for values, tokens in zip(unquantized, probes, strict=True)] if unquantized else own
-    return Verification(
-        largest_log_prob_difference=difference,
-        greedy_tokens_equal=len(found),
-        onnxruntime=onnxruntime.__version__,
-        quantization_loss_change=float(np.concatenate(before).mean() - np.concatenate(own).mean()) if unquantized else None,
-    )
-
-
-def _probes(source: Source) -> list[npt.NDArray[np.int64]]:
-    """Token sequences of unequal length, so that padding is checked too."""
-    limit = min(48, source.origin.context_length - GREEDY_TOKENS)
-    probes = []
-    for text in PROBES:
-        tokens = [token for token in source.tokenizer(text)["input_ids"] if token < source.origin.vocab_size] or [0]
-        probes.append(np.array((tokens * 2)[: max(2, limit)] if len(tokens) < 2 else tokens[: max(2, limit)], np.int64))
-    return probes
+    return len(found)
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
@@ -80,31 +111,32 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
         ) from error
 
 
-def _score(directory: Path, graph: Graph, probes: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
-    """Log-probability of every next token of right-padded probes, through the scoring graph."""
+def _score(directory: Path, graph: Graph, probes: list[Probe], family: Family) -> list[npt.NDArray[np.float64]]:
+    """Log-probability of every target of right-padded probes, through the scoring graph."""
     session = _session(directory / graph.file)
-    width = max(len(tokens) for tokens in probes)
+    width = max(len(probe.tokens) for probe in probes)
     ids, mask = np.zeros((len(probes), width), np.int64), np.zeros((len(probes), width), np.int64)
-    for row, tokens in enumerate(probes):
+    for row, (tokens, _, _) in enumerate(probes):
         ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
-    rows = np.concatenate([row * width + np.arange(len(tokens) - 1, dtype=np.int64) for row, tokens in enumerate(probes)])
+    stride = 1 if family == "classifier" else width
+    rows = np.concatenate([row * stride + probe.positions for row, probe in enumerate(probes)])
     feeds = {
         "input_ids": ids,
         "attention_mask": mask,
         "position_ids": np.tile(np.arange(width, dtype=np.int64), (len(probes), 1)),
         "hidden_rows": rows,
         "pair_rows": np.arange(len(rows), dtype=np.int64),
-        "pair_targets": np.concatenate([tokens[1:] for tokens in probes]),
+        "pair_targets": np.concatenate([probe.targets for probe in probes]),
     }
     result = session.run(["log_probs"], {name: feeds[name] for name in graph.inputs})[0]
-    return np.split(np.asarray(result, np.float64), np.cumsum([len(tokens) - 1 for tokens in probes])[:-1])
+    return np.split(np.asarray(result, np.float64), np.cumsum([len(probe.targets) for probe in probes])[:-1])
 
 
-def _log_probs(logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    wide = logits[:-1].astype(np.float64)
+def _log_probs(logits: npt.NDArray[np.float32], probe: Probe) -> npt.NDArray[np.float64]:
+    wide = logits[probe.positions].astype(np.float64)
     top = wide.max(axis=-1, keepdims=True)
     lse = (top + np.log(np.exp(wide - top).sum(axis=-1, keepdims=True)))[:, 0]
-    result: npt.NDArray[np.float64] = wide[np.arange(len(tokens) - 1), tokens[1:]] - lse
+    result: npt.NDArray[np.float64] = wide[np.arange(len(wide)), probe.targets] - lse
     return result
 
 
@@ -113,14 +145,14 @@ def _largest_difference(found: list[npt.NDArray[np.float64]], expected: list[npt
     return float(differences.max())
 
 
-def _greedy_source(source: Source, prompt: npt.NDArray[np.int64]) -> list[int]:
+def _greedy_source(source: Source, prompt: Integers) -> list[int]:
     tokens = prompt
     for _ in range(GREEDY_TOKENS):
         tokens = np.append(tokens, source.logits(tokens[None])[0, -1].argmax())
     return [int(token) for token in tokens[len(prompt) :]]
 
 
-def _greedy_edge(directory: Path, graph: Graph, prompt: npt.NDArray[np.int64]) -> list[int]:
+def _greedy_edge(directory: Path, graph: Graph, prompt: Integers) -> list[int]:
     """Greedy tokens through the KV cache of the generation graph."""
     session = _session(directory / graph.file)
     past = {state.input: np.zeros((1, state.heads, 0, state.head_dim), np.float32) for state in graph.past}

@@ -12,9 +12,9 @@ from edgezo.errors import ConfigError, ExportError
 from edgezo.export.decoder import Weight
 from edgezo.manifest import ALIGNMENT, ITEM_BYTES, StoredFile, Tensor
 
-NORMS = r"norm|\bln_"  # layer norms are named input_layernorm, q_norm, ln_1, final_layer_norm
+NORMS = r"(?i:norm)|\bln_"  # layer norms are named input_layernorm, q_norm, ln_1, final_layer_norm, LayerNorm
 TUNABLE_FILE, FROZEN_FILE = "tunable.bin", "frozen.bin"
-LAYER = re.compile(r"\.(?:layers|h|blocks|layer)\.(\d+)\.")
+LAYER = re.compile(r"\.(?:layers|h|blocks|layer|albert_layers)\.(\d+)\.")
 
 
 def plan_tensors(weights: Iterable[Weight], chosen: set[str]) -> list[Tensor]:

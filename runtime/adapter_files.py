@@ -119,7 +119,9 @@ def write_peft(adapter: Lora | Prefix, manifest: Manifest, folder: Path) -> None
         manifest: of the edge model it was tuned on.
         folder: an existing, empty directory.
     """
-    common = {"base_model_name_or_path": manifest.origin.id, "revision": None, "task_type": "CAUSAL_LM", "inference_mode": True}
+    # without a task PEFT leaves the rest of a model as it is; that of classifiers would put a copy of the head in place of its target
+    task = "CAUSAL_LM" if manifest.origin.family == "causal" else None
+    common = {"base_model_name_or_path": manifest.origin.id, "revision": None, "task_type": task, "inference_mode": True}
     if isinstance(adapter, Prefix):
         layers, _, heads, tokens, head_dim = adapter.array.shape
         # PEFT keeps [tokens, layers * 2, heads, head_dim]

@@ -85,7 +85,7 @@ def _answer(model: EdgeModel, prompts: list[list[int]], max_tokens: int, stop: s
 
 def _start(model: EdgeModel, rows: int) -> tuple[dict[str, Array], dict[str, Array]]:
     """Feeds of an adapter, and the first keys and values: none, or a prefix for every row."""
-    past, adapter = model.manifest.generation.past, model.adapter
+    past, adapter = model.generation_facts.past, model.adapter
     if isinstance(adapter, Prefix):
         own = zip([state.input for state in past], adapter.past(), strict=True)
         return {}, {name: np.repeat(array, rows, axis=0) for name, array in own}
@@ -102,7 +102,7 @@ def _forward(
     fed: dict[str, Array],
 ) -> tuple[npt.NDArray[np.float32], dict[str, Array]]:
     """Logits [rows, vocabulary] after the last token of every row, and the grown cache."""
-    graph, (rows, count) = model.manifest.generation, new.shape
+    graph, (rows, count) = model.generation_facts, new.shape
     last = np.arange(rows, dtype=np.int64) * count + count - 1
     feeds = {"input_ids": new, "attention_mask": mask, "position_ids": positions, "hidden_rows": last}
     outputs = ["logits", *(state.output for state in graph.past)]

@@ -7,10 +7,11 @@ from edgezo.config import TuneConfig
 from edgezo.errors import DataError
 from edgezo.runtime.data import Row, read_rows
 from edgezo.runtime.examples import Example, Examples, make_examples
+from edgezo.runtime.masked import ModelFacts
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import add_references
 from edgezo.runtime.order import DataOrder
-from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.scoring import Sequences, forward_tokens
 from edgezo.runtime.tasks import Task, find_task
 
 
@@ -42,7 +43,7 @@ def read_dataset(model: EdgeModel, config: TuneConfig, notice: Callable[[str], N
         DataError: a file, row, template or label cannot be used.
     """
     rows = read_rows(config.data)
-    task = task_of(rows, config)
+    task = task_of(rows, config, ModelFacts.of(model.manifest))
     if task.labels:  # they are the run's from now on: another file may lack one
         config = config.model_copy(update={"labels": dict(task.labels)})
     limit = row_limit(model, config)
@@ -65,14 +66,14 @@ def read_dataset(model: EdgeModel, config: TuneConfig, notice: Callable[[str], N
     return Dataset(config, task, train, make("validation", [chosen[int(i * spread)] for i in range(min(len(chosen), config.eval_rows))]))
 
 
-def task_of(rows: Sequence[Row], config: TuneConfig) -> Task:
-    """How a configuration reads rows.
+def task_of(rows: Sequence[Row], config: TuneConfig, model: ModelFacts) -> Task:
+    """How a configuration reads rows for a model.
 
     Raises:
         DataError: it does not fit their fields.
     """
     names = ("choices", "answer_field", "replace", "stop", "calibrate")
-    return find_task(rows, config.template, config.labels, config.label_field, **{name: getattr(config, name) for name in names})
+    return find_task(rows, config.template, config.labels, config.label_field, model, **{name: getattr(config, name) for name in names})
 
 
 def row_limit(model: EdgeModel, config: TuneConfig) -> int:
@@ -81,4 +82,4 @@ def row_limit(model: EdgeModel, config: TuneConfig) -> int:
 
 
 def _length(example: Example) -> int:
-    return max(len(prompt) + len(completion) for prompt, completion in example.pairs)
+    return max(forward_tokens(pair) for pair in example.pairs)

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from edgezo.errors import DataError
 from edgezo.runtime.data import Row
-from edgezo.runtime.scoring import Pair
-from edgezo.runtime.tasks import Task, label_of, text_of
+from edgezo.runtime.masked import class_candidates, mask_place, masked_candidates
+from edgezo.runtime.scoring import Candidate, Classified, Masked, Pair
+from edgezo.runtime.tasks import Task, fill_parts, label_of, text_of
 from edgezo.runtime.tasks import fill as fill_template
 from edgezo.runtime.text import TextCodec, TextError
 
@@ -26,7 +27,7 @@ class Example(NamedTuple):
     reference: log-probabilities of the candidates under the model that a preference is relative to, in nats.
     """
 
-    pairs: list[Pair]
+    pairs: Sequence[Candidate]
     gold: int
     fields: Mapping[str, Any] = MappingProxyType({})
     answers: tuple[str, ...] = ()
@@ -60,12 +61,14 @@ def make_examples(rows: Sequence[Row], task: Task, text: TextCodec, max_length: 
     return Examples(examples, truncated)
 
 
-def make_candidates(row: Row, task: Task, text: TextCodec, max_length: int) -> tuple[list[Pair], bool]:
-    """The (prompt, completion) pairs of one row, and whether they were cut to fit. Classification: one for every label word.
+def make_candidates(row: Row, task: Task, text: TextCodec, max_length: int) -> tuple[Sequence[Candidate], bool]:
+    """The candidates of one row, and whether they were cut to fit. Classification: one for every label word.
 
     Raises:
         DataError: the row lacks a field, or its completion does not fit (file and line).
     """
+    if task.family != "causal":
+        return _encoder_candidates(row, task, text, max_length)
     try:
         pairs = _pairs(row, task, text)
     except TextError as error:
@@ -73,6 +76,16 @@ def make_candidates(row: Row, task: Task, text: TextCodec, max_length: int) -> t
     longest = max(len(completion) for _, completion in pairs)  # candidates are compared after the same prompt
     kept = [_fit(pair, longest, row, task, text, max_length) for pair in pairs]
     return kept, any(len(new[0]) + len(new[1]) < len(old[0]) + len(old[1]) for new, old in zip(kept, pairs, strict=True))
+
+
+def _encoder_candidates(row: Row, task: Task, text: TextCodec, max_length: int) -> tuple[Sequence[Masked] | Sequence[Classified], bool]:
+    filled = fill_parts(task.template, row, task.replace, task.family)
+    try:
+        if task.family == "classifier":
+            return class_candidates(filled[0], len(task.labels), text, max_length)
+        return masked_candidates(filled, task.words, mask_place(task.template), text, max_length)
+    except TextError as error:
+        raise DataError(f"{row.place}: {error}") from None
 
 
 def _pairs(row: Row, task: Task, text: TextCodec) -> list[Pair]:

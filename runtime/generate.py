@@ -78,7 +78,7 @@ def generate(
     """
     if sampling is not None:
         check_sampling(sampling)
-    facts, graph, context = model.manifest.tokenizer, model.manifest.generation, model.context
+    facts, graph, context = model.manifest.tokenizer, model.generation_facts, model.context
     tokens = model.text.encode(prompt, special) or ([facts.bos_token_id] if facts.bos_token_id is not None else [])
     if not tokens:
         raise DataError("the prompt is empty and this model has no beginning-of-text token; give some text")

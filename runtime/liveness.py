@@ -7,7 +7,7 @@ keep its old value and break the equality. The cost is one more session and thre
 What the proof cannot tell is a tensor whose changes reach the scores multiplied by nothing but zero: both sessions agree on it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -127,9 +127,18 @@ class _LoraProbe:
             target, kind = divmod(number, 2)
             rows[B_ROWS if kind else A_ROWS][(copy, 0, 0, target) if kind else (copy, 0, target, 0)] = 2**-4
         # drawn, since a layer norm leaves nothing of what is alike in all features
-        signs = {name: np.tile(noise.signs(PROBE, noise.tensor_id(name), sum(sizes)), (copies, 1)) for name, sizes in (
+        signs = {name: np.tile(_mixed_signs(name, sizes), (copies, 1)) for name, sizes in (
             (A_SIGNS, self.lora.layouts["lora_A"].rows), (B_SIGNS, self.lora.layouts["lora_B"].columns))}  # fmt: skip
         return {**self.lora.feeds(), **rows, **signs}
+
+
+def _mixed_signs(name: str, sizes: Sequence[int]) -> Array:
+    """Drawn signs of every target, none with one sign alone: logits of two classes that move together are the same scores."""
+    signs: Array = noise.signs(PROBE, noise.tensor_id(name), sum(sizes)).copy()
+    for part in np.split(signs, np.cumsum(sizes)[:-1]):
+        if abs(int(part.sum())) == len(part):
+            part[-1] *= -1
+    return signs
 
 
 class _PrefixProbe:
@@ -183,20 +192,23 @@ def _scores(session: Session, feeds: dict[str, Array]) -> Array:
 def _probe_feeds(model: EdgeModel, rows: int = 1) -> dict[str, Array]:
     """A short row of spread-out tokens, a few targets at every position; repeated, it is half as long and has targets at its last half alone.
 
-    Else the copies of 420 tensors would take half of the seconds before the first step, and their logits would be the peak of a run.
+    Of a classifier every class is a target. Else the copies of 420 tensors would take half of the seconds before the first step, and their logits would be the peak of a run.
     """
     vocabulary, count = model.manifest.origin.vocab_size, PROBE_TOKENS if rows == 1 else PROBE_TOKENS // 2
+    classes = len(model.manifest.classes)
     positions = np.arange(count, dtype=np.int64)
     tokens = ((positions + 1) * (vocabulary // (count + 1) or 1)) % vocabulary
     targets = (tokens * 7 + 3) % vocabulary
     hidden = np.arange(rows * count, dtype=np.int64).reshape(rows, count)[:, 0 if rows == 1 else count // 2 :].ravel()
+    if classes:  # one row of logits a row of the batch
+        targets, hidden = np.arange(classes, dtype=np.int64), np.arange(rows, dtype=np.int64)
     before = model.adapter.prefix_tokens if model.adapter is not None else 0
     feeds = {
         "input_ids": np.tile(tokens, (rows, 1)),
         "attention_mask": np.ones((rows, before + count), np.int64),
         "position_ids": np.tile(before + positions, (rows, 1)),
         "hidden_rows": hidden,
-        "pair_rows": np.repeat(np.arange(len(hidden), dtype=np.int64), count),
+        "pair_rows": np.repeat(np.arange(len(hidden), dtype=np.int64), len(targets)),
         "pair_targets": np.tile(targets, len(hidden)),
     }
     return {name: feeds[name] for name in model.manifest.scoring.inputs}

@@ -8,7 +8,7 @@ from edgezo.runtime.examples import Example
 from edgezo.runtime.machine import peak_bytes
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
-from edgezo.runtime.scoring import BATCH_TOKENS
+from edgezo.runtime.scoring import BATCH_TOKENS, forward_tokens
 from edgezo.runtime.smoothness import PROBE_STEP
 from edgezo.runtime.theta import Theta
 
@@ -97,7 +97,7 @@ def _peak_of(theta: Theta, rows: Sequence[Example], tokens: int) -> int:
 
 
 def _width(example: Example) -> int:
-    return max(len(prompt) + len(completion) - 1 for prompt, completion in example.pairs)
+    return max(forward_tokens(pair) for pair in example.pairs)
 
 
 def _mb(size: float) -> str:

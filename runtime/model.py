@@ -14,7 +14,7 @@ import onnxruntime
 from edgezo.adapters import PREFIX
 from edgezo.config import MAX_TOKENS, Sampling
 from edgezo.errors import ConfigError, DataError, EdgeModelError
-from edgezo.manifest import Graph, Manifest, StoredFile, Tensor, read_manifest, verify_file, verify_size
+from edgezo.manifest import FAMILY_WORDS, Graph, Manifest, StoredFile, Tensor, read_manifest, verify_file, verify_size
 from edgezo.runtime.device import find_device
 from edgezo.runtime.device_passes import DevicePasses
 from edgezo.runtime.device_session import DeviceSession
@@ -182,7 +182,21 @@ class EdgeModel:
     @cached_property
     def generation(self) -> Session:
         """The generation graph over the same weights; made at first use."""
-        return self._session(self.manifest.generation)
+        return self._session(self.generation_facts)
+
+    @property
+    def generation_facts(self) -> Graph:
+        """What the manifest says of the generation graph.
+
+        Raises:
+            ConfigError: there is none, the model is no causal one.
+        """
+        if self.manifest.generation is None:
+            use = "predict" if self.manifest.origin.family == "classifier" else "predict with a template that has {mask}"
+            raise ConfigError(
+                f"{self.directory}: is {FAMILY_WORDS[self.manifest.origin.family]}, which writes no text; use edgezo {use}, or export a causal model"
+            )
+        return self.manifest.generation
 
     def fresh_scoring(self) -> Session:
         """A new session of the scoring graph, loaded from the weights as they are now."""
@@ -204,10 +218,15 @@ class EdgeModel:
         """log p(completion | prompt) of each pair, summed over the completion's tokens, in nats; an empty completion has 0.
 
         Raises:
+            ConfigError: the model is no causal one.
             DataError: a prompt is empty and the model has no beginning-of-text token.
         """
         from edgezo.runtime.scoring import Sequences
 
+        if self.manifest.origin.family != "causal":
+            raise ConfigError(
+                f"{self.directory}: is {FAMILY_WORDS[self.manifest.origin.family]}, which continues no prompt; use edgezo predict"
+            )
         pairs = [self._pair(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         found = iter(Sequences(self).log_probs([pair for pair in pairs if pair[1]]))
         return [float(next(found).sum()) if pair[1] else 0.0 for pair in pairs]

@@ -29,7 +29,7 @@ from edgezo.runtime.batch_generate import generate_batch
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.examples import Example
 from edgezo.runtime.outcome import Outcome, load_reward
-from edgezo.runtime.scoring import Copies, Pair, Scores, Sequences
+from edgezo.runtime.scoring import Candidate, Copies, Scores, Sequences
 from edgezo.runtime.tasks import Kind, Task
 from edgezo.runtime.text_metrics import METRICS, best_of
 
@@ -105,7 +105,7 @@ class Objective:
         others = {"reward": self._reward(examples, scores, None)} if self.reward else {}
         return Evaluation(count, loss, float((predicted == gold).mean()), macro, others)
 
-    def _flat(self, name: str, examples: Sequence[Example]) -> list[Pair]:
+    def _flat(self, name: str, examples: Sequence[Example]) -> list[Candidate]:
         """The pairs that a loss needs, example after example."""
         return [pair for example in examples for pair in ([example.pairs[example.gold]] if name == "likelihood" else example.pairs)]
 

@@ -142,7 +142,7 @@ def held_out(train: Labelled, valid: Labelled | None, strength: float) -> Evalua
 
 def _read(sequences: Sequences, examples: Sequence[Example]) -> Labelled:
     """Candidates share their prompt up to a token that the label word may change: the shortest is what all share."""
-    prompts = [min((prompt for prompt, _ in example.pairs), key=len) for example in examples]
+    prompts = [min((candidate[0] for candidate in example.pairs), key=len) for example in examples]
     features = sequences.hidden_states(prompts)
     if not np.isfinite(features).all():
         raise NonFiniteLossError("the model gives no finite hidden states; export it again")

@@ -12,16 +12,44 @@ BATCH_TOKENS = 2048  # padded tokens of one forward; beyond it a forward gains n
 BATCH_LOGITS_BYTES = 1 << 28  # logits of one forward at most, float32 [hidden rows, vocabulary]
 
 Pair = tuple[list[int], list[int]]  # token ids of prompt and completion
+
+
+class Masked(NamedTuple):
+    """A token id at one position of a whole text."""
+
+    tokens: list[int]
+    position: int
+    target: int
+
+
+class Classified(NamedTuple):
+    """A class of a whole text."""
+
+    tokens: list[int]
+    target: int
+
+
+Candidate = Pair | Masked | Classified
 # feeds of the copies of some groups, in order, every side of each after the other
 Copies = Callable[[Sequence[int], Sequence[int]], dict[str, Array]]
 Scores = list[npt.NDArray[np.float64]]  # of each pair, [completion tokens], in nats
 
 
-class _Layout(NamedTuple):
-    """Where the log-probabilities of the pairs come from.
+def forward_tokens(candidate: Candidate) -> int:
+    """Tokens that a forward reads of a candidate; the last token of a completion is only a target."""
+    return len(candidate.tokens) if isinstance(candidate, Masked | Classified) else len(candidate[0]) + len(candidate[1]) - 1
 
-    sequences: token ids to run, without repeats. hidden: (sequence, position) of each hidden row.
-    scored: (hidden row, target id) of each completion token, pair after pair.
+
+def _scored_count(candidate: Candidate) -> int:
+    """How many log-probabilities a candidate has."""
+    return 1 if isinstance(candidate, Masked | Classified) else len(candidate[1])
+
+
+class _Layout(NamedTuple):
+    """Where the log-probabilities of the candidates come from.
+
+    sequences: token ids to run, without repeats. hidden: (sequence, position) of each hidden row; position 0 of a classifier's.
+    scored: (hidden row, target id) of each completion token, candidate after candidate.
     """
 
     sequences: list[tuple[int, ...]]
@@ -39,7 +67,7 @@ class _Tile(NamedTuple):
 
 
 class Sequences:
-    """Scores (prompt, completion) pairs with one edge model at its present weights and adapter.
+    """Scores candidates with one edge model at its present weights and adapter: completions of prompts, tokens at masks, or classes.
 
     Candidates of one prompt that are one token long share a forward row and a hidden state.
 
@@ -53,13 +81,14 @@ class Sequences:
         self.inputs = model.manifest.scoring.inputs
         self.pad = model.manifest.tokenizer.pad_token_id
         self.batch_tokens = batch_tokens
+        self.whole = model.manifest.origin.family == "classifier"  # hidden rows are rows of the batch
         self.batch_hidden = max(1, BATCH_LOGITS_BYTES // (4 * model.manifest.origin.vocab_size))
 
-    def log_probs(self, pairs: Sequence[Pair]) -> Scores:
+    def log_probs(self, pairs: Sequence[Candidate]) -> Scores:
         """log p of every completion token given all before it.
 
         Args:
-            pairs: prompt and completion token ids, neither empty.
+            pairs: prompt and completion token ids, neither empty; or what the family of the model has instead.
 
         Returns:
             For each pair float64 [completion tokens], in nats.
@@ -88,7 +117,7 @@ class Sequences:
                 found[row] = state
         return np.stack([found[row] for row, _ in layout.scored])
 
-    def stacked(self, groups: Sequence[Sequence[Pair]], sides: Sequence[int], copies: Copies) -> list[list[Scores]]:
+    def stacked(self, groups: Sequence[Sequence[Candidate]], sides: Sequence[int], copies: Copies) -> list[list[Scores]]:
         """Scores of every group of pairs under its own copies of the weights, as many copies in one forward as fit.
 
         Args:
@@ -101,7 +130,7 @@ class Sequences:
         """
         return self._run(groups, sides, copies, together=len(groups))
 
-    def _run(self, groups: Sequence[Sequence[Pair]], sides: Sequence[int], copies: Copies, together: int) -> list[list[Scores]]:
+    def _run(self, groups: Sequence[Sequence[Candidate]], sides: Sequence[int], copies: Copies, together: int) -> list[list[Scores]]:
         session = self.model.scoring  # made at first use, which checks the graph's inputs
         layouts = [_lay_out(pairs) for pairs in groups]
         scores = [np.empty((len(sides), len(layout.scored))) for layout in layouts]
@@ -114,7 +143,7 @@ class Sequences:
             for tile in chosen:
                 for side in range(len(sides)):
                     scores[tile.group][side, next(parts)] = next(found)
-        ends = [np.cumsum([len(completion) for _, completion in pairs])[:-1] for pairs in groups]
+        ends = [np.cumsum([_scored_count(pair) for pair in pairs])[:-1] for pairs in groups]
         return [[np.split(side, end) for side in group] for group, end in zip(scores, ends, strict=True)]
 
     def _tiles(self, group: int, layout: _Layout, sides: int) -> Iterator[_Tile]:
@@ -162,7 +191,7 @@ class Sequences:
         mask[..., 0] = 1  # a row that only fills up its group is one token long
         hidden_rows: list[npt.NDArray[np.int64]] = []
         pair_rows, pair_targets, wanted = [], [], []
-        count = 0
+        count, stride = 0, 1 if self.whole else width
         for index, tile in enumerate(tiles):
             layout = layouts[tile.group]
             place = {sequence: row for row, sequence in enumerate(tile.sequences)}
@@ -171,11 +200,11 @@ class Sequences:
                 ids[index, :, row, : len(tokens)], mask[index, :, row, : len(tokens)] = tokens, 1
             kept = {row: number for number, row in enumerate(tile.hidden)}
             scored = np.array([number for number, (row, _) in enumerate(layout.scored) if row in kept], np.int64)
-            flat = np.array([place[layout.hidden[row][0]] * width + layout.hidden[row][1] for row in tile.hidden], np.int64)
+            flat = np.array([place[layout.hidden[row][0]] * stride + layout.hidden[row][1] for row in tile.hidden], np.int64)
             own = np.array([kept[layout.scored[number][0]] for number in scored], np.int64)
             for side in range(sides):
                 pair_rows.append(own + count)
-                hidden_rows.append(flat + (index * sides + side) * rows * width)
+                hidden_rows.append(flat + (index * sides + side) * rows * stride)
                 pair_targets.append(np.array([layout.scored[number][1] for number in scored], np.int64))
                 wanted.append(scored)
                 count += len(flat)
@@ -192,11 +221,17 @@ class Sequences:
         return feeds, wanted
 
 
-def _lay_out(pairs: Sequence[Pair]) -> _Layout:
+def _lay_out(pairs: Sequence[Candidate]) -> _Layout:
     sequences: dict[tuple[int, ...], int] = {}
     hidden: dict[tuple[int, int], int] = {}
     scored = []
-    for prompt, completion in pairs:
+    for pair in pairs:
+        if isinstance(pair, Masked | Classified):
+            sequence = sequences.setdefault(tuple(pair.tokens), len(sequences))
+            place = (sequence, pair.position if isinstance(pair, Masked) else 0)
+            scored.append((hidden.setdefault(place, len(hidden)), pair.target))
+            continue
+        prompt, completion = pair
         sequence = sequences.setdefault((*prompt, *completion[:-1]), len(sequences))
         for index, target in enumerate(completion):
             scored.append((hidden.setdefault((sequence, len(prompt) - 1 + index), len(hidden)), target))

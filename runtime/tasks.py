@@ -6,7 +6,9 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from edgezo.errors import DataError
+from edgezo.manifest import Family
 from edgezo.runtime.data import Row
+from edgezo.runtime.masked import CAUSAL, MASK, ModelFacts, check_mask, check_unprompted, class_labels
 
 Kind = Literal["classification", "choice", "answer", "completion", "preference", "chat", "text"]
 NAMED_FIELDS: dict[Kind, set[str]] = {
@@ -29,6 +31,7 @@ class Task(NamedTuple):
     stop: ends an answer in place of the end-of-text token.
     calibrate: neutral prompt; the log-probability of a candidate after it is taken off its own (Zhao et al. 2021, arXiv 2102.09690;
         Holtzman et al. 2021, arXiv 2104.08315).
+    family: of the model that reads the rows.
     """
 
     kind: Kind
@@ -40,6 +43,7 @@ class Task(NamedTuple):
     replace: Mapping[str, Mapping[str, str]] = NO_REPLACEMENTS
     stop: str | None = None
     calibrate: str | None = None
+    family: Family = "causal"
 
     @property
     def words(self) -> list[str]:
@@ -61,6 +65,7 @@ def find_task(
     template: str | None,
     labels: Mapping[str, str] | None,
     label_field: str,
+    model: ModelFacts = CAUSAL,
     *,
     choices: Sequence[str] | None = None,
     answer_field: str | None = None,
@@ -73,7 +78,8 @@ def find_task(
     Args:
         rows: of the training file; when `labels` is None its label strings are the label words.
         template: such as '{sentence} It was', or None.
-        labels: label as written in the data to label word.
+        labels: label as written in the data to label word; for a classifier to class name.
+        model: what reads the rows.
         label_field, choices, answer_field, replace, stop, calibrate: as in `Task`.
 
     Raises:
@@ -84,9 +90,12 @@ def find_task(
         if field not in first.fields:
             raise DataError(f"replace: field {field!r} does not exist; {first.place} has {_names(first)}")
     for pattern in (*([template] if template is not None else []), *(choices or ())):
-        _check_template(pattern, first, "--template" if pattern == template else "--choices")
+        _check_template(pattern, first, "--template" if pattern == template else "--choices", model)
     given = Task("text", template or "", {}, label_field, tuple(choices or ()), answer_field or "answer", replace or {}, stop, calibrate)
-    task = _find_kind(rows, given, labels, answer_field is not None)
+    if model.family != "causal":
+        task = _classification(rows, given._replace(family=model.family), labels, model)
+    else:
+        task = _find_kind(rows, given, labels, answer_field is not None)
     if calibrate is not None and task.kind not in {"classification", "choice"}:
         raise DataError(f"--calibrate: compares candidates, and rows of kind {task.kind} have none; leave it out")
     if stop is not None and task.kind not in {"completion", "answer"}:
@@ -105,10 +114,7 @@ def _find_kind(rows: Sequence[Row], given: Task, labels: Mapping[str, str] | Non
     if labels is None and prompted and (asked_answer or (given.answer_field in fields and given.label_field not in fields)):
         return given._replace(kind="answer")
     if given.template:
-        words = labels or {word: word for word in sorted({_label_word(row, given.label_field) for row in rows})}
-        if len(words) < 2:
-            raise DataError(f"{first.place}: one label only ({', '.join(words)}); classification needs two")
-        return given._replace(kind="classification", labels=words)
+        return _classification(rows, given, labels, CAUSAL)
     if labels is not None:
         raise DataError("--labels needs a --template such as '{text} It was', which the label word continues")
     for kind, needed in NAMED_FIELDS.items():
@@ -119,6 +125,19 @@ def _find_kind(rows: Sequence[Row], given: Task, labels: Mapping[str, str] | Non
     raise DataError(
         f"{first.place}: fields {_names(first)} are neither prompt and completion, prompt and choices, prompt and answer, prompt, chosen and rejected, messages, nor text; for classification give --template '{{field}} ...' and --labels"
     )
+
+
+def _classification(rows: Sequence[Row], given: Task, labels: Mapping[str, str] | None, model: ModelFacts) -> Task:
+    first = rows[0]
+    if not given.template:
+        check_unprompted(model)
+    if model.family == "classifier":
+        found = label_of(first, given.label_field) if given.label_field in first.fields else None
+        return given._replace(kind="classification", labels=class_labels(labels, model.classes, found))
+    words = labels or {word: word for word in sorted({_label_word(row, given.label_field) for row in rows})}
+    if len(words) < 2:
+        raise DataError(f"{first.place}: one label only ({', '.join(words)}); classification needs two")
+    return given._replace(kind="classification", labels=words)
 
 
 def _label_word(row: Row, label_field: str) -> str:
@@ -142,40 +161,53 @@ def label_of(row: Row, label_field: str) -> str:
     return label
 
 
-def template_fields(template: str) -> list[str]:
-    """The names of the fields in a template, each once."""
-    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name is not None))
+def template_fields(template: str, model: ModelFacts = CAUSAL) -> list[str]:
+    """The names of the fields in a template, each once; {mask} is none of a masked language model's."""
+    names = dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name is not None)
+    return [name for name in names if model.family != "masked" or name != MASK]
 
 
-def _check_template(template: str, first: Row, option: str) -> None:
+def _check_template(template: str, first: Row, option: str, model: ModelFacts) -> None:
     try:
         fields = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise DataError(f"{option} {template!r}: {error}; write a brace of the text as {{{{ or }}}}") from None
-    if not fields and option == "--template":
-        raise DataError(f"{option} {template!r}: names no field; write for example '{{{next(iter(first.fields), 'text')}}} It was'")
+    if option == "--template":
+        check_mask(template, model.family, list(first.fields))
+    masked = [MASK] if model.family == "masked" else []
+    if len(fields) == len(masked) and option == "--template":
+        raise DataError(
+            f"{option} {template!r}: names no field; write for example '{{{next(iter(first.fields), 'text')}}} It was{' {mask} .' if masked else ''}'"
+        )
     for name, spec, conversion in fields:
         if spec or conversion:
             raise DataError(f"{option} {template!r}: field {name!r} has a format; fields are put in as they are, write {{{name}}}")
-        if name not in first.fields:
+        if name not in first.fields and name not in masked:
             raise DataError(f"{option} {template!r}: field {name!r} does not exist; {first.place} has {_names(first)}")
 
 
 def fill(template: str, row: Row, replace: Mapping[str, Mapping[str, str]] = NO_REPLACEMENTS) -> str:
-    """The template with a row's fields in it.
+    """The template with a row's fields in it."""
+    return fill_parts(template, row, replace)[0]
+
+
+def fill_parts(template: str, row: Row, replace: Mapping[str, Mapping[str, str]], family: Family = "causal") -> list[str]:
+    """The template with a row's fields in it, cut in two at the mask of a masked language model.
 
     Raises:
         DataError: a field is missing, empty or no text, or has a value without a replacement (file and line).
     """
-    parts = []
+    parts = [""]
     for literal, name, _, _ in string.Formatter().parse(template):
-        parts.append(literal)
-        if name is not None:
+        parts[-1] += literal
+        if name == MASK and family == "masked":
+            parts.append("")
+        elif name is not None:
             value = text_of(row, name)
             if name in replace and value not in replace[name]:
                 raise DataError(f"{row.place}: field {name!r} is {value!r}, replace has words for {', '.join(map(repr, replace[name]))}")
-            parts.append(replace[name][value] if name in replace else value)
-    return "".join(parts)
+            parts[-1] += replace[name][value] if name in replace else value
+    return parts
 
 
 def text_of(row: Row, name: str) -> str:

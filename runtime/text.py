@@ -58,6 +58,18 @@ class TextCodec:
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
+    def around(self, text: str) -> tuple[list[int], list[int], list[int]]:
+        """Token ids of `text`, between the special tokens that the model's tokenizer puts before and after it."""
+        alone, whole = self.encode(text, special=False), self.encode(text)
+        for first in range(len(whole) - len(alone) + 1):
+            if whole[first : first + len(alone)] == alone:
+                return whole[:first], alone, whole[first + len(alone) :]
+        raise TextError(f"{text[:40]!r}: this model's tokenizer reads it apart between special tokens; use another model")
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """Token ids as the vocabulary writes them."""
+        return [self._tokenizer.id_to_token(token) or str(token) for token in ids]
+
     def split(self, prompt: str, completion: str, special: bool = True) -> tuple[list[int], list[int]]:
         """Token ids of prompt and completion, encoded together so that a word at the seam has the tokens it has in running text."""
         whole = self.encode(prompt + completion, special)

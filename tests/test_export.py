@@ -21,6 +21,7 @@ from optimum.exporters.onnx import main_export
 
 from edgezo.errors import ConfigError, EdgezoError, ExportError
 from edgezo.export import export_model, verify
+from edgezo.export.decoder import EXPORTED
 from edgezo.manifest import Graph, Manifest, Tensor, read_manifest
 from edgezo.runtime.model import EdgeModel
 
@@ -559,7 +560,7 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
     config = transformers.T5Config(d_model=16, d_ff=16, d_kv=4, num_layers=1, num_heads=2, vocab_size=320)
     config.save_pretrained(tmp_path / "t5")
     message = refusal(tmp_path / "t5", tmp_path / "edge")
-    assert message == f"{tmp_path / 't5'}: t5 is an encoder-decoder; edgezo exports decoder-only causal models"
+    assert message == f"{tmp_path / 't5'}: t5 is an encoder-decoder; edgezo exports {EXPORTED}"
 
 
 @pytest.mark.parametrize("kind", ["bert", "mamba"])
@@ -569,7 +570,7 @@ def test_an_architecture_without_a_cache_of_keys_and_values_is_refused(tmp_path:
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
     tiny.make_tokenizer().save_pretrained(tmp_path / kind)
     message = refusal(tmp_path / kind, tmp_path / "edge")
-    assert message == f"{kind}: not an architecture that optimum exports for text generation; edgezo exports decoder-only causal models"
+    assert message == f"{kind}: not an architecture that optimum exports for text generation; edgezo exports {EXPORTED}"
 
 
 def test_a_folder_without_weights_is_refused(source_dir: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def inspect(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_the_undamaged_model_is_accepted(edge_dir: Path) -> None:
     model = EdgeModel(edge_dir, threads=1)
     assert len(model.weights) == 20
-    assert model.manifest.version == 2
+    assert model.manifest.version == 3
 
 
 def test_a_manifest_of_version_1_is_read(edge_dir: Path) -> None:
@@ -71,7 +71,8 @@ def test_a_manifest_of_version_1_is_read(edge_dir: Path) -> None:
     def older(raw: Raw) -> None:
         raw["version"] = 1
         for holder, *names in (
-            (raw, "weights", "adapter", "config"),
+            (raw, "weights", "adapter", "config", "classes", "new_weights"),
+            (raw["tokenizer"], "mask_token_id"),
             (raw["origin"], "weights_sha256"),
             (raw["verification"], "quantization_loss_change"),
             (raw["files"], "config.json"),
@@ -84,6 +85,20 @@ def test_a_manifest_of_version_1_is_read(edge_dir: Path) -> None:
     (edge_dir / "config.json").unlink()
     model = EdgeModel(edge_dir, threads=1)
     assert (model.manifest.version, model.manifest.weights, model.manifest.adapter, model.adapter) == (1, "fp32", None, None)
+    assert model.log_probs(["the film"], [" is great"]) == expected
+
+
+def test_a_manifest_of_version_2_is_read(edge_dir: Path) -> None:
+    """Without the fields that came with version 3."""
+    expected = EdgeModel(edge_dir, threads=1).log_probs(["the film"], [" is great"])
+
+    def older(raw: Raw) -> None:
+        raw["version"] = 2
+        del raw["classes"], raw["new_weights"], raw["tokenizer"]["mask_token_id"]
+
+    edit(edge_dir, older)
+    model = EdgeModel(edge_dir, threads=1)
+    assert (model.manifest.version, model.manifest.origin.family, model.manifest.classes) == (2, "causal", [])
     assert model.log_probs(["the film"], [" is great"]) == expected
 
 
@@ -125,10 +140,10 @@ def test_json_of_another_format_is_refused(edge_dir: Path, data: str) -> None:
     assert refusal(edge_dir) == "/manifest.json: not an edge model manifest (format is not 'edgezo-edge-model')"
 
 
-@pytest.mark.parametrize("version", [0, 3, 99, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 4, 99, "1", None, [1]])
 def test_an_unknown_version_is_refused_by_number(edge_dir: Path, version: object) -> None:
     edit(edge_dir, lambda raw: raw.update(version=version))
-    assert refusal(edge_dir) == f"/manifest.json: manifest version {version!r}, this edgezo reads 1 and 2; export again or update edgezo"
+    assert refusal(edge_dir) == f"/manifest.json: manifest version {version!r}, this edgezo reads 1, 2 and 3; export again or update edgezo"
 
 
 def test_a_huge_manifest_is_refused_before_it_is_read(edge_dir: Path) -> None:
@@ -156,7 +171,7 @@ def test_an_unknown_field_with_a_line_break_is_refused_in_one_line(edge_dir: Pat
     assert refusal(edge_dir).endswith(": Extra inputs are not permitted; export the model again")
 
 
-@pytest.mark.parametrize("field", ["edgezo", "origin", "tokenizer", "scoring", "generation", "tensors", "files"])
+@pytest.mark.parametrize("field", ["edgezo", "origin", "tokenizer", "scoring", "tensors", "files"])
 def test_a_missing_field_is_refused_by_name(edge_dir: Path, field: str) -> None:
     edit(edge_dir, lambda raw: raw.pop(field))
     assert refusal(edge_dir) == f"/manifest.json: {field}: Field required; export the model again"
@@ -173,7 +188,12 @@ def test_a_missing_field_is_refused_by_name(edge_dir: Path, field: str) -> None:
         (lambda raw: raw["tensors"][2].update(name=""), "tensors.2.name: String should have at least 1 character"),
         (lambda raw: raw["origin"].update(vocab_size=0), "origin.vocab_size: Input should be greater than 0"),
         (lambda raw: raw["origin"].update(context_length=-1), "origin.context_length: Input should be greater than 0"),
-        (lambda raw: raw["origin"].update(family="masked"), "origin.family: Input should be 'causal'"),
+        (lambda raw: raw["origin"].update(family="other"), "origin.family: Input should be 'causal', 'masked' or 'classifier'"),
+        (lambda raw: raw["origin"].update(family="masked"), "it is masked, with a generation graph; export the model again"),
+        (lambda raw: raw.pop("generation"), "it is causal, without a generation graph; export the model again"),
+        (lambda raw: raw["tokenizer"].update(mask_token_id=3), "it is causal, with a mask token; export the model again"),
+        (lambda raw: raw["tokenizer"].update(mask_token_id=320), "mask_token_id 320 is outside the vocabulary of 320"),
+        (lambda raw: raw.update(classes=["a", "b"]), "it is causal, with classes; export the model again"),
         (lambda raw: raw["files"]["tunable.bin"].update(bytes=-1), "files.tunable.bin.bytes: Input should be greater than or equal to 0"),
         (lambda raw: raw["files"]["tunable.bin"].update(sha256="0"), "files.tunable.bin.sha256: String should match pattern"),
         (lambda raw: raw.update(tensors={}), "tensors: Input should be a valid array"),
@@ -385,7 +405,7 @@ def use(model: EdgeModel, graph: str) -> None:
         (lambda path: shutil.rmtree(path), f": {NO_EDGE_MODEL}"),
         (lambda path: (path / "manifest.json").unlink(), f": {NO_EDGE_MODEL}"),
         (lambda path: (path / "manifest.json").write_text("{"), "/manifest.json: not readable as JSON ("),
-        (lambda path: edit(path, lambda raw: raw.update(version=3)), "/manifest.json: manifest version 3, this edgezo reads 1 and 2;"),
+        (lambda path: edit(path, lambda raw: raw.update(version=4)), "/manifest.json: manifest version 4, this edgezo reads 1, 2 and 3;"),
         (
             lambda path: edit(path, lambda raw: raw["tokenizer"].update(file="../x")),
             "/manifest.json: file name '../x' leaves the directory;",

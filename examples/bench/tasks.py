@@ -49,7 +49,9 @@ def run_cell(method: str, task: str, options: argparse.Namespace) -> Cell:
     train, valid = str(folder / "train.jsonl"), str(folder / "validation.jsonl")
     if method == "probe":
         found, peak = _edgezo("probe", edge, "--data", train, "--valid", valid, "--test", test, *recipe)
-        return Cell(found["evaluation"], sum(1 for file in (train, valid) for _ in open(file, encoding="utf-8")), time.monotonic() - begun, peak)
+        return Cell(
+            found["evaluation"], sum(1 for file in (train, valid) for _ in open(file, encoding="utf-8")), time.monotonic() - begun, peak
+        )
     shots = ["--shots", str(SHOTS), "--train", train] if method == "in-context" else []
     found, peak = _edgezo("eval", edge, "--data", test, *recipe, *shots)
     return Cell(found, 0, time.monotonic() - begun, peak)
