@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from edgezo.config import TASK_SETTINGS, TuneConfig, make_config
 from edgezo.errors import ConfigError, DataError, ExportError
 from edgezo.manifest import FAMILY_WORDS, read_manifest
+from edgezo.recipe import task_settings
 from edgezo.runtime.data import Row, read_rows
 from edgezo.runtime.dataset import row_limit, task_of
 from edgezo.runtime.evaluation import Evaluation
@@ -21,6 +22,7 @@ from edgezo.runtime.predict import predict as predict_labels
 from edgezo.runtime.probe import ProbeResult, refuse_rare_labels, require_scikit_learn, run_probe
 from edgezo.runtime.run import StepChoice, read_run
 from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.shots import add_shots, draw_shots
 from edgezo.runtime.tasks import template_fields
 from edgezo.runtime.tune import Reporter, TuneResult
 from edgezo.runtime.tune import tune as tune_model
@@ -32,11 +34,12 @@ PathLike = str | os.PathLike[str]
 
 
 class EvalResult(NamedTuple):
-    """An evaluation, the step of the run it was made at (None: the base), and how many rows were cut to fit."""
+    """An evaluation, the step of the run it was made at (None: the base), how many rows were cut to fit, and how many shots they had."""
 
     evaluation: Evaluation
     step: int | None
     truncated: int
+    shots: int = 0
 
 
 def export_model(
@@ -67,6 +70,7 @@ def tune(
     *,
     resume: bool = False,
     config: PathLike | None = None,
+    task: PathLike | None = None,
     threads: int | None = None,
     device: str = "cpu",
     memory: int | str | None = None,
@@ -80,6 +84,7 @@ def tune(
         run: directory to make, or with `resume` to continue.
         resume: go on where the run stopped; its own settings hold, `steps` and `minutes` may be raised.
         config: YAML or JSON file of settings; `settings` override it.
+        task: name or .yaml file of a recipe, which sets how rows are read and measured; `config` and `settings` override it.
         threads: cores to use; all of this process when None.
         device: "cpu" or "cuda".
         memory: what the process may take at most, in bytes or as "1.5GB".
@@ -94,9 +99,12 @@ def tune(
     if resume:
         if config is not None:
             raise ConfigError("--resume continues with the run's own settings; leave --config out and give what shall change as options")
+        if task is not None:
+            raise ConfigError(f"--resume continues with the run's own settings; leave --task {task} out")
         given = {**read_run(str(run)).config.model_dump(), **given}
+    recipe = task_settings(task)
     model = EdgeModel(directory, threads=threads, device=device)
-    resolved = make_config(config, given, model.manifest.adapter.kind if model.manifest.adapter is not None else None)
+    resolved = make_config(config, given, model.manifest.adapter.kind if model.manifest.adapter is not None else None, recipe)
     return tune_model(model, resolved, str(run), resume=resume, memory=limit, reporter=reporter)
 
 
@@ -107,8 +115,12 @@ def evaluate(
     run: PathLike | None = None,
     step: StepChoice = "best",
     adapter: PathLike | None = None,
+    task: PathLike | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    shots: int | None = None,
+    train: PathLike | None = None,
+    seed: int = 0,
     **settings: Any,
 ) -> EvalResult:
     """Evaluate an edge model, or with `run` the tuned one, on a data file.
@@ -119,25 +131,35 @@ def evaluate(
         run: run directory whose tuned model to evaluate; None for the base.
         step: of the run: a number, "best" (by validation) or "last".
         adapter: PEFT folder or .onnx_adapter file to use instead of a run.
+        task: name or .yaml file of a recipe, in place of the run's own reading of rows.
         threads: cores to use; all of this process when None.
         device: "cpu" or "cuda".
+        shots: worked rows of `train` before every prompt; fewer where the longest row leaves no space.
+        train: rows to draw them from, with `seed`.
         settings: how rows are read and measured, as `TASK_SETTINGS` of edgezo.config; those of the run where not given.
 
     Raises:
         EdgezoError: bad data, model or run.
     """
-    config = _task_config(run, {**settings, "data": str(data)})
+    if (shots is None) != (train is None):
+        raise ConfigError("--shots and --train go together: how many worked rows to show, and the file they are drawn from; give both")
+    config = _task_config(run, {**settings, "data": str(data)}, task)
     rows = read_rows(data)
-    task = task_of(rows, config, _reader(directory))
+    kind = task_of(rows, config, _reader(directory))
     model = EdgeModel(directory, threads=threads, device=device)
-    examples, truncated = make_examples(rows, task, model.text, row_limit(model, config))
+    used = 0
+    if shots is not None and train is not None:
+        drawn = draw_shots(read_rows(train), kind, shots, seed)
+        room = config.max_tokens if kind.kind == "answer" else 0
+        kind, used = add_shots(kind, rows, drawn, model.text, row_limit(model, config), room)
+    examples, truncated = make_examples(rows, kind, model.text, row_limit(model, config))
     sequences = Sequences(model)
-    objective = Objective(sequences, task, config)
+    objective = Objective(sequences, kind, config)
     if objective.name == "dpo":
         examples = add_references(sequences, examples)
     if run is not None or adapter is not None:
         model.use(run=run, step=step, adapter=adapter)
-    return EvalResult(objective.evaluate(examples), model.step, truncated)
+    return EvalResult(objective.evaluate(examples), model.step, truncated, used)
 
 
 def predict(
@@ -148,6 +170,7 @@ def predict(
     run: PathLike | None = None,
     step: StepChoice = "best",
     adapter: PathLike | None = None,
+    task: PathLike | None = None,
     threads: int | None = None,
     device: str = "cpu",
     **settings: Any,
@@ -161,6 +184,7 @@ def predict(
         run: run directory whose tuned model, template and labels to use; None for the base.
         step: of the run: a number, "best" (by validation) or "last".
         adapter: PEFT folder or .onnx_adapter file to use instead of a run.
+        task: name or .yaml file of a recipe, in place of the run's own reading of rows.
         threads: cores to use; all of this process when None.
         device: "cpu" or "cuda".
         settings: template, labels and max_length; those of the run where not given.
@@ -172,7 +196,7 @@ def predict(
         raise ConfigError("predict needs either a text (--text) or a file of rows (--data), and not both")
     if isinstance(texts, str):
         raise ConfigError("texts is one string; give a list of texts")
-    config = _task_config(run, {**settings, "data": str(data)})
+    config = _task_config(run, {**settings, "data": str(data)}, task)
     reader = _reader(directory)
     if config.template is None or (config.labels is None and reader.family != "classifier"):
         raise ConfigError("labels are predicted by a classification; give --template and --labels, or the --run of one")
@@ -185,9 +209,9 @@ def predict(
         rows = read_rows(str(data))
     if not rows:
         return []
-    task = task_of(rows, config, reader)
+    kind = task_of(rows, config, reader)
     model = EdgeModel(directory, threads=threads, device=device, run=run, step=step, adapter=adapter)
-    return predict_labels(model, rows, task, row_limit(model, config))
+    return predict_labels(model, rows, kind, row_limit(model, config))
 
 
 def probe(
@@ -200,6 +224,7 @@ def probe(
     threads: int | None = None,
     device: str = "cpu",
     progress: Callable[[str], None] = lambda stage: None,
+    task: PathLike | None = None,
     **settings: Any,
 ) -> ProbeResult:
     """A linear probe of the base: logistic regression on its final hidden states, one forward a row. Needs the extra `probe`.
@@ -213,6 +238,7 @@ def probe(
         threads: cores to use; all of this process when None.
         device: "cpu" or "cuda".
         progress: told every stage.
+        task: name of a recipe, or a file of one.
         settings: template, labels, label_field and max_length.
 
     Raises:
@@ -224,17 +250,17 @@ def probe(
         raise ConfigError(
             f"{directory}: is {FAMILY_WORDS[reader.family]}; a probe reads the last token of a prompt, which causal models have"
         )
-    config = _task_config(None, {**settings, "data": str(data)})
+    config = _task_config(None, {**settings, "data": str(data)}, task)
     everything = read_rows(data)
-    task = task_of(everything, config, reader)
-    if task.kind != "classification":
-        raise DataError(f"a probe learns the labels of a classification, this is {task.kind}; give --template and --labels")
+    kind = task_of(everything, config, reader)
+    if kind.kind != "classification":
+        raise DataError(f"a probe learns the labels of a classification, this is {kind.kind}; give --template and --labels")
     if rows is not None and not 1 <= rows <= len(everything):
         raise DataError(f"--rows {rows}: {data} has {len(everything)} rows; give 1 to {len(everything)}")
     files = [everything[:rows], read_rows(test), *([read_rows(valid)] if valid is not None else [])]
     model = EdgeModel(directory, threads=threads, device=device)
-    made = [make_examples(part, task, model.text, row_limit(model, config)) for part in files]
-    refuse_rare_labels(made[0].examples, task, least=2 if valid is None else 1)
+    made = [make_examples(part, kind, model.text, row_limit(model, config)) for part in files]
+    refuse_rare_labels(made[0].examples, kind, least=2 if valid is None else 1)
     return run_probe(Sequences(model), made[0], made[1], made[2] if valid is not None else None, progress)
 
 
@@ -243,10 +269,10 @@ def _reader(directory: PathLike) -> ModelFacts:
     return ModelFacts.of(read_manifest(Path(directory)))
 
 
-def _task_config(run: PathLike | None, settings: dict[str, Any]) -> TuneConfig:
-    """How to read rows: as given, else as the run reads them."""
+def _task_config(run: PathLike | None, settings: dict[str, Any], recipe: PathLike | None = None) -> TuneConfig:
+    """How to read rows: as given, else as the recipe says, without one as the run reads them."""
     given = {name: value for name, value in settings.items() if value is not None}
-    if run is not None:
+    if run is not None and recipe is None:
         known = read_run(run).config.model_dump()
         given = {**{name: known[name] for name in TASK_SETTINGS}, **given}
-    return make_config(None, given)
+    return make_config(None, given, task=task_settings(recipe))

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from edgezo import terminal
-from edgezo.options import Device, EdgeDir, Json, LabelField, Labels, MaxLength, Template, Threads, unescape
+from edgezo.options import Device, EdgeDir, Json, LabelField, Labels, MaxLength, TaskName, Template, Threads, unescape
 
 
 def probe_command(
@@ -16,6 +16,7 @@ def probe_command(
         str | None,
         typer.Option("--valid", show_default=False, help="Rows to choose C by. [default: cross-validation on the training rows]"),
     ] = None,
+    task: TaskName = None,
     template: Template = None,
     labels: Labels = None,
     label_field: LabelField = None,
@@ -41,6 +42,7 @@ def probe_command(
             threads=threads,
             device=device,
             progress=progress,
+            task=task,
             template=unescape(template),
             labels=labels,
             label_field=label_field,

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgezo import __version__, baseline_commands, chat, run_commands, terminal
-from edgezo.config import ALL_LINEAR, DEFAULT_STEPS, MAX_TOKENS, PREFIX_TOKENS
-from edgezo.errors import ConfigError, EdgezoError
+from edgezo import __version__, baseline_commands, chat, run_commands, terminal, use_commands
+from edgezo.config import ALL_LINEAR, DEFAULT_STEPS, PREFIX_TOKENS
+from edgezo.errors import EdgezoError
 from edgezo.options import (
-    DRAW,
-    AdapterPath,
     AnswerField,
     AnswerTokens,
     Beta,
@@ -29,18 +27,11 @@ from edgezo.options import (
     Objective,
     Output,
     Replace,
-    RunDir,
-    Seed,
-    Step,
     Stop,
-    Temperature,
+    TaskName,
     Template,
     Threads,
-    TopK,
-    TopP,
-    sampling_of,
     setting,
-    step_of_run,
     unescape,
 )
 
@@ -168,6 +159,7 @@ def tune_command(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Run directory to make, or with --resume to continue.")],
     data: Annotated[str | None, setting("data")] = None,
     valid: Annotated[str | None, setting("valid")] = None,
+    task: TaskName = None,
     template: Template = None,
     labels: Labels = None,
     label_field: LabelField = None,
@@ -223,10 +215,9 @@ def tune_command(
         "batch": batch, "rule": rule, "rank": rank, "alpha": alpha, "tune_a": tune_a, "init": init, "seed": seed, "noise": noise, "schedule": schedule,
         "warmup": warmup, "weight_decay": weight_decay, "eval_every": eval_every, "eval_rows": eval_rows,
     }  # fmt: skip
+    how: dict[str, Any] = {"resume": resume, "config": config, "task": task, "threads": threads, "device": device, "memory": memory}
     with terminal.tuning() as reporter:
-        result = api.tune(
-            directory, output, resume=resume, config=config, threads=threads, device=device, memory=memory, reporter=reporter, **settings
-        )
+        result = api.tune(directory, output, reporter=reporter, **how, **settings)
     if as_json:
         shown = {name: value.as_dict() if hasattr(value, "as_dict") else value for name, value in result._asdict().items()}
         terminal.print_json({**shown, "directory": str(result.directory)})
@@ -256,137 +247,10 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
     return rows
 
 
-@app.command("eval")
-def eval_command(
-    directory: EdgeDir,
-    data: Annotated[str, typer.Option("--data", help="Rows to evaluate on: .jsonl, .csv or .tsv.")],
-    run: RunDir = None,
-    step: Step = None,
-    adapter: AdapterPath = None,
-    template: Template = None,
-    labels: Labels = None,
-    label_field: LabelField = None,
-    max_length: MaxLength = None,
-    choices: Choices = None,
-    answer_field: AnswerField = None,
-    replace: Replace = None,
-    stop: Stop = None,
-    calibrate: Calibrate = None,
-    objective: Objective = None,
-    beta: Beta = None,
-    metrics: Metrics = None,
-    max_tokens: AnswerTokens = None,
-    threads: Threads = None,
-    device: Device = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Evaluate the base, or with --run the tuned model; template and labels are then the run's own."""
-    from edgezo import api
-
-    result = api.evaluate(
-        directory,
-        data,
-        run=run,
-        step=step_of_run(step, run),
-        adapter=adapter,
-        threads=threads,
-        device=device,
-        template=unescape(template),
-        labels=labels,
-        label_field=label_field,
-        max_length=max_length,
-        choices=choices or None,
-        answer_field=answer_field,
-        replace=replace or None,
-        stop=unescape(stop),
-        calibrate=unescape(calibrate),
-        objective=objective,
-        beta=beta,
-        metrics=metrics,
-        max_tokens=max_tokens,
-    )
-    if result.truncated:
-        terminal.stderr().print(f"{result.truncated} of {result.evaluation.rows} rows were cut to fit")
-    if as_json:
-        terminal.print_json({**result.evaluation.as_dict(), "step": result.step, "truncated": result.truncated})
-    else:
-        model = {None: "base" if adapter is None else str(adapter), 0: "step 0, the start"}.get(result.step, f"step {result.step}")
-        terminal.print_rows([(model, terminal.evaluation_text(result.evaluation))])
-
-
-@app.command("predict")
-def predict_command(
-    directory: EdgeDir,
-    text: Annotated[str | None, typer.Option("--text", help="What the template's field is filled with.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Or rows without label: .jsonl, .csv or .tsv.")] = None,
-    run: RunDir = None,
-    step: Step = None,
-    adapter: AdapterPath = None,
-    template: Template = None,
-    labels: Labels = None,
-    max_length: MaxLength = None,
-    threads: Threads = None,
-    device: Device = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Tell the likeliest label of a text or of rows; template and labels are the run's own unless given."""
-    from edgezo import api
-
-    words = {"template": unescape(template), "labels": labels, "max_length": max_length}
-    chosen = step_of_run(step, run)
-    found = api.predict(
-        directory,
-        texts=None if text is None else [text],
-        data=data,
-        run=run,
-        step=chosen,
-        adapter=adapter,
-        threads=threads,
-        device=device,
-        **words,
-    )
-    if as_json:
-        terminal.print_json({"predictions": [prediction._asdict() for prediction in found]})
-        return
-    for prediction in found:
-        ranked = sorted(prediction.probabilities.items(), key=lambda pair: -pair[1])
-        sys.stdout.write("  ".join(f"{label} {100 * probability:.1f} %" for label, probability in ranked) + "\n")
-
-
-@app.command("generate")
-def generate_command(
-    directory: EdgeDir,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue; - reads it from standard input.")],
-    run: RunDir = None,
-    step: Step = None,
-    adapter: AdapterPath = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")] = MAX_TOKENS,
-    temperature: Temperature = None,
-    top_k: TopK = DRAW.top_k,
-    top_p: TopP = DRAW.top_p,
-    seed: Seed = DRAW.seed,
-    threads: Threads = None,
-    device: Device = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Write text with the base or, with --run, the tuned model."""
-    from edgezo.runtime.generate import generate
-    from edgezo.runtime.model import EdgeModel
-
-    text = read_standard_input() if prompt == "-" else prompt
-    model = EdgeModel(directory, threads=threads, device=device, run=run, step=step_of_run(step, run), adapter=adapter)
-    model.generation_facts  # noqa: B018  a model that writes no text says so
-    if chat:
-        text = model.text.chat([{"role": "user", "content": text}], reply=True)
-    pieces = generate(model, text, max_tokens, sampling_of(temperature, top_k, top_p, seed), special=not chat)
-    if as_json:
-        terminal.print_json({"prompt": text, "text": "".join(pieces), "step": model.step})
-        return
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+app.command("eval")(use_commands.eval_command)
+app.command("predict")(use_commands.predict_command)
+app.command("generate")(use_commands.generate_command)
+app.command("tasks")(use_commands.tasks_command)
 
 
 @app.command("inspect")
@@ -421,14 +285,6 @@ app.command("merge")(run_commands.merge_command)
 app.command("verify")(run_commands.verify_command)
 app.command("diff")(run_commands.diff_command)
 app.command("chat")(chat.chat_command)
-
-
-def read_standard_input() -> str:
-    """All of standard input as text."""
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"standard input: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
 
 
 def main() -> None:

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import yaml
@@ -20,6 +22,7 @@ DEFAULT_STEPS = 500
 OBJECTIVES = ("likelihood", "cross-entropy", "accuracy", "f1", "exact-match", "rouge-l", "preference", "dpo")
 
 
+NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 MAX_TOKENS = 64  # of a generated text
 
 
@@ -109,24 +112,26 @@ ADAPTER_DEFAULTS: dict[AdapterKind, dict[str, Any]] = {
 }
 
 
-def make_config(file: str | os.PathLike[str] | None, options: dict[str, Any], kind: AdapterKind | None = None) -> TuneConfig:
-    """A configuration from an optional YAML or JSON file and options that override it (None means not given).
+def make_config(
+    file: str | os.PathLike[str] | None,
+    options: dict[str, Any],
+    kind: AdapterKind | None = None,
+    task: Mapping[str, Any] = NO_SETTINGS,
+) -> TuneConfig:
+    """A configuration: defaults < those of the adapter < task < file < options.
 
     Args:
+        file: YAML or JSON settings, or None.
+        options: by name; None means not given.
         kind: adapter that the edge model is prepared for; it has defaults of its own.
+        task: settings of a recipe (edgezo/recipe.py).
 
     Raises:
         ConfigError: the file cannot be read, or a value is unknown or out of range.
     """
     given = {name: value for name, value in options.items() if value is not None}
     defaults = ADAPTER_DEFAULTS[kind] if kind is not None else {}
-    values = {**defaults, **(_read_settings(Path(file)) if file is not None else {}), **given}
-    if values.get("labels") is not None:
-        values["labels"] = parse_labels(values["labels"])
-    if isinstance(values.get("replace"), list):
-        values["replace"] = dict(map(parse_replacement, values["replace"]))
-    if isinstance(values.get("metrics"), str):
-        values["metrics"] = [name.strip() for name in values["metrics"].split(",")]
+    values = parse_values({**defaults, **task, **(read_settings(Path(file)) if file is not None else {}), **given})
     try:
         return TuneConfig.model_validate(values)
     except ValidationError as error:
@@ -134,14 +139,31 @@ def make_config(file: str | os.PathLike[str] | None, options: dict[str, Any], ki
         raise ConfigError(describe(error, str(file) if file and blamed not in given else None)) from None
 
 
+def parse_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings with labels, replace and metrics in the form of `TuneConfig`, whichever form they were written in.
+
+    Raises:
+        ConfigError: labels or replace are written otherwise.
+    """
+    parsed = dict(values)
+    if values.get("labels") is not None:
+        parsed["labels"] = parse_labels(values["labels"])
+    if isinstance(values.get("replace"), list):
+        parsed["replace"] = dict(map(parse_replacement, values["replace"]))
+    if isinstance(values.get("metrics"), str):
+        parsed["metrics"] = [name.strip() for name in values["metrics"].split(",")]
+    return parsed
+
+
 def parse_labels(given: Any) -> dict[str, str]:
     """Label as written in the data to label word.
 
     Args:
-        given: `terrible,great` or a list (words in the order of the integer label), `neg=terrible,pos=great` or a mapping.
+        given: `terrible,great` or a list (words in the order of the integer label), `neg=terrible,pos=great` or a mapping, in which
+            labels may share a word, as 0 and neg, but not all of them.
 
     Raises:
-        ConfigError: a word is missing or given twice, or two forms are mixed.
+        ConfigError: a word is missing, given twice in a list or to all labels of a mapping, or two forms are mixed.
     """
     if isinstance(given, str):
         parts = [part.strip() for part in given.split(",")]
@@ -156,8 +178,9 @@ def parse_labels(given: Any) -> dict[str, str]:
     if any(isinstance(part, bool) for pair in pairs for part in pair):
         raise ConfigError(f"--labels {given!r}: YAML reads yes, no, on and off as true and false; put them in quotes")
     labels = {str(key).strip(): "" if word is None else str(word).strip() for key, word in pairs}
-    words = list(labels.values())
-    if len(labels) != len(pairs) or not all(labels) or not all(words) or len(set(words)) != len(words):
+    words, distinct = list(labels.values()), len(set(labels.values()))
+    listed = isinstance(given, list) or (isinstance(given, str) and "=" not in given)
+    if len(labels) != len(pairs) or not all(labels) or not all(words) or distinct < (len(words) if listed else min(len(words), 2)):
         raise ConfigError(f"--labels {given!r}: every label needs one word of its own")
     return labels
 
@@ -175,20 +198,30 @@ def parse_replacement(given: Any) -> tuple[str, dict[str, str]]:
     return field, {value.strip(): word.strip() for value, _, word in pairs}
 
 
-def describe(error: ValidationError, file: str | None = None) -> str:
-    """The first problem of a validation in one line; `file` is where the value came from, None for an option."""
+def describe(error: ValidationError, file: str | None = None, known: Iterable[str] = ()) -> str:
+    """The first problem of a validation in one line.
+
+    Args:
+        file: where the value came from, None for an option.
+        known: names of the settings; those of `TuneConfig` when empty.
+    """
     first = next((entry for entry in error.errors() if entry["type"] == "extra_forbidden"), error.errors()[0])
     name = ".".join(str(part) for part in first["loc"])
     shown = f"--{name.replace('_', '-')}" if file is None else f"{file}: {name}"
     if first["type"] == "missing":
         return f"{shown}: not given; it is needed"
     if first["type"] == "extra_forbidden":
-        return f"{shown}: no such setting; the settings are {', '.join(TuneConfig.model_fields)}"
+        return f"{shown}: no such setting; the settings are {', '.join(known or TuneConfig.model_fields)}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{shown} {first['input']!r}: {message[0].lower()}{message[1:]}" if name else message
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """Settings by name, of a YAML or JSON file.
+
+    Raises:
+        ConfigError: missing, too large, malformed, or no mapping.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
     if path.stat().st_size > CONFIG_BYTES_LIMIT:

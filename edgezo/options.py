@@ -34,6 +34,14 @@ Step = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, everything else on standard error.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, show_default=False, help="Cores to use. [default: the physical ones]")]
 Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, or cuda with onnxruntime-gpu.")]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="NAME",
+        help="How rows are read and measured, by a recipe: a name that `edgezo tasks` lists, or a .yaml file; other options override it.",
+    ),
+]
 Template = Annotated[
     str | None, setting("template", text="classification prompt with {field} names, as '{sentence} It was'; \\n is a line break.")
 ]

@@ -40,6 +40,13 @@ def print_rows(rows: list[tuple[str, str]]) -> None:
         sys.stdout.write(f"{name.ljust(width)}  {shown}\n")
 
 
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Columns, aligned; the last is never padded or cut."""
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    for *cells, last in rows:
+        sys.stdout.write("".join(f"{cell.ljust(width)}  " for cell, width in zip(cells, widths, strict=True)) + last + "\n")
+
+
 def print_facts(facts: dict[str, Any], as_json: bool) -> None:
     """Facts as a JSON object, or one line a fact."""
     if as_json:

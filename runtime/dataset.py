@@ -7,12 +7,12 @@ from edgezo.config import TuneConfig
 from edgezo.errors import DataError
 from edgezo.runtime.data import Row, read_rows
 from edgezo.runtime.examples import Example, Examples, make_examples
-from edgezo.runtime.masked import ModelFacts
+from edgezo.runtime.masked import CAUSAL, ModelFacts
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import add_references
 from edgezo.runtime.order import DataOrder
 from edgezo.runtime.scoring import Sequences, forward_tokens
-from edgezo.runtime.tasks import Task, find_task
+from edgezo.runtime.tasks import Task, find_task, seen_labels
 
 
 class Dataset(NamedTuple):
@@ -44,8 +44,9 @@ def read_dataset(model: EdgeModel, config: TuneConfig, notice: Callable[[str], N
     """
     rows = read_rows(config.data)
     task = task_of(rows, config, ModelFacts.of(model.manifest))
+    chosen = read_rows(config.valid) if config.valid is not None else []
     if task.labels:  # they are the run's from now on: another file may lack one
-        config = config.model_copy(update={"labels": dict(task.labels)})
+        config = config.model_copy(update={"labels": seen_labels(task.labels, task.label_field, [*rows, *chosen])})
     limit = row_limit(model, config)
 
     def make(kind: str, rows: list[Row]) -> Examples:
@@ -61,12 +62,11 @@ def read_dataset(model: EdgeModel, config: TuneConfig, notice: Callable[[str], N
     train = make("training", rows)
     if config.valid is None:
         return Dataset(config, task, train, None)
-    chosen = read_rows(config.valid)
     spread = max(1, len(chosen) / config.eval_rows)  # every k-th row, so that a sorted file is sampled evenly
     return Dataset(config, task, train, make("validation", [chosen[int(i * spread)] for i in range(min(len(chosen), config.eval_rows))]))
 
 
-def task_of(rows: Sequence[Row], config: TuneConfig, model: ModelFacts) -> Task:
+def task_of(rows: Sequence[Row], config: TuneConfig, model: ModelFacts = CAUSAL) -> Task:
     """How a configuration reads rows for a model.
 
     Raises:

@@ -55,8 +55,7 @@ def make_examples(rows: Sequence[Row], task: Task, text: TextCodec, max_length: 
     for row in rows:
         kept, cut = make_candidates(row, task, text, max_length)
         answers = tuple(_answers(row, task.answer_field)) if task.kind == "answer" else ()
-        gold = {"classification": _gold_label, "choice": _gold_choice}.get(task.kind, _first)(row, task)
-        examples.append(Example(kept, gold, row.fields, answers))
+        examples.append(Example(kept, gold_of(row, task), row.fields, answers))
         truncated += cut
     return Examples(examples, truncated)
 
@@ -88,9 +87,30 @@ def _encoder_candidates(row: Row, task: Task, text: TextCodec, max_length: int) 
         raise DataError(f"{row.place}: {error}") from None
 
 
+def gold_of(row: Row, task: Task) -> int:
+    """Index of the right candidate; 0 where there is one only.
+
+    Raises:
+        DataError: the row's label or answer is none of the candidates (file and line).
+    """
+    return {"classification": _gold_label, "choice": _gold_choice}.get(task.kind, _first)(row, task)
+
+
+def worked_text(row: Row, task: Task) -> str:
+    """The prompt of a row and its right candidate or answer, as one text.
+
+    Raises:
+        DataError: the row lacks a field, or its label is none of the candidates (file and line).
+    """
+    prompt = task.prompt(row)
+    if task.kind in {"classification", "choice"}:
+        return prompt + _spaced(prompt, _candidates(row, task)[gold_of(row, task)])
+    return prompt + _completions(row, task)[0]
+
+
 def _pairs(row: Row, task: Task, text: TextCodec) -> list[Pair]:
     if task.kind in {"classification", "choice"}:
-        prompts = [task.prompt(row), *([task.calibrate] if task.calibrate is not None else [])]
+        prompts = [task.prompt(row), *([task.prefix + task.calibrate] if task.calibrate is not None else [])]
         return [text.split(prompt, _spaced(prompt, word)) for prompt in prompts for word in _candidates(row, task)]
     if task.kind in {"completion", "answer", "preference"}:
         prompt = task.prompt(row)
@@ -135,8 +155,10 @@ def _completed(prompt: str, completion: str, row: Row, task: Task, text: TextCod
 
 
 def _answers(row: Row, name: str) -> list[str]:
-    """The right answers of a row: one text or a list of them."""
+    """The right answers of a row: one text or a list of them; under text or spans where they stand with their places (SQuAD, DROP)."""
     value = row.fields.get(name)
+    if isinstance(value, dict):
+        value = value.get("text", value.get("spans"))
     found = value if isinstance(value, list) else [value]
     if not found or not all(isinstance(answer, str | int | float) and str(answer).strip() for answer in found):
         raise DataError(f"{row.place}: field {name!r} must be a text or a list of texts, the right answers (--answer-field names it)")
@@ -182,10 +204,9 @@ def _first(row: Row, task: Task) -> int:
 
 def _gold_label(row: Row, task: Task) -> int:
     label = label_of(row, task.label_field)
-    if label in task.labels:
-        return list(task.labels).index(label)
-    if label in task.words:
-        return task.words.index(label)
+    word = task.labels.get(label, label)
+    if word in task.words:
+        return task.words.index(word)
     raise DataError(f"{row.place}: label {label!r} is not in the list {', '.join(task.labels)}; add it with --labels or mend the row")
 
 

@@ -38,12 +38,12 @@ def predict(model: EdgeModel, rows: Sequence[Row], task: Task, max_length: int) 
     scores = iter(Sequences(model).log_probs([pair for pairs in candidates for pair in pairs]))
     found = []
     for _ in rows:
-        sums = np.array([next(scores).sum() for _ in task.labels])
+        sums = np.array([next(scores).sum() for _ in task.words])
         if task.calibrate is not None:
-            sums -= np.array([next(scores).sum() for _ in task.labels])
+            sums -= np.array([next(scores).sum() for _ in task.words])
         if not np.isfinite(sums).all():
             raise NonFiniteLossError("the model gives no finite scores; export it again, or tune with a smaller --lr")
         probabilities = np.exp(sums - np.logaddexp.reduce(sums))
-        ranked = dict(zip(task.labels, probabilities.tolist(), strict=True))
+        ranked = dict(zip(task.classes, probabilities.tolist(), strict=True))
         found.append(Prediction(max(ranked, key=lambda label: ranked[label]), ranked))
     return found

@@ -32,6 +32,7 @@ class Task(NamedTuple):
     calibrate: neutral prompt; the log-probability of a candidate after it is taken off its own (Zhao et al. 2021, arXiv 2102.09690;
         Holtzman et al. 2021, arXiv 2104.08315).
     family: of the model that reads the rows.
+    prefix: text before every prompt, the neutral one too: worked rows (runtime/shots.py).
     """
 
     kind: Kind
@@ -44,11 +45,17 @@ class Task(NamedTuple):
     stop: str | None = None
     calibrate: str | None = None
     family: Family = "causal"
+    prefix: str = ""
 
     @property
     def words(self) -> list[str]:
-        """The label words, in order of the label."""
-        return list(self.labels.values())
+        """The label words, each once, in order of the label."""
+        return list(dict.fromkeys(self.labels.values()))
+
+    @property
+    def classes(self) -> list[str]:
+        """A label of every word, as the data writes it."""
+        return [next(label for label, own in self.labels.items() if own == word) for word in self.words]
 
     @property
     def has_candidates(self) -> bool:
@@ -56,8 +63,8 @@ class Task(NamedTuple):
         return self.kind in {"classification", "choice", "preference"}
 
     def prompt(self, row: Row) -> str:
-        """The filled template, or the field `prompt`."""
-        return fill(self.template, row, self.replace) if self.template else text_of(row, "prompt")
+        """The filled template, or the field `prompt`, after the prefix."""
+        return self.prefix + (fill(self.template, row, self.replace) if self.template else text_of(row, "prompt"))
 
 
 def find_task(
@@ -135,7 +142,7 @@ def _classification(rows: Sequence[Row], given: Task, labels: Mapping[str, str] 
         found = label_of(first, given.label_field) if given.label_field in first.fields else None
         return given._replace(kind="classification", labels=class_labels(labels, model.classes, found))
     words = labels or {word: word for word in sorted({_label_word(row, given.label_field) for row in rows})}
-    if len(words) < 2:
+    if len(set(words.values())) < 2:
         raise DataError(f"{first.place}: one label only ({', '.join(words)}); classification needs two")
     return given._replace(kind="classification", labels=words)
 
@@ -208,6 +215,13 @@ def fill_parts(template: str, row: Row, replace: Mapping[str, Mapping[str, str]]
                 raise DataError(f"{row.place}: field {name!r} is {value!r}, replace has words for {', '.join(map(repr, replace[name]))}")
             parts[-1] += replace[name][value] if name in replace else value
     return parts
+
+
+def seen_labels(labels: Mapping[str, str], label_field: str, rows: Sequence[Row]) -> dict[str, str]:
+    """The labels that rows have; where a word has none of its labels in them, all of these."""
+    found = {str(row.fields.get(label_field)).strip() for row in rows}
+    words = {word for label, word in labels.items() if label in found}
+    return {label: word for label, word in labels.items() if label in found or word not in words}
 
 
 def text_of(row: Row, name: str) -> str:

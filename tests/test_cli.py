@@ -370,6 +370,8 @@ def test_inspect_of_a_run(command: Command) -> None:
         ("template", "{text} It was"),
         ("labels", "0 terrible, 1 great"),
         ("label field", "label"),
+        ("beta", "0.1"),
+        ("max tokens", "50"),
         ("minutes", "0.01"),
         ("lr", "2e-05"),
         ("eps", "0.001"),
@@ -423,7 +425,7 @@ def test_no_arguments_show_help(command: Command) -> None:
     shown = found.out + found.err
     assert shown.startswith("Usage: edgezo [OPTIONS] COMMAND [ARGS]...\n")
     assert re.findall(r"^  ([a-z]+)  ", shown, re.MULTILINE) == [
-        *("export", "tune", "eval", "predict", "generate", "inspect", "demo"),
+        *("export", "tune", "eval", "predict", "generate", "tasks", "inspect", "demo"),
         *("probe", "replay", "merge", "verify", "diff", "chat"),
     ]
 

@@ -56,7 +56,7 @@ def test_every_field_is_an_option_of_tune(option_help: dict[str, str], field: st
 
 
 def test_tune_has_no_other_options_than_the_fields_and_how_to_run(option_help: dict[str, str]) -> None:
-    others = {"output", "config", "resume", "threads", "device", "memory", "json", "help"}
+    others = {"output", "config", "task", "resume", "threads", "device", "memory", "json", "help"}
     assert set(option_help) == {field.replace("_", "-") for field in FIELDS} | others
 
 
@@ -259,6 +259,15 @@ def test_labels_of_a_file_take_every_form(write: Write, written: str, labels: di
 )
 def test_parse_labels(text: str, labels: dict[str, str]) -> None:
     assert list(parse_labels(text).items()) == list(labels.items())
+
+
+def test_labels_of_a_mapping_may_share_a_word_but_not_those_of_a_list() -> None:
+    labels = {"0": "No", "not_entailment": "No", "1": "Yes"}
+    assert parse_labels(labels) == parse_labels("0=No,not_entailment=No,1=Yes") == labels
+    for listed in ("No,No,Yes", ["No", "No", "Yes"]):
+        with pytest.raises(ConfigError) as caught:
+            parse_labels(listed)
+        assert str(caught.value) == f"--labels {listed!r}: every label needs one word of its own"
 
 
 @pytest.mark.parametrize("text", ["a=x,y", "x,b=y"])

@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 REVIEWS = [("a great film", 1), ("a terrible plot", 0), ("the plot is great", 1), ("the film is terrible and long", 0)] * 4
 NEEDED = ["edgezo/cli.py", "edgezo/export/pipeline.py", "edgezo/runtime/tune.py", "edgezo/runtime/kernels/windows.onnx", "edgezo/py.typed"]
 NEEDED += [f"edgezo/demo_data/{name}.jsonl" for name in ("train", "validation", "test")]
+RECIPES = [path.name for path in (ROOT / "edgezo" / "recipes").glob("*.yaml")]
+NEEDED += [f"edgezo/recipes/{name}" for name in RECIPES]
 SECONDS = 900
 
 
@@ -46,10 +48,14 @@ def check_all(folder: Path) -> None:
 
 
 def check_wheel(wheel: Path) -> None:
-    """Both halves, the demo's data and the type marker are in it, and every module of the checkout."""
+    """Both halves, recipes, the demo's data and the type marker are in it, and every module of the checkout."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    require(f"{wheel.name} holds both halves, demo data and py.typed", not (missing := set(NEEDED) - names), f"missing: {sorted(missing)}")
+    require(
+        f"{wheel.name} holds both halves, recipes, demo data and py.typed",
+        not (missing := set(NEEDED) - names),
+        f"missing: {sorted(missing)}",
+    )
     modules = {f"edgezo/{part}{path.name}" for place, part in PLACES.items() for path in (ROOT / place).glob("*.py")}
     require("every module of the checkout is in the wheel", not (missing := modules - names), f"missing: {sorted(missing)}")
     strangers = {name for name in names if not name.startswith(("edgezo/", "edgezo-"))}
@@ -100,6 +106,8 @@ def check_commands(edgezo: Path, folder: Path) -> None:
     require("generate gives text as JSON", isinstance(shown["text"], str) and shown["prompt"] == "the film", str(shown))
     shown = json.loads(run("edgezo predict", [edgezo, "predict", "edge", "--run", "run", "--text", "a film", "--json"], folder))
     require("predict gives labels as JSON", shown["predictions"][0]["label"] in {"0", "1"}, str(shown))
+    shown = json.loads(run("edgezo tasks", [edgezo, "tasks", "--json"], folder))
+    require("tasks lists every recipe of the checkout", len(shown["tasks"]) == len(RECIPES) > 10, str(shown))
     run("edgezo replay", [edgezo, "replay", "edge", "run", "-o", "replayed"], folder)
     shown = json.loads(run("edgezo verify", [edgezo, "verify", "run", "--base", "edge", "--every", "7", "--json"], folder))
     require("verify derives every seventh step again", shown["steps_derived_again"] == 3, str(shown))

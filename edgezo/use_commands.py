@@ -1,0 +1,220 @@
+"""Commands that use a model: eval, predict, generate; and tasks, which lists how to read rows."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from edgezo import terminal
+from edgezo.config import MAX_TOKENS
+from edgezo.errors import ConfigError
+from edgezo.options import (
+    DRAW,
+    AdapterPath,
+    AnswerField,
+    AnswerTokens,
+    Beta,
+    Calibrate,
+    Choices,
+    Device,
+    EdgeDir,
+    Json,
+    LabelField,
+    Labels,
+    MaxLength,
+    Metrics,
+    Objective,
+    Replace,
+    RunDir,
+    Seed,
+    Step,
+    Stop,
+    TaskName,
+    Temperature,
+    Template,
+    Threads,
+    TopK,
+    TopP,
+    sampling_of,
+    step_of_run,
+    unescape,
+)
+
+
+def eval_command(
+    directory: EdgeDir,
+    data: Annotated[str, typer.Option("--data", help="Rows to evaluate on: .jsonl, .csv or .tsv.")],
+    run: RunDir = None,
+    step: Step = None,
+    adapter: AdapterPath = None,
+    task: TaskName = None,
+    template: Template = None,
+    labels: Labels = None,
+    label_field: LabelField = None,
+    max_length: MaxLength = None,
+    choices: Choices = None,
+    answer_field: AnswerField = None,
+    replace: Replace = None,
+    stop: Stop = None,
+    calibrate: Calibrate = None,
+    objective: Objective = None,
+    beta: Beta = None,
+    metrics: Metrics = None,
+    max_tokens: AnswerTokens = None,
+    shots: Annotated[
+        int | None,
+        typer.Option("--shots", min=1, metavar="K", show_default=False, help="Put K worked rows of --train before every prompt."),
+    ] = None,
+    train: Annotated[str | None, typer.Option("--train", help="Rows to draw the shots from.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=(1 << 64) - 1, help="Of this draw.")] = 0,
+    threads: Threads = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Evaluate the base, or with --run the tuned model; template and labels are then the run's own."""
+    from edgezo import api
+
+    result = api.evaluate(
+        directory,
+        data,
+        run=run,
+        step=step_of_run(step, run),
+        adapter=adapter,
+        task=task,
+        threads=threads,
+        device=device,
+        shots=shots,
+        train=train,
+        seed=seed,
+        template=unescape(template),
+        labels=labels,
+        label_field=label_field,
+        max_length=max_length,
+        choices=choices or None,
+        answer_field=answer_field,
+        replace=replace or None,
+        stop=unescape(stop),
+        calibrate=unescape(calibrate),
+        objective=objective,
+        beta=beta,
+        metrics=metrics,
+        max_tokens=max_tokens,
+    )
+    if result.truncated:
+        terminal.stderr().print(f"{result.truncated} of {result.evaluation.rows} rows were cut to fit")
+    if as_json:
+        shown = {} if shots is None else {"shots": result.shots}
+        terminal.print_json({**result.evaluation.as_dict(), "step": result.step, "truncated": result.truncated, **shown})
+    else:
+        model = {None: "base" if adapter is None else str(adapter), 0: "step 0, the start"}.get(result.step, f"step {result.step}")
+        rows = [(model, terminal.evaluation_text(result.evaluation))]
+        if shots is not None:
+            rows.append(
+                ("shots", f"{result.shots} of {train}{'' if result.shots == shots else f'; {shots} do not fit before the longest row'}")
+            )
+        terminal.print_rows(rows)
+
+
+def predict_command(
+    directory: EdgeDir,
+    text: Annotated[str | None, typer.Option("--text", help="What the template's field is filled with.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Or rows without label: .jsonl, .csv or .tsv.")] = None,
+    run: RunDir = None,
+    step: Step = None,
+    adapter: AdapterPath = None,
+    task: TaskName = None,
+    template: Template = None,
+    labels: Labels = None,
+    max_length: MaxLength = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Tell the likeliest label of a text or of rows; template and labels are the run's own unless given."""
+    from edgezo import api
+
+    words = {"template": unescape(template), "labels": labels, "max_length": max_length}
+    chosen = step_of_run(step, run)
+    found = api.predict(
+        directory,
+        texts=None if text is None else [text],
+        data=data,
+        run=run,
+        step=chosen,
+        adapter=adapter,
+        task=task,
+        threads=threads,
+        device=device,
+        **words,
+    )
+    if as_json:
+        terminal.print_json({"predictions": [prediction._asdict() for prediction in found]})
+        return
+    for prediction in found:
+        ranked = sorted(prediction.probabilities.items(), key=lambda pair: -pair[1])
+        sys.stdout.write("  ".join(f"{label} {100 * probability:.1f} %" for label, probability in ranked) + "\n")
+
+
+def generate_command(
+    directory: EdgeDir,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue; - reads it from standard input.")],
+    run: RunDir = None,
+    step: Step = None,
+    adapter: AdapterPath = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")] = MAX_TOKENS,
+    temperature: Temperature = None,
+    top_k: TopK = DRAW.top_k,
+    top_p: TopP = DRAW.top_p,
+    seed: Seed = DRAW.seed,
+    threads: Threads = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Write text with the base or, with --run, the tuned model."""
+    from edgezo.runtime.generate import generate
+    from edgezo.runtime.model import EdgeModel
+
+    text = read_standard_input() if prompt == "-" else prompt
+    model = EdgeModel(directory, threads=threads, device=device, run=run, step=step_of_run(step, run), adapter=adapter)
+    model.generation_facts  # noqa: B018  a model that writes no text says so
+    if chat:
+        text = model.text.chat([{"role": "user", "content": text}], reply=True)
+    pieces = generate(model, text, max_tokens, sampling_of(temperature, top_k, top_p, seed), special=not chat)
+    if as_json:
+        terminal.print_json({"prompt": text, "text": "".join(pieces), "step": model.step})
+        return
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def tasks_command(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Recipe to print, as YAML; without it all are listed.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the task recipes that --task takes, or print one."""
+    from edgezo.recipe import read_recipe, recipe_names, recipe_path, summarize
+
+    if name is not None:
+        path = recipe_path(name)
+        recipe = read_recipe(path)
+        if as_json:
+            terminal.print_json(recipe.model_dump())
+        else:
+            sys.stdout.write(path.read_text(encoding="utf-8"))
+        return
+    found = [summarize(read_recipe(recipe_path(known))) for known in recipe_names()]
+    if as_json:
+        terminal.print_json({"tasks": [summary._asdict() for summary in found]})
+    else:
+        terminal.print_table([(task.name, task.kind, task.metric, task.description) for task in found])
+
+
+def read_standard_input() -> str:
+    """All of standard input as text."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
