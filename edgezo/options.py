@@ -43,10 +43,18 @@ TaskName = Annotated[
     ),
 ]
 Template = Annotated[
-    str | None, setting("template", text="classification prompt with {field} names, as '{sentence} It was'; \\n is a line break.")
+    str | None,
+    setting(
+        "template",
+        text="classification prompt with {field} names, as '{sentence} It was'; a masked model's has {mask}; \\n is a line break.",
+    ),
 ]
 Labels = Annotated[
-    str | None, setting("labels", text="label words: 'terrible,great' in the order of the integer label, or 'neg=terrible,pos=great'.")
+    str | None,
+    setting(
+        "labels",
+        text="label words: 'terrible,great' in the order of the integer label, or 'neg=terrible,pos=great'; of a classifier its classes.",
+    ),
 ]
 LabelField = Annotated[str | None, setting("label_field")]
 Choices = Annotated[
