@@ -42,7 +42,9 @@ class TuneConfig(BaseModel):
 
     data: str = Field(description="training rows: .jsonl, .csv or .tsv")
     valid: str | None = Field(None, description="validation rows; the best state by these is kept")
-    template: str | None = Field(None, description="classification prompt with {field} names; the label word continues it")
+    template: str | None = Field(
+        None, description="classification prompt with {field} names; the label word continues it, or stands at the {mask} of a masked model"
+    )
     labels: dict[str, str] | None = Field(None, description="label as written in the data: label word")
     label_field: str = Field("label", description="field that holds the label")
     choices: list[str] | None = Field(None, description="templates of a row's choices; else its field choices lists them")

@@ -103,6 +103,8 @@ def load_encoder(location: str, shown: str, config: Any, family: Family, classes
         raise ExportError(f"{shown}: its files lack {', '.join(missing[:3])}; download the model again")
     model.config.architectures = [type(model).__name__]
     names = [str(model.config.id2label[number]) for number in range(model.config.num_labels)] if family == "classifier" else []
+    if len(set(names)) != len(names):
+        raise ExportError(f"{shown}: two of its classes have one name ({', '.join(names[:5])}); name all {len(names)} with --classes")
     return Network(model.eval(), names, missing)
 
 

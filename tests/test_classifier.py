@@ -335,6 +335,19 @@ def test_classes_that_do_not_fit_the_own_head_are_refused(tmp_path: Path) -> Non
     assert message == f"{source}: --classes has 2 classes, its own head has 3; leave --classes out, or name 3"
 
 
+def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
+    source = save(tmp_path / "source", id2label={0: "same", 1: "same"})
+    message = refusal(ExportError, export_model, str(source), tmp_path / "edge")
+    assert message == f"{source}: two of its classes have one name (same, same); name all 2 with --classes"
+    assert export_model(str(source), tmp_path / "edge", classes="no,yes").manifest.classes == ["no", "yes"]
+
+
+def test_classes_for_a_model_onnx_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").touch()
+    message = refusal(ConfigError, export_model, str(tmp_path), tmp_path / "edge", classes="2")
+    assert message == f"--classes: {tmp_path} is a model.onnx, which has its head already; leave it out, or give the Hugging Face folder"
+
+
 def test_classes_of_the_own_head_can_be_named(tmp_path: Path, export: Export) -> None:
     manifest = export_model(str(save(tmp_path / "source")), tmp_path / "edge", classes="x,y,z").manifest
     assert manifest.classes == ["x", "y", "z"]
