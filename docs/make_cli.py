@@ -5,7 +5,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMANDS = ("", "export", "tune", "eval", "predict", "probe", "generate", "tasks", "inspect", "replay", "merge", "verify", "diff", "demo")
+COMMANDS = (
+    "",
+    "export",
+    "tune",
+    "eval",
+    "predict",
+    "probe",
+    "generate",
+    "chat",
+    "rate",
+    "tasks",
+    "inspect",
+    "replay",
+    "merge",
+    "verify",
+    "diff",
+    "demo",
+)
 WIDTH = "110"
 
 

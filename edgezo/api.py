@@ -9,14 +9,15 @@ from edgezo.config import TASK_SETTINGS, TuneConfig, make_config
 from edgezo.errors import ConfigError, DataError, ExportError
 from edgezo.manifest import FAMILY_WORDS, read_manifest
 from edgezo.recipe import task_settings
+from edgezo.runtime.corpus import read_data
 from edgezo.runtime.data import Row, read_rows
-from edgezo.runtime.dataset import row_limit, task_of
+from edgezo.runtime.dataset import row_limit, task_of, tokenize_data
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.examples import make_examples
 from edgezo.runtime.masked import ModelFacts
 from edgezo.runtime.memory import parse_bytes
 from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.objective import Objective, add_references
+from edgezo.runtime.objective import Objective
 from edgezo.runtime.predict import Prediction
 from edgezo.runtime.predict import predict as predict_labels
 from edgezo.runtime.probe import ProbeResult, refuse_rare_labels, require_scikit_learn, run_probe
@@ -127,7 +128,7 @@ def evaluate(
 
     Args:
         directory: edge model made by `export_model`.
-        data: .jsonl, .csv or .tsv rows.
+        data: .jsonl, .csv or .tsv rows; or plain text, a .txt or .md file or a folder of them.
         run: run directory whose tuned model to evaluate; None for the base.
         step: of the run: a number, "best" (by validation) or "last".
         adapter: PEFT folder or .onnx_adapter file to use instead of a run.
@@ -144,7 +145,7 @@ def evaluate(
     if (shots is None) != (train is None):
         raise ConfigError("--shots and --train go together: how many worked rows to show, and the file they are drawn from; give both")
     config = _task_config(run, {**settings, "data": str(data)}, task)
-    rows = read_rows(data)
+    rows = read_data(data)
     kind = task_of(rows, config, _reader(directory))
     model = EdgeModel(directory, threads=threads, device=device)
     used = 0
@@ -152,11 +153,8 @@ def evaluate(
         drawn = draw_shots(read_rows(train), kind, shots, seed)
         room = config.max_tokens if kind.kind == "answer" else 0
         kind, used = add_shots(kind, rows, drawn, model.text, row_limit(model, config), room)
-    examples, truncated = make_examples(rows, kind, model.text, row_limit(model, config))
-    sequences = Sequences(model)
-    objective = Objective(sequences, kind, config)
-    if objective.name == "dpo":
-        examples = add_references(sequences, examples)
+    examples, truncated = tokenize_data(model, config, kind, config.data, rows)
+    objective = Objective(Sequences(model), kind, config)
     if run is not None or adapter is not None:
         model.use(run=run, step=step, adapter=adapter)
     return EvalResult(objective.evaluate(examples), model.step, truncated, used)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgezo import __version__, baseline_commands, chat, run_commands, terminal, use_commands
+from edgezo import __version__, baseline_commands, chat, rate, run_commands, terminal, use_commands
 from edgezo.config import ALL_LINEAR, DEFAULT_STEPS, PREFIX_TOKENS
 from edgezo.errors import EdgezoError
 from edgezo.options import (
@@ -285,6 +285,7 @@ app.command("merge")(run_commands.merge_command)
 app.command("verify")(run_commands.verify_command)
 app.command("diff")(run_commands.diff_command)
 app.command("chat")(chat.chat_command)
+app.command("rate")(rate.rate_command)
 
 
 def main() -> None:

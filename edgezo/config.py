@@ -40,7 +40,7 @@ class TuneConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: str = Field(description="training rows: .jsonl, .csv or .tsv")
+    data: str = Field(description="training rows: .jsonl, .csv or .tsv; or plain text: a .txt or .md file, or a folder of them")
     valid: str | None = Field(None, description="validation rows; the best state by these is kept")
     template: str | None = Field(
         None, description="classification prompt with {field} names; the label word continues it, or stands at the {mask} of a masked model"
@@ -62,7 +62,9 @@ class TuneConfig(BaseModel):
         None, description="of generated answers: f1, exact-match, rouge-l; the first ranks states"
     )
     max_tokens: int = Field(50, gt=0, description="of an answer that is generated to evaluate")
-    max_length: int | None = Field(None, gt=1, description="tokens of a row at most; the model's context when unset")
+    max_length: int | None = Field(
+        None, gt=1, description="tokens of a row at most; when unset the model's context, and 256 for plain text files"
+    )
     steps: int | None = Field(None, gt=0, description=f"steps in all; {DEFAULT_STEPS} when neither steps nor minutes is given")
     minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time budget in minutes, evaluation included")
     lr: float = Field(2e-5, gt=0, le=1e6, allow_inf_nan=False, description="learning rate")

@@ -87,7 +87,9 @@ Metrics = Annotated[
     str | None, setting("metrics", text="of generated answers: f1, exact-match, rouge-l; the first ranks states.", shown="f1,exact-match")
 ]
 AnswerTokens = Annotated[int | None, setting("max_tokens")]
-MaxLength = Annotated[int | None, setting("max_length", text="tokens of a row at most.", shown="the model's context")]
+MaxLength = Annotated[
+    int | None, setting("max_length", text="tokens of a row at most.", shown="the model's context; 256 for .txt and .md files")
+]
 
 Temperature = Annotated[
     float | None, typer.Option("--temperature", show_default=False, help="Sample at this temperature. [default: greedy]")

@@ -43,7 +43,7 @@ from edgezo.options import (
 
 def eval_command(
     directory: EdgeDir,
-    data: Annotated[str, typer.Option("--data", help="Rows to evaluate on: .jsonl, .csv or .tsv.")],
+    data: Annotated[str, typer.Option("--data", help="Rows to evaluate on: .jsonl, .csv or .tsv; or plain text: .txt, .md or a folder.")],
     run: RunDir = None,
     step: Step = None,
     adapter: AdapterPath = None,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from edgezo.runtime.corpus import sha256_data
 from edgezo.runtime.dataset import read_dataset
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
@@ -130,6 +131,6 @@ def _best(run: Run) -> dict[str, float | int] | None:
 
 
 def _state(path: str, recorded: object) -> str:
-    if not Path(path).is_file():
+    if not Path(path).exists():
         return "not there"
-    return "as recorded" if sha256_file(Path(path)) == recorded else "changed"
+    return "as recorded" if sha256_data(path) == recorded else "changed"

@@ -35,7 +35,9 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".csv": _read_table, ".tsv": _read_table}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: unknown data format {path.suffix or '(no suffix)'!r}; use .jsonl, .csv or .tsv")
+        raise DataError(
+            f"{path}: unknown data format {path.suffix or '(no suffix)'!r}; use .jsonl, .csv or .tsv; tune and eval read plain text too, .txt and .md"
+        )
     try:
         rows = list(reader(path))
     except UnicodeDecodeError as error:

@@ -1,11 +1,12 @@
 """The rows of a run as examples: training and validation files read under one configuration."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edgezo.config import TuneConfig
 from edgezo.errors import DataError
-from edgezo.runtime.data import Row, read_rows
+from edgezo.runtime.corpus import is_corpus, pack, packs, read_data
+from edgezo.runtime.data import Row
 from edgezo.runtime.examples import Example, Examples, make_examples
 from edgezo.runtime.masked import CAUSAL, ModelFacts
 from edgezo.runtime.model import EdgeModel
@@ -42,28 +43,67 @@ def read_dataset(model: EdgeModel, config: TuneConfig, notice: Callable[[str], N
     Raises:
         DataError: a file, row, template or label cannot be used.
     """
-    rows = read_rows(config.data)
+    rows = read_data(config.data)
     task = task_of(rows, config, ModelFacts.of(model.manifest))
-    chosen = read_rows(config.valid) if config.valid is not None else []
+    chosen = read_data(config.valid) if config.valid is not None else []
     if task.labels:  # they are the run's from now on: another file may lack one
         config = config.model_copy(update={"labels": seen_labels(task.labels, task.label_field, [*rows, *chosen])})
-    limit = row_limit(model, config)
-
-    def make(kind: str, rows: list[Row]) -> Examples:
-        made = make_examples(rows, task, model.text, limit)
-        if made.truncated:
-            notice(f"{made.truncated} of {len(rows)} {kind} rows were cut to {limit} tokens")
-        return made._replace(examples=add_references(Sequences(model), made.examples)) if config.objective == "dpo" else made
-
-    if config.directions > len(rows):
-        raise DataError(
-            f"--directions {config.directions}: more than the {len(rows)} rows of {config.data}, each direction needs rows of its own; give at most {len(rows)}"
-        )
-    train = make("training", rows)
+    if not packs(config.data, task):
+        _refuse_few_rows(len(rows), config)
+    train = tokenize_data(model, config, task, config.data, rows, notice, "training")
+    if packs(config.data, task):
+        _refuse_few_rows(len(train.examples), config)
+        if config.max_length is None:  # evaluations of the run are to cut text alike
+            config = config.model_copy(update={"max_length": _length(train.examples[0]) + 1})
     if config.valid is None:
         return Dataset(config, task, train, None)
-    spread = max(1, len(chosen) / config.eval_rows)  # every k-th row, so that a sorted file is sampled evenly
-    return Dataset(config, task, train, make("validation", [chosen[int(i * spread)] for i in range(min(len(chosen), config.eval_rows))]))
+    if not packs(config.valid, task):
+        chosen = _spread(chosen, config.eval_rows)
+    valid = tokenize_data(model, config, task, config.valid, chosen, notice, "validation")
+    return Dataset(config, task, train, valid._replace(examples=_spread(valid.examples, config.eval_rows)))
+
+
+def tokenize_data(
+    model: EdgeModel,
+    config: TuneConfig,
+    task: Task,
+    path: str,
+    rows: Sequence[Row],
+    notice: Callable[[str], None] = lambda text: None,
+    shown: str = "",
+) -> Examples:
+    """The examples of rows read from `path`; plain text is packed.
+
+    Args:
+        model: with the objective dpo its present scores are what preferences are relative to.
+        notice: told how text was packed, or how many rows were cut to fit.
+        shown: what the rows are for.
+
+    Raises:
+        DataError: a row cannot be used.
+    """
+    if packs(path, task):
+        packed = pack(rows, model.text, config.max_length, model.context, config.directions)
+        notice(f"{shown} text: {packed}")
+        return Examples(packed.examples, 0)
+    limit = row_limit(model, config)
+    made = make_examples(rows, task, model.text, limit)
+    if made.truncated:
+        notice(f"{made.truncated} of {len(rows)} {shown} rows were cut to {limit} tokens")
+    return made._replace(examples=add_references(Sequences(model), made.examples)) if config.objective == "dpo" else made
+
+
+def _refuse_few_rows(rows: int, config: TuneConfig) -> None:
+    if config.directions > rows:
+        raise DataError(
+            f"--directions {config.directions}: more than the {rows} rows of {config.data}, each direction needs rows of its own; give at most {rows}{', or a smaller --max-length' if is_corpus(config.data) else ''}"
+        )
+
+
+def _spread(items: list[Any], most: int) -> list[Any]:
+    """At most so many, every k-th, so that a sorted file is sampled evenly."""
+    stride = max(1, len(items) / most)
+    return [items[int(place * stride)] for place in range(min(len(items), most))]
 
 
 def task_of(rows: Sequence[Row], config: TuneConfig, model: ModelFacts = CAUSAL) -> Task:

@@ -16,6 +16,7 @@ from edgezo.config import TuneConfig, describe
 from edgezo.errors import RunError
 from edgezo.manifest import Manifest
 from edgezo.runtime import noise
+from edgezo.runtime.corpus import sha256_data
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.journal import Journal, JournalContents, StepRecord, read_journal
 from edgezo.runtime.model import EdgeModel
@@ -108,8 +109,8 @@ def journal_header(manifest: Manifest, config: TuneConfig, start: Path | None = 
     return {
         "base": base_id(manifest),
         "config": config.model_dump(),
-        "data": sha256_file(Path(config.data)),
-        "valid": sha256_file(Path(config.valid)) if config.valid else None,
+        "data": sha256_data(config.data),
+        "valid": sha256_data(config.valid) if config.valid else None,
         "tokenizer": hashlib.sha256("".join(manifest.files[name].sha256 for name in text if name).encode()).hexdigest(),
         "init": sha256_file(start) if start is not None else None,
         "noise": noise.SPECIFICATION_VERSION,

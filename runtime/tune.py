@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from edgezo.config import TuneConfig, describe
 from edgezo.errors import AdapterError, ConfigError, RunError
 from edgezo.runtime.adapter_files import read_adapter
+from edgezo.runtime.corpus import WARNING
 from edgezo.runtime.dataset import Dataset, read_dataset
 from edgezo.runtime.evaluation import Evaluation, best_step
 from edgezo.runtime.journal import Journal, StepRecord
@@ -216,6 +217,8 @@ def tune(
         if previous is not None:
             check_base(previous, model)
             check_same(previous, config, header)
+        if previous is None and dataset.task.kind == "text":
+            reporter.notice(WARNING)
         weights = mutable_weights(model, config, start)
         theta = Theta(model, config, weights, Objective(Sequences(model), dataset.task, config))
         reporter.stage("checking that the engine sees changes of every tunable tensor")

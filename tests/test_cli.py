@@ -426,7 +426,7 @@ def test_no_arguments_show_help(command: Command) -> None:
     assert shown.startswith("Usage: edgezo [OPTIONS] COMMAND [ARGS]...\n")
     assert re.findall(r"^  ([a-z]+)  ", shown, re.MULTILINE) == [
         *("export", "tune", "eval", "predict", "generate", "tasks", "inspect", "demo"),
-        *("probe", "replay", "merge", "verify", "diff", "chat"),
+        *("probe", "replay", "merge", "verify", "diff", "chat", "rate"),
     ]
 
 

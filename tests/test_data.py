@@ -138,7 +138,9 @@ def test_a_directory_is_no_data_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "shown"), [("rows.parquet", "'.parquet'"), ("rows", "'(no suffix)'")])
 def test_an_unknown_suffix_is_refused_with_the_known_ones(write: Write, name: str, shown: str) -> None:
     path = write(name, b"x")
-    assert refusal(path) == f"{path}: unknown data format {shown}; use .jsonl, .csv or .tsv"
+    assert (
+        refusal(path) == f"{path}: unknown data format {shown}; use .jsonl, .csv or .tsv; tune and eval read plain text too, .txt and .md"
+    )
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.tsv"])
