@@ -81,7 +81,7 @@ def _encoder_candidates(row: Row, task: Task, text: TextCodec, max_length: int) 
     filled = fill_parts(task.template, row, task.replace, task.family)
     try:
         if task.family == "classifier":
-            return class_candidates(filled[0], len(task.labels), text, max_length)
+            return class_candidates(filled[0], len(task.words), text, max_length)
         return masked_candidates(filled, task.words, mask_place(task.template), text, max_length)
     except TextError as error:
         raise DataError(f"{row.place}: {error}") from None

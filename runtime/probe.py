@@ -67,8 +67,8 @@ def refuse_rare_labels(examples: Sequence[Example], task: Task, least: int) -> N
     Raises:
         DataError: a label has fewer.
     """
-    counts = np.bincount([example.gold for example in examples], minlength=len(task.labels))
-    for label, count in zip(task.labels, counts.tolist(), strict=True):
+    counts = np.bincount([example.gold for example in examples], minlength=len(task.words))
+    for label, count in zip(task.classes, counts.tolist(), strict=True):
         if count < least:
             why = "a probe learns from at least one" if least == 1 else "cross-validation needs two; give --valid"
             raise DataError(
