@@ -7,8 +7,10 @@ keep its old value and break the equality. The cost is one more session and thre
 What the proof cannot tell is a tensor whose changes reach the scores multiplied by nothing but zero: both sessions agree on it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,11 +29,29 @@ PROBE_COPIES = 32
 PROBE_TOKENS = 8  # more than one, or attention over a single key would hide queries and keys
 
 
-def prove_live(model: EdgeModel, weights: MutableWeights) -> None:
+class _Proven(NamedTuple):
+    """A graph to prove: its file, what to feed and to look at, and how to get its session, the one to use or a new one."""
+
+    shown: str
+    path: Path
+    feeds: dict[str, Array]
+    output: str
+    use: Callable[[], Session]
+    fresh: Callable[[], Session]
+
+    def scores(self, session: Session) -> Array:
+        """What the session gives at the weights of this moment."""
+        return session.run([self.output], self.feeds)[0]
+
+
+def prove_live(model: EdgeModel, weights: MutableWeights, generates: bool = False) -> None:
     """Refuse the model unless every tunable tensor is live in its scoring session. The weights are afterwards as before.
 
     An adapter is fed at every run, so nothing can freeze it; that each of its tensors reaches the scores is proven by copies that
     differ in one tensor each.
+
+    Args:
+        generates: whether the loss is of generated text: the generation session is proven too.
 
     Raises:
         DeadTensorError: names the tensors that are not live.
@@ -40,31 +60,39 @@ def prove_live(model: EdgeModel, weights: MutableWeights) -> None:
     if model.adapter is not None:
         _prove_adapter_live(model)
         return
-    names = list(weights.passes.shapes)
-    path = model.directory / model.manifest.scoring.file
-    dead = disconnected(path, names)
-    if dead:
-        raise _refusal(model, dead, "nothing in the scoring graph uses them")
     feeds = _probe_feeds(model)
     if model.on_device is not None:
         _prove_on_device(model, weights, feeds)
         return
+    path = model.directory / model.manifest.scoring.file
+    _prove_in_place(model, weights, _Proven("the scoring graph", path, feeds, "log_probs", lambda: model.scoring, model.fresh_scoring))
+    if generates:
+        path, feeds = model.directory / model.generation_facts.file, _generation_feeds(model)
+        graph = _Proven("the generation graph", path, feeds, "logits", lambda: model.generation, model.fresh_generation)
+        _prove_in_place(model, weights, graph)
+
+
+def _prove_in_place(model: EdgeModel, weights: MutableWeights, graph: _Proven) -> None:
+    names = list(weights.passes.shapes)
+    dead = disconnected(graph.path, names)
+    if dead:
+        raise _refusal(model, dead, f"nothing in {graph.shown} uses them")
     with _perturbed(weights):
-        changed_at_load = _scores(model.fresh_scoring(), feeds)
-    session = model.scoring
+        changed_at_load = graph.scores(graph.fresh())
+    session = graph.use()
     dead = [name for name in names if name not in session.mutable]
     if dead:
-        raise _refusal(model, dead, "they are constants of the scoring graph, not overridable initializers")
-    base = _scores(session, feeds)
+        raise _refusal(model, dead, f"they are constants of {graph.shown}, not overridable initializers")
+    base = graph.scores(session)
     with _perturbed(weights):
-        changed_in_place = _scores(session, feeds)
+        changed_in_place = graph.scores(session)
     _refuse_non_finite(base, changed_at_load)
     if np.array_equal(changed_in_place, changed_at_load) and not np.array_equal(changed_in_place, base):
         return
-    dead = [name for name in names if np.array_equal(_changed_alone(model, name, feeds, session), base)]
+    dead = [name for name in names if np.array_equal(_changed_alone(model, name, graph, session), base)]
     if not dead:  # all are seen, but one not everywhere it is used: the engine has copied it for some node
-        fresh = {name: _changed_alone(model, name, feeds, None) for name in names}
-        dead = [name for name in names if not np.array_equal(_changed_alone(model, name, feeds, session), fresh[name])]
+        fresh = {name: _changed_alone(model, name, graph, None) for name in names}
+        dead = [name for name in names if not np.array_equal(_changed_alone(model, name, graph, session), fresh[name])]
     raise _refusal(model, dead or names, "the engine does not see their changes")
 
 
@@ -73,6 +101,9 @@ def _prove_on_device(model: EdgeModel, weights: MutableWeights, feeds: dict[str,
 
     Of all tensors at once, not of each: they are bound by one rule, offsets into one buffer.
     """
+    dead = disconnected(model.directory / model.manifest.scoring.file, list(weights.passes.shapes))
+    if dead:
+        raise _refusal(model, dead, "nothing in the scoring graph uses them")
     base = _scores(model.scoring, feeds)
     with _perturbed(weights):
         changed = _scores(model.scoring, feeds)
@@ -91,8 +122,7 @@ def _prove_adapter_live(model: EdgeModel) -> None:
     adapter = model.manifest.adapter
     lora = adapter is not None and adapter.kind == "lora"
     probe = _LoraProbe(adapter.targets) if lora and adapter is not None else _PrefixProbe(model.weights[PREFIX])
-    path = model.directory / model.manifest.scoring.file
-    dead = disconnected(path, probe.inputs)
+    dead = disconnected(model.directory / model.manifest.scoring.file, probe.inputs)
     if dead:
         raise _refusal(model, dead, "nothing in the scoring graph uses them", len(probe.names))
     dead = []
@@ -173,14 +203,14 @@ def _perturbed(weights: MutableWeights) -> Iterator[None]:
         weights.flush()
 
 
-def _changed_alone(model: EdgeModel, name: str, feeds: dict[str, Array], session: Session | None) -> Array:
+def _changed_alone(model: EdgeModel, name: str, graph: _Proven, session: Session | None) -> Array:
     """Scores with one tensor changed, by `session` or by one that is made after the change; the bytes are put back. The slow proof."""
     array = model.weights[name]
     original = array.copy()
     # noise, since a layer norm takes away what is added to all its inputs alike
     array += np.float32(2**-7) * noise.draw(PROBE, name, array.size).reshape(array.shape)
     try:
-        return _scores(session or model.fresh_scoring(), feeds)
+        return graph.scores(session or graph.fresh())
     finally:
         array[...] = original
 
@@ -212,6 +242,13 @@ def _probe_feeds(model: EdgeModel, rows: int = 1) -> dict[str, Array]:
         "pair_targets": np.tile(targets, len(hidden)),
     }
     return {name: feeds[name] for name in model.manifest.scoring.inputs}
+
+
+def _generation_feeds(model: EdgeModel) -> dict[str, Array]:
+    """The same short row, with nothing read before it and the logits of every position."""
+    graph, feeds = model.generation_facts, _probe_feeds(model)
+    past = {state.input: np.zeros((1, state.heads, 0, state.head_dim), np.float32) for state in graph.past}
+    return {**{name: feeds[name] for name in graph.inputs}, **past}
 
 
 def _refusal(model: EdgeModel, dead: list[str], why: str, total: int | None = None) -> DeadTensorError:

@@ -202,6 +202,10 @@ class EdgeModel:
         """A new session of the scoring graph, loaded from the weights as they are now."""
         return self._session(self.manifest.scoring)
 
+    def fresh_generation(self) -> Session:
+        """A new session of the generation graph, loaded from the weights as they are now."""
+        return self._session(self.generation_facts)
+
     def generate(self, prompt: str, max_tokens: int = MAX_TOKENS, sampling: Sampling | None = None) -> str:
         """Continue `prompt` by at most `max_tokens` tokens; greedy unless `sampling` is given. Returns the new text alone.
 

@@ -222,7 +222,7 @@ def tune(
         weights = mutable_weights(model, config, start)
         theta = Theta(model, config, weights, Objective(Sequences(model), dataset.task, config))
         reporter.stage("checking that the engine sees changes of every tunable tensor")
-        prove_live(model, weights)
+        prove_live(model, weights, generates=theta.objective.generates)
         if memory is not None:
             reporter.stage("measuring what a forward takes")
             everything = [*dataset.train.examples, *(dataset.valid.examples if dataset.valid is not None else [])]

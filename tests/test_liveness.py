@@ -206,6 +206,23 @@ def test_each_tensor_that_the_engine_copied_is_refused_by_name(architecture: Pat
         assert digest(model) == before
 
 
+def test_a_loss_of_generated_text_needs_the_generation_session_live_too(exported_dir: Path) -> None:
+    names = [tensor.name for tensor in read_manifest(exported_dir).tunable]
+    for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.v_proj.weight"):
+        model = EdgeModel(exported_dir, threads=1)
+        weights = MutableWeights(model.weights, eps=1e-3, threads=1)
+        kept = model.weights[name]
+        model.weights[name] = kept.copy()
+        assert model.generation  # reads another copy
+        model.weights[name] = kept
+        prove_live(model, weights)
+        with pytest.raises(DeadTensorError) as caught:
+            prove_live(model, weights, generates=True)
+        assert f": 1 of {len(names)} tunable tensors would not be tuned, {UNSEEN}: {name}; " in str(caught.value)
+    model = EdgeModel(exported_dir, threads=1)
+    prove_live(model, MutableWeights(model.weights, eps=1e-3, threads=1), generates=True)
+
+
 def test_a_tensor_that_the_engine_copied_for_one_of_two_uses_is_refused_by_name(edge_dir: Path) -> None:
     """The session in use reads the tied embedding live in the lookup and as a copy in the head, a fresh one live in both."""
     graph = (edge_dir / "scoring.onnx").read_bytes()
