@@ -73,7 +73,7 @@ def test_every_packaged_folder_is_reached_by_the_checkout_too() -> None:
 
 @pytest.mark.parametrize(
     ("package", "folder"),
-    [("edgezo.demo_data", "examples/notes"), ("edgezo.runtime.kernels", "runtime/kernels"), ("edgezo", "edgezo/recipes")],
+    [("edgezo.demo_data", "examples/notes"), ("edgezo.runtime.kernels", "runtime/kernels"), ("edgezo.recipes", "edgezo/recipes")],
 )
 def test_every_data_file_is_packaged(package: str, folder: str) -> None:
     patterns = setuptools_table()["package-data"][package]
