@@ -17,7 +17,7 @@ from edgezo.runtime.examples import make_examples
 from edgezo.runtime.masked import ModelFacts
 from edgezo.runtime.memory import parse_bytes
 from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.objective import Objective
+from edgezo.runtime.objective import Objective, add_references
 from edgezo.runtime.predict import Prediction
 from edgezo.runtime.predict import predict as predict_labels
 from edgezo.runtime.probe import ProbeResult, refuse_rare_labels, require_scikit_learn, run_probe
@@ -151,10 +151,12 @@ def evaluate(
     used = 0
     if shots is not None and train is not None:
         drawn = draw_shots(read_rows(train), kind, shots, seed)
-        room = config.max_tokens if kind.kind == "answer" else 0
-        kind, used = add_shots(kind, rows, drawn, model.text, row_limit(model, config), room)
+        kind, used = add_shots(kind, rows, drawn, model.text, row_limit(model, config), kind.room)
     examples, truncated = tokenize_data(model, config, kind, config.data, rows)
     objective = Objective(Sequences(model), kind, config)
+    if objective.name == "dpo":
+        model.use(run=run, step=0)
+        examples = add_references(objective.sequences, examples)
     if run is not None or adapter is not None:
         model.use(run=run, step=step, adapter=adapter)
     return EvalResult(objective.evaluate(examples), model.step, truncated, used)

@@ -19,6 +19,7 @@ PREFIX_TOKENS = 5
 RANK_LIMIT, ALPHA_LIMIT = 4096, 1e6
 CONFIG_BYTES_LIMIT = 1 << 20
 DEFAULT_STEPS = 500
+ANSWER_METRICS = ("f1", "exact-match")  # of generated answers, unless --metrics says otherwise
 OBJECTIVES = ("likelihood", "cross-entropy", "accuracy", "f1", "exact-match", "rouge-l", "preference", "dpo")
 
 
@@ -54,7 +55,7 @@ class TuneConfig(BaseModel):
         None, min_length=1, description="text that ends an answer, learned and obeyed; the end-of-text token when unset"
     )
     calibrate: str | None = Field(
-        None, description="neutral prompt, whose score of a candidate is taken off its own when candidates are compared"
+        None, min_length=1, description="neutral prompt, whose score of a candidate is taken off its own when candidates are compared"
     )
     objective: str | None = Field(None, description="what tuning lowers or raises; by the kind of data when unset")
     beta: float = Field(0.1, gt=0, le=1e3, allow_inf_nan=False, description="of preference and dpo: inverse temperature")
@@ -153,7 +154,9 @@ def parse_values(values: dict[str, Any]) -> dict[str, Any]:
     if values.get("labels") is not None:
         parsed["labels"] = parse_labels(values["labels"])
     if isinstance(values.get("replace"), list):
-        parsed["replace"] = dict(map(parse_replacement, values["replace"]))
+        parsed["replace"] = {}
+        for field, words in map(parse_replacement, values["replace"]):
+            parsed["replace"].setdefault(field, {}).update(words)
     if isinstance(values.get("metrics"), str):
         parsed["metrics"] = [name.strip() for name in values["metrics"].split(",")]
     return parsed
@@ -211,7 +214,7 @@ def describe(error: ValidationError, file: str | None = None, known: Iterable[st
     """
     first = next((entry for entry in error.errors() if entry["type"] == "extra_forbidden"), error.errors()[0])
     name = ".".join(str(part) for part in first["loc"])
-    shown = f"--{name.replace('_', '-')}" if file is None else f"{file}: {name}"
+    shown = f"--{str(first['loc'][0] if first['loc'] else '').replace('_', '-')}" if file is None else f"{file}: {name}"
     if first["type"] == "missing":
         return f"{shown}: not given; it is needed"
     if first["type"] == "extra_forbidden":

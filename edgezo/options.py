@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgezo.config import ADAPTER_DEFAULTS, OBJECTIVES, Sampling, TuneConfig
+from edgezo.config import ADAPTER_DEFAULTS, ANSWER_METRICS, OBJECTIVES, Sampling, TuneConfig
 from edgezo.errors import ConfigError
 
 EdgeDir = Annotated[Path, typer.Argument(metavar="DIR", help="Edge model directory made by `edgezo export`.")]
@@ -84,7 +84,8 @@ Objective = Annotated[
 ]
 Beta = Annotated[float | None, setting("beta")]
 Metrics = Annotated[
-    str | None, setting("metrics", text="of generated answers: f1, exact-match, rouge-l; the first ranks states.", shown="f1,exact-match")
+    str | None,
+    setting("metrics", text="of generated answers: f1, exact-match, rouge-l; the first ranks states.", shown=",".join(ANSWER_METRICS)),
 ]
 AnswerTokens = Annotated[int | None, setting("max_tokens")]
 MaxLength = Annotated[

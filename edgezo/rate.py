@@ -213,8 +213,9 @@ def rate_prompt(answers: Answers, ratings: Ratings, typed: str, prompt: str, one
 
 def compare(answers: Answers, prompt: str) -> tuple[str, str] | None:
     """The better and the worse of two answers; None when the prompt is skipped."""
+    seen: set[str] = set()
     while True:
-        pair = answers.draw(prompt, 2, set())
+        pair = answers.draw(prompt, 2, seen)
         if len(pair) < 2:
             notice(f"no two different answers in {TRIES} tries, skipped; --temperature or --max-tokens may be raised")
             return None

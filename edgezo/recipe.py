@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from edgezo.config import NO_SETTINGS, TASK_SETTINGS, TuneConfig, describe, make_config, parse_values, read_settings
+from edgezo.config import ANSWER_METRICS, NO_SETTINGS, TASK_SETTINGS, TuneConfig, describe, make_config, parse_values, read_settings
 from edgezo.errors import ConfigError, DataError
 from edgezo.runtime.data import Row
-from edgezo.runtime.tasks import Kind, find_task
+from edgezo.runtime.tasks import OPTIONS, Kind, find_task
 
 RECIPES = Path(__file__).with_name("recipes")
 FILE_SUFFIXES = {".yaml", ".yml", ".json"}
@@ -97,8 +97,9 @@ def read_recipe(path: Path) -> Recipe:
 def summarize(recipe: Recipe) -> Summary:
     """Kind and metric as `find_task` and `Objective` take them."""
     kind = _kind(recipe, recipe.name)
-    metrics: list[str] = recipe.settings.get("metrics") or ["f1", "exact-match"]
-    return Summary(recipe.name, kind, ", ".join(metrics) if kind == "answer" else "accuracy", recipe.description)
+    metrics: list[str] = recipe.settings.get("metrics") or list(ANSWER_METRICS)
+    metric = ", ".join(metrics) if kind == "answer" else "accuracy" if kind in {"classification", "choice"} else "loss"
+    return Summary(recipe.name, kind, metric, recipe.description)
 
 
 def _check_settings(recipe: Recipe, path: Path) -> None:
@@ -116,6 +117,5 @@ def _kind(recipe: Recipe, place: str) -> Kind:
     """The kind of rows that have these fields; two labels, for a recipe that leaves them to the data."""
     config = make_config(None, {"data": ""}, task=recipe.settings)
     rows = [Row(dict.fromkeys(recipe.fields, label), place) for label in ("one", "two")]
-    names = ("choices", "answer_field", "replace", "stop", "calibrate")
-    given = {name: getattr(config, name) for name in names}
+    given = {name: getattr(config, name) for name in OPTIONS}
     return find_task(rows, config.template, config.labels, config.label_field, **given).kind

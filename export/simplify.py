@@ -17,12 +17,12 @@ def merge_equal_nodes(graph: onnx.GraphProto) -> None:
         for index, name in enumerate(node.input):
             node.input[index] = instead.get(name, name)
         attributes = tuple(sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute))
-        key = (node.domain, node.op_type, tuple(node.input), len(node.output), attributes)
+        key = (node.domain, node.op_type, tuple(node.input), tuple(map(bool, node.output)), attributes)
         same = first.setdefault(key, node)
         if same is node or node.op_type.startswith("Random") or fixed.intersection(node.output):
             kept.append(onnx.NodeProto.FromString(node.SerializeToString()))
         else:
-            instead.update(zip(node.output, same.output, strict=True))
+            instead.update((own, other) for own, other in zip(node.output, same.output, strict=True) if own)
     del graph.node[:]
     graph.node.extend(kept)
 

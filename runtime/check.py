@@ -83,7 +83,10 @@ def _derive_again(run: Run, model: EdgeModel, every: int, progress: Callable[[in
     dataset = read_dataset(model, run.config)
     check_same(run, dataset.config, journal_header(model.manifest, dataset.config, run.start))
     order, weights = dataset.order(), mutable_weights(model, run.config, run.start)
-    theta = Theta(model, run.config, weights, Objective(Sequences(model), dataset.task, run.config))
+    objective = Objective(Sequences(model), dataset.task, run.config)
+    if objective.name == "dpo":
+        dataset = dataset.with_references(objective.sequences)
+    theta = Theta(model, run.config, weights, objective)
     derived, largest = 0, 0.0
     for step, record in enumerate(run.records):
         directions = step_directions(run.config, step)
@@ -131,6 +134,6 @@ def _best(run: Run) -> dict[str, float | int] | None:
 
 
 def _state(path: str, recorded: object) -> str:
-    if not Path(path).exists():
+    if not (Path(path).is_file() or Path(path).is_dir()):
         return "not there"
     return "as recorded" if sha256_data(path) == recorded else "changed"

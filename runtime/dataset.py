@@ -13,7 +13,7 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import add_references
 from edgezo.runtime.order import DataOrder
 from edgezo.runtime.scoring import Sequences, forward_tokens
-from edgezo.runtime.tasks import Task, find_task, seen_labels
+from edgezo.runtime.tasks import OPTIONS, Task, find_task, seen_labels
 
 
 class Dataset(NamedTuple):
@@ -23,6 +23,14 @@ class Dataset(NamedTuple):
     task: Task
     train: Examples
     valid: Examples | None
+
+    def with_references(self, sequences: Sequences) -> "Dataset":
+        """The same with log-probabilities under the model as it is now, which the objective dpo is relative to."""
+
+        def referred(part: Examples) -> Examples:
+            return part._replace(examples=add_references(sequences, part.examples))
+
+        return self._replace(train=referred(self.train), valid=referred(self.valid) if self.valid is not None else None)
 
     def order(self) -> DataOrder:
         """Which rows each step sees."""
@@ -37,7 +45,7 @@ def read_dataset(model: EdgeModel, config: TuneConfig, notice: Callable[[str], N
     """Read and tokenise the files of `config`.
 
     Args:
-        model: untuned; with the objective dpo its scores are what preferences are relative to.
+        model: gives the tokenizer and the context.
         notice: told how many rows were cut to fit.
 
     Raises:
@@ -75,7 +83,7 @@ def tokenize_data(
     """The examples of rows read from `path`; plain text is packed.
 
     Args:
-        model: with the objective dpo its present scores are what preferences are relative to.
+        model: gives the tokenizer and the context.
         notice: told how text was packed, or how many rows were cut to fit.
         shown: what the rows are for.
 
@@ -90,7 +98,7 @@ def tokenize_data(
     made = make_examples(rows, task, model.text, limit)
     if made.truncated:
         notice(f"{made.truncated} of {len(rows)} {shown} rows were cut to {limit} tokens")
-    return made._replace(examples=add_references(Sequences(model), made.examples)) if config.objective == "dpo" else made
+    return made
 
 
 def _refuse_few_rows(rows: int, config: TuneConfig) -> None:
@@ -112,8 +120,10 @@ def task_of(rows: Sequence[Row], config: TuneConfig, model: ModelFacts = CAUSAL)
     Raises:
         DataError: it does not fit their fields.
     """
-    names = ("choices", "answer_field", "replace", "stop", "calibrate")
-    return find_task(rows, config.template, config.labels, config.label_field, model, **{name: getattr(config, name) for name in names})
+    given = {name: getattr(config, name) for name in OPTIONS}
+    task = find_task(rows, config.template, config.labels, config.label_field, model, **given)
+    generates = task.kind == "answer" or (config.objective is not None and ":" in config.objective and not task.has_candidates)
+    return task._replace(room=config.max_tokens) if generates else task
 
 
 def row_limit(model: EdgeModel, config: TuneConfig) -> int:

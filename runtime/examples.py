@@ -73,6 +73,7 @@ def make_candidates(row: Row, task: Task, text: TextCodec, max_length: int) -> t
     except TextError as error:
         raise DataError(f"{row.place}: {error}") from None
     longest = max(len(completion) for _, completion in pairs)  # candidates are compared after the same prompt
+    longest = max(longest, min(task.room, max_length // 2))  # else a cut prompt would tell the length of the right answer
     kept = [_fit(pair, longest, row, task, text, max_length) for pair in pairs]
     return kept, any(len(new[0]) + len(new[1]) < len(old[0]) + len(old[1]) for new, old in zip(kept, pairs, strict=True))
 
@@ -111,6 +112,8 @@ def worked_text(row: Row, task: Task) -> str:
 def _pairs(row: Row, task: Task, text: TextCodec) -> list[Pair]:
     if task.kind in {"classification", "choice"}:
         prompts = [task.prompt(row), *([task.prefix + task.calibrate] if task.calibrate is not None else [])]
+        if not all(prompt.strip() for prompt in prompts):
+            raise DataError(f"{row.place}: the prompt is empty; give a --template with some text, or rows with a prompt")
         return [text.split(prompt, _spaced(prompt, word)) for prompt in prompts for word in _candidates(row, task)]
     if task.kind in {"completion", "answer", "preference"}:
         prompt = task.prompt(row)
@@ -214,9 +217,11 @@ def _gold_choice(row: Row, task: Task) -> int:
     """The right choice: its text, or its number from 0."""
     candidates, value = _candidates(row, task), row.fields.get(task.answer_field)
     answer = "" if value is None or isinstance(value, bool | list | dict) else str(value).strip()
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(candidates):
+        return value  # a number is a place, even where the choices are numbers
     if answer in candidates:
         return candidates.index(answer)
-    if answer.isdigit() and int(answer) < len(candidates):
+    if answer.isdecimal() and int(answer) < len(candidates):
         return int(answer)
     found = f"is {answer!r}" if answer else "is missing or no text"
     raise DataError(

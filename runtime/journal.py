@@ -227,6 +227,7 @@ def _with_record(path: Path, contents: JournalContents, record: bytes, end: int,
     kind, payload = record[:1], record[1:]
     contents = contents._replace(whole_bytes=end, checksum=checksum)
     if kind in (STEP, DIRECTIONS):
+        contents = contents._replace(others={})  # of an evaluation that was cut
         record_read = _step_record(kind, payload)
         contents.records.append(record_read)
         if not all(map(math.isfinite, (*record_read.projected_grads, record_read.learning_rate, record_read.loss))):

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgezo.config import TuneConfig
+from edgezo.config import ANSWER_METRICS, TuneConfig
 from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime.batch_generate import generate_batch
 from edgezo.runtime.evaluation import Evaluation
@@ -31,11 +31,11 @@ from edgezo.runtime.examples import Example
 from edgezo.runtime.outcome import Outcome, load_reward
 from edgezo.runtime.scoring import Candidate, Copies, Scores, Sequences
 from edgezo.runtime.tasks import Kind, Task
-from edgezo.runtime.text_metrics import METRICS, best_of
+from edgezo.runtime.text_metrics import METRICS, best_of, require_rouge
 
 DEFAULTS: dict[Kind, str] = {"classification": "cross-entropy", "preference": "preference"}  # likelihood for all others
 SMOOTH = {"likelihood", "cross-entropy", "preference", "dpo"}
-Row = npt.NDArray[np.float64]
+CandidateScores = npt.NDArray[np.float64]
 
 
 class Objective:
@@ -54,7 +54,7 @@ class Objective:
         self.sequences, self.task, self.config = sequences, task, config
         self.smooth_name = DEFAULTS.get(task.kind, "likelihood")
         self.name = config.objective or self.smooth_name
-        self.metrics = config.metrics or (["f1", "exact-match"] if task.kind == "answer" else [])
+        self.metrics: list[str] = [*config.metrics] if config.metrics else (list(ANSWER_METRICS) if task.kind == "answer" else [])
         self._refuse_misfit()
         self.reward = load_reward(self.name) if ":" in self.name else None
         if self.name in SMOOTH:
@@ -64,6 +64,11 @@ class Objective:
     def generates(self) -> bool:
         """Whether the loss is of generated answers, so that copies of an adapter cannot share a forward."""
         return not self.task.has_candidates and self.name not in SMOOTH
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether losses or evaluations read generated answers."""
+        return self.generates or (not self.task.has_candidates and bool(self.metrics or self.reward))
 
     @property
     def smooth(self) -> bool:
@@ -84,7 +89,7 @@ class Objective:
         )
 
     def evaluate(self, examples: Sequence[Example]) -> Evaluation:
-        """Loss and metrics over all examples. The loss is the smooth one of the kind of data, whatever tuning lowers.
+        """Loss and metrics over all examples. The loss is the objective where it is smooth, else that of the kind of data.
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite.
@@ -92,6 +97,8 @@ class Objective:
         every = self.sequences.log_probs([pair for example in examples for pair in example.pairs])
         parts = every if self.smooth_name != "likelihood" else _golds(every, examples)
         loss, count = self._value(self.smooth_name, parts, examples), len(examples)
+        if not all(np.isfinite(part).all() for part in every):
+            loss = math.nan  # of a wrong candidate; an argmax would hide it
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"the loss over {count} rows is {loss}; export the model again, or tune with a smaller --lr")
         if not self.task.has_candidates:
@@ -112,10 +119,11 @@ class Objective:
     def _value(self, name: str, parts: Scores, examples: Sequence[Example]) -> float:
         if name == "likelihood":
             return -float(sum(float(part.sum()) for part in parts)) / sum(map(len, parts))
-        scores, gold = self._candidate_scores(parts, examples), [example.gold for example in examples]
-        if name in {"preference", "dpo"}:
-            return float(np.logaddexp(0, -self.config.beta * self._margins(name, scores, examples)).mean())
+        gold = [example.gold for example in examples]
         with np.errstate(invalid="ignore"):  # NaN is the estimator's to refuse
+            scores = self._candidate_scores(parts, examples)
+            if name in {"preference", "dpo"}:
+                return float(np.logaddexp(0, -self.config.beta * self._margins(name, scores, examples)).mean())
             if name == "cross-entropy":
                 return float(np.mean([np.logaddexp.reduce(row) - row[index] for row, index in zip(scores, gold, strict=True)]))
         if not all(np.isfinite(row).all() for row in scores):
@@ -127,7 +135,7 @@ class Objective:
             return 1 - macro_f1(predicted, np.array(gold), len(scores[0]))
         return 1 - float((predicted == gold).mean())
 
-    def _candidate_scores(self, parts: Scores, examples: Sequence[Example]) -> list[Row]:
+    def _candidate_scores(self, parts: Scores, examples: Sequence[Example]) -> list[CandidateScores]:
         """Scores of each example's candidates, in nats."""
         sums, lengths = np.array([part.sum() for part in parts]), np.array([len(part) for part in parts])
         ends = np.cumsum([len(example.pairs) for example in examples])[:-1]
@@ -135,7 +143,7 @@ class Objective:
             return [row[: len(row) // 2] - row[len(row) // 2 :] for row in np.split(sums, ends)]
         return np.split(sums / lengths if self.task.kind == "choice" else sums, ends)
 
-    def _margins(self, name: str, scores: list[Row], examples: Sequence[Example]) -> Row:
+    def _margins(self, name: str, scores: list[CandidateScores], examples: Sequence[Example]) -> CandidateScores:
         margins = np.array([row[0] - row[1] for row in scores])
         if name == "dpo":
             margins -= np.array([example.reference[0] - example.reference[1] for example in examples])
@@ -158,7 +166,7 @@ class Objective:
         prompts = [example.pairs[0][0] for example in examples]
         return generate_batch(self.sequences.model, prompts, self.config.max_tokens, self.task.stop, self.sequences.batch_tokens)
 
-    def _reward(self, examples: Sequence[Example], scores: list[Row] | None, texts: list[str] | None) -> float:
+    def _reward(self, examples: Sequence[Example], scores: list[CandidateScores] | None, texts: list[str] | None) -> float:
         assert self.reward is not None
         outcomes = [
             Outcome(
@@ -181,6 +189,8 @@ class Objective:
             raise ConfigError(
                 f"--objective {name}: does not fit rows of kind {kind}; give {', '.join(fitting)}, or package.module:function"
             )
+        if "rouge-l" in {name, *self.metrics}:
+            require_rouge()
         if self.config.metrics and kind != "answer":
             raise ConfigError(f"--metrics {','.join(self.config.metrics)}: compare a generated answer, and rows of kind {kind} have none")
 

@@ -47,13 +47,12 @@ def load_reward(name: str) -> Reward:
     """
     module, _, function = name.partition(":")
     folder = os.getcwd()
-    sys.path.insert(0, folder)
+    if folder not in sys.path:  # and it stays, since the function may import on its own
+        sys.path.insert(0, folder)
     try:
         found = importlib.import_module(module)
     except Exception as error:  # a user's module may raise anything
         raise ConfigError(f"--objective {name}: {module} cannot be imported from {folder}: {first_line(error)}") from error
-    finally:
-        sys.path.remove(folder)
     reward = getattr(found, function, None)
     if not callable(reward):
         raise ConfigError(f"--objective {name}: {module} has no function {function!r}")
@@ -68,10 +67,10 @@ def _checked(name: str, reward: Callable[[Sequence[Outcome]], Any]) -> Reward:
             raise ConfigError(
                 f"--objective {name}: failed on {len(outcomes)} rows: {type(error).__name__}: {first_line(error)}; it must return a list of numbers, one a row"
             ) from error
-        if len(values) != len(outcomes) or not all(map(math.isfinite, values)):
-            raise ConfigError(
-                f"--objective {name}: returned {len(values)} values for {len(outcomes)} rows or one that is not finite; return a finite number a row"
-            )
+        if len(values) != len(outcomes):
+            raise ConfigError(f"--objective {name}: returned {len(values)} values for {len(outcomes)} rows; return a number a row")
+        if not all(map(math.isfinite, values)):
+            raise ConfigError(f"--objective {name}: returned NaN or infinity; return finite numbers")
         return values
 
     return call

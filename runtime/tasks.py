@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from edgezo.errors import DataError
-from edgezo.manifest import Family
+from edgezo.manifest import FAMILY_WORDS, Family
 from edgezo.runtime.data import Row
 from edgezo.runtime.masked import CAUSAL, MASK, ModelFacts, check_mask, check_unprompted, class_labels
 
@@ -16,6 +16,7 @@ NAMED_FIELDS: dict[Kind, set[str]] = {
     "chat": {"messages"},
     "completion": {"prompt", "completion"},
 }
+OPTIONS = ("choices", "answer_field", "replace", "stop", "calibrate")  # settings that `find_task` takes by name
 NO_REPLACEMENTS: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
 
@@ -28,10 +29,11 @@ class Task(NamedTuple):
     choices: templates of the choices; empty where the field `choices` lists them.
     answer_field: holds the right choice (text, or number from 0) or the texts of a right answer.
     replace: words that stand in a template for values of a field.
-    stop: ends an answer in place of the end-of-text token.
+    stop: learned after an answer in place of the end-of-text token; generation ends at both.
     calibrate: neutral prompt; the log-probability of a candidate after it is taken off its own (Zhao et al. 2021, arXiv 2102.09690;
         Holtzman et al. 2021, arXiv 2104.08315).
     family: of the model that reads the rows.
+    room: tokens that a generated answer may take after a prompt; 0 where none is generated.
     prefix: text before every prompt, the neutral one too: worked rows (runtime/shots.py).
     """
 
@@ -46,6 +48,7 @@ class Task(NamedTuple):
     calibrate: str | None = None
     family: Family = "causal"
     prefix: str = ""
+    room: int = 0
 
     @property
     def words(self) -> list[str]:
@@ -103,6 +106,14 @@ def find_task(
         task = _classification(rows, given._replace(family=model.family), labels, model)
     else:
         task = _find_kind(rows, given, labels, answer_field is not None)
+    if model.family != "causal":
+        for option, value in (("--calibrate", calibrate), ("--choices", choices), ("--stop", stop)):
+            if value is not None:
+                raise DataError(f"{option}: belongs to the prompts of a causal model, this is {FAMILY_WORDS[model.family]}; leave it out")
+    if choices is not None and (len(choices) < 2 or task.kind != "choice"):
+        raise DataError(
+            f"--choices: {len(choices)} given for rows of kind {task.kind}; give a template for each of at least two choices, and no --labels"
+        )
     if calibrate is not None and task.kind not in {"classification", "choice"}:
         raise DataError(f"--calibrate: compares candidates, and rows of kind {task.kind} have none; leave it out")
     if stop is not None and task.kind not in {"completion", "answer"}:
@@ -114,6 +125,10 @@ def _find_kind(rows: Sequence[Row], given: Task, labels: Mapping[str, str] | Non
     first = rows[0]
     fields = first.fields
     prompted = bool(given.template) or "prompt" in fields
+    if labels is None and not (given.template or given.choices or asked_answer):
+        for kind, needed in NAMED_FIELDS.items():
+            if needed <= fields.keys():
+                return given._replace(kind=kind)
     if labels is None and (given.choices or "choices" in fields):
         if not prompted:
             raise DataError(f"{first.place}: choices continue a prompt, and there is none; give --template or a field 'prompt'")
@@ -124,9 +139,6 @@ def _find_kind(rows: Sequence[Row], given: Task, labels: Mapping[str, str] | Non
         return _classification(rows, given, labels, CAUSAL)
     if labels is not None:
         raise DataError("--labels needs a --template such as '{text} It was', which the label word continues")
-    for kind, needed in NAMED_FIELDS.items():
-        if needed <= fields.keys():
-            return given._replace(kind=kind)
     if "text" in fields and given.label_field not in fields:
         return given
     raise DataError(

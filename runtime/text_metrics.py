@@ -40,15 +40,20 @@ def f1(answer: str, reference: str) -> float:
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F of the longest common subsequence of words, by the rouge-score library, without stemming.
-
-    Raises:
-        ConfigError: rouge-score is not installed.
-    """
+    """F of the longest common subsequence of words, by the rouge-score library, without stemming; see `require_rouge`."""
     return float(_rouge_scorer().score(reference, answer)["rougeL"].fmeasure)
 
 
 METRICS: dict[str, Metric] = {"f1": f1, "exact-match": exact_match, "rouge-l": rouge_l}
+
+
+def require_rouge() -> None:
+    """Say what rouge-l needs before any forward is made.
+
+    Raises:
+        ConfigError: rouge-score is not installed.
+    """
+    _rouge_scorer()
 
 
 def best_of(metric: Metric, answer: str, references: Sequence[str]) -> float:

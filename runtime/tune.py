@@ -222,7 +222,12 @@ def tune(
         weights = mutable_weights(model, config, start)
         theta = Theta(model, config, weights, Objective(Sequences(model), dataset.task, config))
         reporter.stage("checking that the engine sees changes of every tunable tensor")
-        prove_live(model, weights, generates=theta.objective.generates)
+        prove_live(model, weights, generates=theta.objective.writes_text)
+        if theta.objective.name == "dpo":
+            reporter.stage("scoring the rows at the start of the run")
+            if memory is not None:  # a row at a time: how much fits is measured below
+                theta.sequences.batch_tokens = 1
+            dataset = dataset.with_references(theta.sequences)
         if memory is not None:
             reporter.stage("measuring what a forward takes")
             everything = [*dataset.train.examples, *(dataset.valid.examples if dataset.valid is not None else [])]

@@ -60,7 +60,7 @@ def test_steps_of_several_directions_are_read_as_stored(tmp_path: Path) -> None:
 
 
 def test_marks_and_changes_of_settings_are_read(tmp_path: Path) -> None:
-    found = [Evaluation(9, 1.5, 0.25, 0.125), Evaluation(9, 0.1, None, None), Evaluation(9, 2.5, 0.0, 0.0)]
+    found = [Evaluation(9, 1.5, 0.25, 0.125), Evaluation(9, 0.1, None, None, {"f1": 0.5, "exact_match": 0.0}), Evaluation(9, 2.5, 0.0, 0.0)]
     with Journal.create(tmp_path / "j", HEADER) as journal:
         journal.mark(0, found[0], best=True)
         journal.append(StepRecord((1.0,), 0.5, 0.25))

@@ -398,3 +398,15 @@ def test_peft_loads_the_adapter_onto_the_source_and_the_edge_model_reads_it_back
     back = np.concatenate(Sequences(EdgeModel(directory, threads=1, adapter=tmp_path / "adapter")).log_probs(pairs))
     assert np.abs(found - expected).max() < TOLERANCE
     assert np.array_equal(found, back)
+
+
+@pytest.mark.parametrize("settings", [{"calibrate": "N/A"}, {"choices": ["a", "b"]}, {"stop": "#"}])
+def test_what_belongs_to_causal_models_is_refused(settings: dict[str, Any]) -> None:
+    (name,) = settings
+    facts = ModelFacts("masked", ())
+    with pytest.raises(
+        DataError, match=rf"^--{name}: belongs to the prompts of a causal model, this is a masked language model; leave it out$"
+    ):
+        find_task(
+            [Row({"text": "a film", "label": 0}, "rows:1")], "{text} It was {mask}", {"0": "bad", "1": "good"}, "label", facts, **settings
+        )

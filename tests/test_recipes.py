@@ -254,3 +254,8 @@ def test_a_task_is_printed_as_it_is(invoke: Command, own: Callable[..., Path]) -
     assert invoke("tasks", str(own())) == (0, OWN, "")
     assert json.loads(invoke("tasks", "copa", "--json").out)["settings"]["choices"] == ["{choice1}", "{choice2}"]
     assert invoke("tasks", "imdb") == (1, "", f"error: --task imdb: no such task; there are {KNOWN}, or give a .yaml file\n")
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).resolve().parent.parent.glob("examples/bench/*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_the_benches_can_be_read(path: Path) -> None:
+    assert summarize(read_recipe(path)).kind == "classification"

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edgezo.recipe import read_recipe, recipe_path, summarize
+
 TUNED = ("full", "lora", "prefix", "classifier")
 METHODS = ("zero-shot", "in-context", "probe", *TUNED)
 SHOTS = 8
@@ -50,9 +52,7 @@ def run_cell(method: str, task: str, options: argparse.Namespace) -> Cell:
     train, valid = str(folder / "train.jsonl"), str(folder / "validation.jsonl")
     if method == "probe":
         found, peak = _edgezo("probe", edge, "--data", train, "--valid", valid, "--test", test, *recipe)
-        return Cell(
-            found["evaluation"], sum(1 for file in (train, valid) for _ in open(file, encoding="utf-8")), time.monotonic() - begun, peak
-        )
+        return Cell(found["evaluation"], found["train_rows"] + found["valid_rows"], time.monotonic() - begun, peak)
     shots = ["--shots", str(SHOTS), "--train", train] if method == "in-context" else []
     found, peak = _edgezo("eval", edge, "--data", test, *recipe, *shots)
     return Cell(found, 0, time.monotonic() - begun, peak)
@@ -114,7 +114,7 @@ def main() -> None:
             path = arguments.results / f"{task}.{method}.json"
             if path.exists() or getattr(arguments, method if method in TUNED else "lora") is None:
                 continue
-            if method == "probe" and task in {"copa", "squad"}:
+            if method == "probe" and summarize(read_recipe(recipe_path(_recipe(task, method)))).kind != "classification":
                 continue  # no classes
             cell = run_cell(method, task, arguments)
             path.write_text(json.dumps(cell._asdict()), encoding="utf-8")
