@@ -148,7 +148,7 @@ def export_command(
                 ),
             ),
             ("took", f"{result.export_seconds:.0f} s"),
-            ("next", f"edgezo tune {output} --data train.jsonl --valid valid.jsonl -o run"),
+            ("next", f"edgezo tune {output} --data train.jsonl --valid valid.jsonl -o run    (--task or --template for labelled rows)"),
         ]
     )
 

@@ -163,6 +163,9 @@ def generate_command(
     adapter: AdapterPath = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")] = MAX_TOKENS,
+    stop: Annotated[
+        str | None, typer.Option("--stop", show_default=False, help="Text to end before; \\n is a line break. [default: that of the run]")
+    ] = None,
     temperature: Temperature = None,
     top_k: TopK = DRAW.top_k,
     top_p: TopP = DRAW.top_p,
@@ -172,8 +175,9 @@ def generate_command(
     as_json: Json = False,
 ) -> None:
     """Write text with the base or, with --run, the tuned model."""
-    from edgezo.runtime.generate import generate
+    from edgezo.runtime.generate import generate, until
     from edgezo.runtime.model import EdgeModel
+    from edgezo.runtime.run import read_run
 
     text = read_standard_input() if prompt == "-" else prompt
     model = EdgeModel(directory, threads=threads, device=device, run=run, step=step_of_run(step, run), adapter=adapter)
@@ -181,6 +185,9 @@ def generate_command(
     if chat:
         text = model.text.chat([{"role": "user", "content": text}], reply=True)
     pieces = generate(model, text, max_tokens, sampling_of(temperature, top_k, top_p, seed), special=not chat)
+    ending = unescape(stop) or (read_run(run).config.stop if run is not None else None)
+    if ending:
+        pieces = until(pieces, ending)
     if as_json:
         terminal.print_json({"prompt": text, "text": "".join(pieces), "step": model.step})
         return

@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import cast, get_args
@@ -162,6 +163,9 @@ def export_model(
 
 def _check_settings(tunable: str, adapter: str | None, targets: str, tokens: int, weights: str) -> Precision:
     """Mistakes that can be told before the minutes of loading; returns the precision of the weights."""
+    near = get_close_matches(str(adapter), ("lora", "prefix", "norms"), cutoff=0.7)
+    if near and adapter not in near:
+        raise ConfigError(f"--adapter {adapter}: is neither lora nor prefix nor norms; did you mean {near[0]}?")
     if weights not in get_args(Precision):
         raise ConfigError(
             f"--weights {weights}: fp32, int8 or int4; these are of weights alone, since int8 activations round away the difference of losses that tuning measures"

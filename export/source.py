@@ -63,6 +63,8 @@ def load_source(model: str, revision: str | None = None, classes: list[str] | No
                     f"--classes: {model} is a model.onnx, which has its head already; leave it out, or give the Hugging Face folder"
                 )
             return load_onnx_folder(path)
+        if (path / "manifest.json").is_file():
+            raise ExportError(f"{model}: is an edge model already; give the Hugging Face model or .gguf file it was exported from")
         if not (path / "config.json").is_file():
             raise ExportError(f"{model}: a folder with neither config.json nor model.onnx; it is no Hugging Face or optimum model")
         return _from_torch(str(path), model, {}, None, classes)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from edgezo.config import TuneConfig
+from edgezo.config import ADAPTER_DEFAULTS, TuneConfig
 from edgezo.errors import DataError
 from edgezo.runtime.corpus import is_corpus, pack, packs, read_data
 from edgezo.runtime.data import Row
@@ -57,10 +57,10 @@ def read_dataset(model: EdgeModel, config: TuneConfig, notice: Callable[[str], N
     if task.labels:  # they are the run's from now on: another file may lack one
         config = config.model_copy(update={"labels": seen_labels(task.labels, task.label_field, [*rows, *chosen])})
     if not packs(config.data, task):
-        _refuse_few_rows(len(rows), config)
+        config = _fit_directions(config, len(rows), model, notice)
     train = tokenize_data(model, config, task, config.data, rows, notice, "training")
     if packs(config.data, task):
-        _refuse_few_rows(len(train.examples), config)
+        config = _fit_directions(config, len(train.examples), model, notice)
         if config.max_length is None:  # evaluations of the run are to cut text alike
             config = config.model_copy(update={"max_length": _length(train.examples[0]) + 1})
     if config.valid is None:
@@ -101,11 +101,17 @@ def tokenize_data(
     return made
 
 
-def _refuse_few_rows(rows: int, config: TuneConfig) -> None:
-    if config.directions > rows:
-        raise DataError(
-            f"--directions {config.directions}: more than the {rows} rows of {config.data}, each direction needs rows of its own; give at most {rows}{', or a smaller --max-length' if is_corpus(config.data) else ''}"
-        )
+def _fit_directions(config: TuneConfig, rows: int, model: EdgeModel, notice: Callable[[str], None]) -> TuneConfig:
+    """Every direction needs a row of its own: an adapter's default number is lowered to the rows there are, one asked for is refused."""
+    if config.directions <= rows:
+        return config
+    adapter = model.manifest.adapter
+    if adapter is not None and config.directions == ADAPTER_DEFAULTS[adapter.kind]["directions"]:
+        notice(f"{rows} rows of {config.data}: {rows} directions a step instead of {config.directions}, since each needs rows of its own")
+        return config.model_copy(update={"directions": rows})
+    raise DataError(
+        f"--directions {config.directions}: more than the {rows} rows of {config.data}, each direction needs rows of its own; give at most {rows}{', or a smaller --max-length' if is_corpus(config.data) else ''}"
+    )
 
 
 def _spread(items: list[Any], most: int) -> list[Any]:

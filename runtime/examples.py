@@ -164,7 +164,9 @@ def _answers(row: Row, name: str) -> list[str]:
         value = value.get("text", value.get("spans"))
     found = value if isinstance(value, list) else [value]
     if not found or not all(isinstance(answer, str | int | float) and str(answer).strip() for answer in found):
-        raise DataError(f"{row.place}: field {name!r} must be a text or a list of texts, the right answers (--answer-field names it)")
+        raise DataError(
+            f"{row.place}: field {name!r} must be a text or a list of texts, the right answers, none empty; the row has {', '.join(map(repr, row.fields))} (--answer-field names it)"
+        )
     return [str(answer) for answer in found]
 
 

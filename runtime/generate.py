@@ -1,6 +1,6 @@
 """Text from the generation graph, token by token with a KV cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -126,6 +126,22 @@ def generate(
             before, shown = shown, len(written)
     if piece := rest():
         yield piece
+
+
+def until(pieces: Iterable[str], stop: str) -> Iterator[str]:
+    """The pieces of a text up to, and without, `stop`; what may be its beginning is held back."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if stop in held:
+            yield held.split(stop)[0]
+            return
+        kept = next(size for size in range(min(len(stop) - 1, len(held)), -1, -1) if held.endswith(stop[:size]))
+        if ready := held[: len(held) - kept]:
+            yield ready
+        held = held[len(ready) :]
+    if held:
+        yield held
 
 
 def _sample(logits: npt.NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:

@@ -12,7 +12,9 @@ import importlib
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgezo.errors import ConfigError, first_line
@@ -65,7 +67,7 @@ def _checked(name: str, reward: Callable[[Sequence[Outcome]], Any]) -> Reward:
             values = [float(value) for value in reward(list(outcomes))]
         except Exception as error:
             raise ConfigError(
-                f"--objective {name}: failed on {len(outcomes)} rows: {type(error).__name__}: {first_line(error)}; it must return a list of numbers, one a row"
+                f"--objective {name}: failed at {_place(error)} on a list of {len(outcomes)}: {type(error).__name__}: {first_line(error)} (text is None for rows with candidates, scores for all others)"
             ) from error
         if len(values) != len(outcomes):
             raise ConfigError(f"--objective {name}: returned {len(values)} values for {len(outcomes)} rows; return a number a row")
@@ -74,3 +76,9 @@ def _checked(name: str, reward: Callable[[Sequence[Outcome]], Any]) -> Reward:
         return values
 
     return call
+
+
+def _place(error: Exception) -> str:
+    """File and line where a user's function failed."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"

@@ -58,7 +58,7 @@ def require_scikit_learn() -> None:
     try:
         import sklearn  # noqa: F401
     except ModuleNotFoundError:
-        raise ConfigError("a probe needs scikit-learn, which is not installed; install it with: pip install 'edgezo[probe]'") from None
+        raise ConfigError("a probe needs scikit-learn, which is not installed; install it with: pip install scikit-learn") from None
 
 
 def refuse_rare_labels(examples: Sequence[Example], task: Task, least: int) -> None:

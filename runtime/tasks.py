@@ -142,7 +142,7 @@ def _find_kind(rows: Sequence[Row], given: Task, labels: Mapping[str, str] | Non
     if "text" in fields and given.label_field not in fields:
         return given
     raise DataError(
-        f"{first.place}: fields {_names(first)} are neither prompt and completion, prompt and choices, prompt and answer, prompt, chosen and rejected, messages, nor text; for classification give --template '{{field}} ...' and --labels"
+        f"{first.place}: fields {_names(first)} are neither prompt and completion, prompt and choices, prompt and answer, prompt, chosen and rejected, messages, nor text; for other names give --template '{{field}} ...', for classification --labels too"
     )
 
 
@@ -155,7 +155,10 @@ def _classification(rows: Sequence[Row], given: Task, labels: Mapping[str, str] 
         return given._replace(kind="classification", labels=class_labels(labels, model.classes, found))
     words = labels or {word: word for word in sorted({_label_word(row, given.label_field) for row in rows})}
     if len(set(words.values())) < 2:
-        raise DataError(f"{first.place}: one label only ({', '.join(words)}); classification needs two")
+        where = first.place if labels is None else "--labels"
+        raise DataError(
+            f"{where}: one {'label' if labels is None else 'word'} only ({', '.join(words.values())}); classification needs two"
+        )
     return given._replace(kind="classification", labels=words)
 
 

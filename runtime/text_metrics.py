@@ -66,5 +66,5 @@ def _rouge_scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise ConfigError("rouge-l needs the library rouge-score; install it with: pip install 'edgezo[rouge]'") from None
+        raise ConfigError("rouge-l needs the library rouge-score; install it with: pip install rouge-score") from None
     return RougeScorer(["rougeL"], use_stemmer=False)

@@ -43,6 +43,8 @@ from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.smoothness import smoothness_warning
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions, write_start
 
+STILL_STEPS = 5  # in a row without any change of the loss before it is said
+
 
 class StepReport(NamedTuple):
     """One finished step. `step` counts from 1; `progress` is the finished fraction of the run."""
@@ -104,6 +106,7 @@ class Tuner:
             self.reporter.notice(f"nothing to tune: {step} steps are done, as many as were asked for; give more --steps or --minutes")
         with _stop_signals() as stopping, _append_lines(self.directory / METRICS) as metrics:
             self.reporter.begin(step, config.total_steps)
+            still = 0
             while True:
                 progress = self._progress(step, time.monotonic() - started)
                 if step not in self.evaluations and (step % config.eval_every == 0 or progress >= 1):
@@ -134,6 +137,11 @@ class Tuner:
                 )
                 _write_step(metrics, report)
                 self.reporter.step(report)
+                still = 0 if any(record.projected_grads) else still + 1
+                if still == STILL_STEPS:
+                    self.reporter.notice(
+                        f"warning: in {STILL_STEPS} steps no direction changed the objective, so nothing was learned; give more rows (--batch), a larger --eps or a smoother --objective"
+                    )
         self.theta.weights.flush()
         self.model.step, self.model.changed = step, True
         return self._finish(step, ended, time.monotonic() - started)

@@ -18,7 +18,7 @@ from edgezo.runtime.check import check_run
 from edgezo.runtime.data import Row
 from edgezo.runtime.dataset import task_of
 from edgezo.runtime.examples import Example, make_examples
-from edgezo.runtime.generate import generate
+from edgezo.runtime.generate import generate, until
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective, add_references
@@ -27,6 +27,7 @@ from edgezo.runtime.run import read_run
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.tasks import find_task
 from edgezo.runtime.text_metrics import best_of, exact_match, f1, rouge_l
+from edgezo.runtime.tune import Reporter
 from edgezo.runtime.tuned import write_tuned
 
 CHOICE_ROWS = [
@@ -256,7 +257,7 @@ def test_a_users_own_function_is_the_objective(model: EdgeModel, rewards: None) 
         ("own_rewards:endless", "--objective own_rewards:endless: returned NaN or infinity; return finite numbers"),
         (
             "own_rewards:broken",
-            "--objective own_rewards:broken: failed on 1 rows: KeyError: 'film'; it must return a list of numbers, one a row",
+            "--objective own_rewards:broken: failed at own_rewards.py:9 on a list of 1: KeyError: 'film' (text is None for rows with candidates, scores for all others)",
         ),
     ],
 )
@@ -385,3 +386,34 @@ def test_choices_that_are_none_are_refused(model: EdgeModel, settings: dict[str,
     with pytest.raises(DataError) as caught:
         objective_of(model, [{**CHOICE_ROWS[0], "label": "0"}], **settings)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_a_text_in_pieces_ends_before_the_stop(size: int) -> None:
+    text = "a fi\nlm##\n#\n\nand more\n\n"
+    pieces = [text[start : start + size] for start in range(0, len(text), size)]
+    assert "".join(until(pieces, "\n\n")) == "a fi\nlm##\n#"
+    assert "".join(until(pieces, "none")) == text
+    assert "".join(until(pieces, "a")) == ""
+
+
+def test_an_objective_that_nothing_changes_is_warned_of(
+    lora_dir: Path, tmp_path: Path, write_rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "constant_rewards.py").write_text("def one(outcomes):\n    return [1] * len(outcomes)\n")
+    monkeypatch.chdir(tmp_path)
+    notices: list[str] = []
+    settings = {"data": write_rows(CHOICE_ROWS), "objective": "constant_rewards:one", "directions": 2, "threads": 1, "steps": 7}
+    edgezo.tune(lora_dir, tmp_path / "run", reporter=Reporter(notice=notices.append), **settings)
+    assert [notice for notice in notices if notice.startswith("warning: in 5 steps no direction changed the objective")] == notices[-1:]
+
+
+def test_an_adapters_default_directions_are_lowered_to_the_rows(lora_dir: Path, tmp_path: Path, write_rows: Callable[..., str]) -> None:
+    notices: list[str] = []
+    data = write_rows(CHOICE_ROWS)
+    edgezo.tune(lora_dir, tmp_path / "run", data=data, steps=1, threads=1, reporter=Reporter(notice=notices.append))
+    assert notices[0] == f"3 rows of {data}: 3 directions a step instead of 16, since each needs rows of its own"
+    assert len(read_run(tmp_path / "run").records[0].projected_grads) == 3
+    edgezo.tune(lora_dir, tmp_path / "run", resume=True, steps=2, threads=1)
+    with pytest.raises(DataError, match=r"^--directions 4: more than the 3 rows of "):
+        edgezo.tune(lora_dir, tmp_path / "other", data=data, directions=4, threads=1)

@@ -154,7 +154,7 @@ def test_scikit_learn_is_asked_for_before_anything_is_read(tmp_path: Path, monke
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ConfigError) as caught:
         edgezo.probe(tmp_path / "none", "none.jsonl", "none.jsonl")
-    assert str(caught.value) == "a probe needs scikit-learn, which is not installed; install it with: pip install 'edgezo[probe]'"
+    assert str(caught.value) == "a probe needs scikit-learn, which is not installed; install it with: pip install scikit-learn"
 
 
 def test_the_other_commands_do_not_load_scikit_learn() -> None:

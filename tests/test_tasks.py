@@ -92,7 +92,7 @@ def test_a_template_makes_it_classification() -> None:
 def test_fields_of_no_kind_are_refused_with_what_is_known(fields: dict[str, Any]) -> None:
     assert refusal(task_of, fields) == (
         f"rows.jsonl:1: fields {', '.join(map(repr, fields))} are neither prompt and completion, prompt and choices, prompt and answer, prompt, chosen and rejected, messages, nor text; "
-        "for classification give --template '{field} ...' and --labels"
+        "for other names give --template '{field} ...', for classification --labels too"
     )
 
 
