@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,9 @@ class Outcome(NamedTuple):
 
 
 Command = Callable[..., Outcome]
+
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
 
 
 @pytest.fixture
