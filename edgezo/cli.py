@@ -31,8 +31,8 @@ from edgezo.options import (
     TaskName,
     Template,
     Threads,
+    as_typed,
     setting,
-    unescape,
 )
 
 app = typer.Typer(
@@ -207,14 +207,14 @@ def tune_command(
     """Tune an edge model with forward passes only; Ctrl-C finishes the step and saves."""
     from edgezo import api
 
-    settings: dict[str, Any] = {
-        "data": data, "valid": valid, "template": unescape(template), "labels": labels, "label_field": label_field, "max_length": max_length,
-        "choices": choices or None, "answer_field": answer_field, "replace": replace or None, "stop": unescape(stop), "calibrate": unescape(calibrate), "objective": objective,
-        "beta": beta, "metrics": metrics, "max_tokens": max_tokens,
-        "steps": steps, "minutes": minutes, "lr": lr, "eps": eps, "directions": directions,
-        "batch": batch, "rule": rule, "rank": rank, "alpha": alpha, "tune_a": tune_a, "init": init, "seed": seed, "noise": noise, "schedule": schedule,
-        "warmup": warmup, "weight_decay": weight_decay, "eval_every": eval_every, "eval_rows": eval_rows,
-    }  # fmt: skip
+    settings = as_typed(
+        data=data, valid=valid, template=template, labels=labels, label_field=label_field, max_length=max_length,
+        choices=choices, answer_field=answer_field, replace=replace, stop=stop, calibrate=calibrate, objective=objective,
+        beta=beta, metrics=metrics, max_tokens=max_tokens,
+        steps=steps, minutes=minutes, lr=lr, eps=eps, directions=directions,
+        batch=batch, rule=rule, rank=rank, alpha=alpha, tune_a=tune_a, init=init, seed=seed, noise=noise, schedule=schedule,
+        warmup=warmup, weight_decay=weight_decay, eval_every=eval_every, eval_rows=eval_rows,
+    )  # fmt: skip
     how: dict[str, Any] = {"resume": resume, "config": config, "task": task, "threads": threads, "device": device, "memory": memory}
     with terminal.tuning() as reporter:
         result = api.tune(directory, output, reporter=reporter, **how, **settings)

@@ -125,6 +125,16 @@ def step_choice(text: str | None) -> Any:
     return int(text)
 
 
+def as_typed(**settings: Any) -> dict[str, Any]:
+    """Settings of the command line: line breaks in what stands in prompts, None for an option that may be repeated and was not given."""
+    for name in ("template", "stop", "calibrate"):
+        settings[name] = unescape(settings.get(name))
+    for name in ("choices", "replace"):
+        settings[name] = settings.get(name) or None
+    settings["choices"] = [unescape(choice) for choice in settings["choices"]] if settings["choices"] else None
+    return settings
+
+
 def unescape(text: str | None) -> str | None:
     """A shell cannot easily give a line break: \\n and \\t in a template are read as such."""
     return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")

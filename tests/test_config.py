@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from edgezo import cli
 from edgezo.config import ADAPTER_DEFAULTS, CONFIG_BYTES_LIMIT, DEFAULT_STEPS, AdapterKind, TuneConfig, make_config, parse_labels
 from edgezo.errors import ConfigError
+from edgezo.options import as_typed
 
 Write = Callable[[str, str], Path]
 FIELDS = list(TuneConfig.model_fields)
@@ -418,3 +419,16 @@ def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
     with open(path, "wb") as file:
         file.truncate(CONFIG_BYTES_LIMIT + 1)
     assert refusal(path) == f"{path}: larger than {CONFIG_BYTES_LIMIT} bytes; this is no configuration"
+
+
+def test_line_breaks_of_the_command_line_reach_every_prompt() -> None:
+    given = {"template": "{a}\\nb", "choices": ["x\\ty", "z"], "stop": "\\n", "calibrate": "N/A\\n", "replace": [], "labels": "a,b"}
+    assert as_typed(**given) == {
+        "template": "{a}\nb",
+        "choices": ["x\ty", "z"],
+        "stop": "\n",
+        "calibrate": "N/A\n",
+        "replace": None,
+        "labels": "a,b",
+    }
+    assert as_typed(choices=[])["choices"] is None
