@@ -32,7 +32,6 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.scoring import Classified, Sequences
 from edgezo.runtime.tasks import find_task
 from edgezo.runtime.theta import mutable_weights
-from edgezo.runtime.tune import tune
 
 ROWS = [("a great film", 1), ("a terrible plot", 0), ("the plot is great", 1), ("the film is terrible", 0)] * 4
 NAMES = {0: "bad", 1: "fair", 2: "good"}
@@ -206,24 +205,7 @@ def test_a_label_outside_the_classes_is_refused(export: Export, write_rows: Call
 def test_tuning_lowers_the_loss_and_replays_bit_for_bit(
     name: str, settings: dict[str, str], export: Export, data: str, tmp_path: Path
 ) -> None:
-    own = {"lr": 1e-2, "rank": 2, "steps": 60} if settings else {"lr": 2e-3, "steps": 25}
-    common = {"data": data, "valid": data, "template": "{text}", "eval_every": 25, "rule": "normalized"}
-    directory, run = export(name, **settings), tmp_path / "run"
-    tuned = EdgeModel(directory, threads=1)
-    result = tune(tuned, make_config(None, {**common, **own, "directions": 1, "batch": 8}), run)
-    assert result.before is not None
-    assert result.best is not None
-    assert result.best.loss < 0.95 * result.before.loss
-    assert api.evaluate(directory, data, run=run).evaluation == result.best
-    replayed = EdgeModel(directory, threads=2, run=run, step="last")
-    assert replayed.weights.keys() == tuned.weights.keys()
-    for tensor, array in replayed.weights.items():
-        assert array.tobytes() == tuned.weights[tensor].tobytes()
-    if settings:
-        assert isinstance(tuned.adapter, Lora)
-        assert isinstance(replayed.adapter, Lora)
-        assert replayed.adapter.b.tobytes() == tuned.adapter.b.tobytes()
-        assert tuned.adapter.b.any()
+    tiny_encoders.check_tuning(export(name, **settings), tmp_path / "run", bool(settings), data=data, valid=data, template="{text}")
 
 
 @pytest.mark.parametrize("name", tiny_encoders.CONFIGS)

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from edgezo import api
-from edgezo.config import make_config, parse_labels
+from edgezo.config import parse_labels
 from edgezo.errors import ConfigError, DataError, EdgeModelError, ExportError
 from edgezo.export import export_model
 from edgezo.manifest import read_manifest
@@ -27,7 +27,6 @@ from edgezo.runtime.masked import ModelFacts
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.scoring import Masked, Sequences
 from edgezo.runtime.tasks import find_task
-from edgezo.runtime.tune import tune
 
 ROWS = [("a great film", 1), ("a terrible plot", 0), ("the plot is great", 1), ("the film is terrible", 0)] * 4
 TEMPLATE, WORDS = "{text} It was {mask} .", "terrible,great"
@@ -177,24 +176,9 @@ def test_the_mask_is_left_when_nothing_else_fits(export: Export) -> None:
 def test_tuning_lowers_the_loss_and_replays_bit_for_bit(
     name: str, settings: dict[str, str], export: Export, data: str, tmp_path: Path
 ) -> None:
-    own = {"lr": 1e-2, "rank": 2, "steps": 60} if settings else {"lr": 2e-3, "steps": 25}
-    common = {"data": data, "valid": data, "template": TEMPLATE, "labels": WORDS, "eval_every": 25, "rule": "normalized"}
-    directory, run = export(name, **settings), tmp_path / "run"
-    tuned = EdgeModel(directory, threads=1)
-    result = tune(tuned, make_config(None, {**common, **own, "directions": 1, "batch": 8}), run)
-    assert result.before is not None
-    assert result.best is not None
-    assert result.best.loss < 0.95 * result.before.loss
-    assert api.evaluate(directory, data, run=run).evaluation == result.best
-    replayed = EdgeModel(directory, threads=2, run=run, step="last")
-    assert replayed.weights.keys() == tuned.weights.keys()
-    for tensor, array in replayed.weights.items():
-        assert array.tobytes() == tuned.weights[tensor].tobytes()
-    if settings:
-        assert isinstance(tuned.adapter, Lora)
-        assert isinstance(replayed.adapter, Lora)
-        assert replayed.adapter.b.tobytes() == tuned.adapter.b.tobytes()
-        assert tuned.adapter.b.any()
+    tiny_encoders.check_tuning(
+        export(name, **settings), tmp_path / "run", bool(settings), data=data, valid=data, template=TEMPLATE, labels=WORDS
+    )
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])

@@ -10,6 +10,12 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from edgezo import api
+from edgezo.config import make_config
+from edgezo.runtime.lora import Lora
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.tune import tune
+
 VOCABULARY = 320
 TEXT = ["The film is great and the plot is terrible . It was great . It was terrible . good bad yes no", *tiny.TEXT[1:]] * 3
 SMALL: dict[str, Any] = {
@@ -107,3 +113,24 @@ def save(folder: Path, name: str, head: str = "MaskedLM", **more: Any) -> Path:
     make_model(name, head, **more).save_pretrained(folder)
     make_tokenizer(name).save_pretrained(folder)
     return folder
+
+
+def check_tuning(directory: Path, run: Path, lora: bool, **settings: Any) -> None:
+    """A few steps lower the loss by 5 % or more, and the run's journal gives the very bits of what it tuned."""
+    own = {"lr": 1e-2, "rank": 2, "steps": 60} if lora else {"lr": 2e-3, "steps": 25}
+    common = {"eval_every": 25, "rule": "normalized", "directions": 1, "batch": 8}
+    tuned = EdgeModel(directory, threads=1)
+    result = tune(tuned, make_config(None, {**common, **own, **settings}), run)
+    assert result.before is not None
+    assert result.best is not None
+    assert result.best.loss < 0.95 * result.before.loss
+    assert api.evaluate(directory, settings["data"], run=run).evaluation == result.best
+    replayed = EdgeModel(directory, threads=2, run=run, step="last")
+    assert replayed.weights.keys() == tuned.weights.keys()
+    for tensor, array in replayed.weights.items():
+        assert array.tobytes() == tuned.weights[tensor].tobytes()
+    if lora:
+        assert isinstance(tuned.adapter, Lora)
+        assert isinstance(replayed.adapter, Lora)
+        assert replayed.adapter.b.tobytes() == tuned.adapter.b.tobytes()
+        assert tuned.adapter.b.any()
