@@ -145,6 +145,8 @@ def _candidates(row: Row, task: Task) -> list[str]:
 def _completions(row: Row, task: Task) -> list[str]:
     """What is learned after the prompt; the first of several right answers."""
     if task.kind == "preference":
+        if text_of(row, "chosen").strip() == text_of(row, "rejected").strip():
+            raise DataError(f"{row.place}: 'chosen' and 'rejected' are the same text; a preference needs two, mend or remove the row")
         return [_spaced(task.prompt(row), text_of(row, name)) for name in ("chosen", "rejected")]
     if task.kind == "answer":
         return [_spaced(task.prompt(row), _answers(row, task.answer_field)[0])]

@@ -417,3 +417,11 @@ def test_an_adapters_default_directions_are_lowered_to_the_rows(lora_dir: Path, 
     edgezo.tune(lora_dir, tmp_path / "run", resume=True, steps=2, threads=1)
     with pytest.raises(DataError, match=r"^--directions 4: more than the 3 rows of "):
         edgezo.tune(lora_dir, tmp_path / "other", data=data, directions=4, threads=1)
+
+
+def test_a_preference_between_equal_texts_is_refused(model: EdgeModel) -> None:
+    rows = [*PREFERENCE_ROWS, {"prompt": "it was", "chosen": "good", "rejected": " good"}]
+    with pytest.raises(
+        DataError, match=r"^rows.jsonl:3: 'chosen' and 'rejected' are the same text; a preference needs two, mend or remove the row$"
+    ):
+        objective_of(model, rows)
