@@ -188,6 +188,13 @@ def tune_command(
     alpha: Annotated[float | None, setting("alpha")] = None,
     tune_a: Annotated[bool | None, setting("tune_a")] = None,
     init: Annotated[str | None, setting("init")] = None,
+    start: Annotated[
+        str | None,
+        setting(
+            "start", text="exact: solve the rows of the head for the label words first; none. [default: exact where rows have label words]"
+        ),
+    ] = None,
+    start_rows: Annotated[int | None, setting("start_rows")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     noise: Annotated[str | None, setting("noise", text="distribution of z: rademacher or gaussian.")] = None,
     schedule: Annotated[str | None, setting("schedule", text="of the learning rate: constant, linear or cosine.")] = None,
@@ -212,7 +219,8 @@ def tune_command(
         choices=choices, answer_field=answer_field, replace=replace, stop=stop, calibrate=calibrate, objective=objective,
         beta=beta, metrics=metrics, max_tokens=max_tokens,
         steps=steps, minutes=minutes, lr=lr, eps=eps, directions=directions,
-        batch=batch, rule=rule, rank=rank, alpha=alpha, tune_a=tune_a, init=init, seed=seed, noise=noise, schedule=schedule,
+        batch=batch, rule=rule, rank=rank, alpha=alpha, tune_a=tune_a, init=init, start=start,
+        start_rows=start_rows, seed=seed, noise=noise, schedule=schedule,
         warmup=warmup, weight_decay=weight_decay, eval_every=eval_every, eval_rows=eval_rows,
     )  # fmt: skip
     how: dict[str, Any] = {"resume": resume, "config": config, "task": task, "threads": threads, "device": device, "memory": memory}
@@ -235,6 +243,8 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
     rows = [("run", f"{output}, {result.steps} steps, {result.ended}, {result.seconds:.0f} s{peak}")]
     if result.before is not None:
         rows.append(("before", terminal.evaluation_text(result.before)))
+    if result.start is not None:
+        rows.append(("exact start", terminal.evaluation_text(result.start)))
     if result.best is not None and result.best_step > 0:
         rows.append((f"step {result.best_step}", f"{terminal.evaluation_text(result.best)}, kept as best"))
     elif result.best is not None:

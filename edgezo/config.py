@@ -77,6 +77,10 @@ class TuneConfig(BaseModel):
     alpha: float = Field(16.0, gt=0, le=ALPHA_LIMIT, allow_inf_nan=False, description="of LoRA, whose scaling is alpha / rank")
     tune_a: bool = Field(False, description="tune LoRA's A too; else B alone (LoRA-FA)")
     init: str | None = Field(None, description="adapter to start from: a PEFT folder")
+    start: Literal["exact", "none"] | None = Field(
+        None, description="exact: rows of the head for the label words are solved first; exact for label words when unset, else none"
+    )
+    start_rows: int = Field(4096, gt=1, description="training rows that an exact start reads at most, one forward each")
     seed: int = Field(0, ge=0, lt=1 << 64, description="of noise and data order; 0 is an ordinary seed")
     noise: Literal["rademacher", "gaussian"] = Field("rademacher", description="distribution of z")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="of the learning rate")

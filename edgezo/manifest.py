@@ -14,8 +14,9 @@ from edgezo.quantization import Precision, Quantized
 from edgezo.storage import is_plain_name, sha256_file, write_atomically
 
 FORMAT: Final = "edgezo-edge-model"
-VERSION: Final = 3
-READABLE = (1, 2, 3)  # 2 added adapter, weights, quantized tensors, config; 3 families and classes; what older ones have means the same
+VERSION: Final = 4
+# 2 added adapter, weights, quantized tensors, config; 3 families and classes; 4 rows of the head; what older ones have means the same
+READABLE = (1, 2, 3, 4)
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES_LIMIT = 64 << 20
 ALIGNMENT = 4096  # bytes; every tensor starts on a page, so that any system can map it
@@ -135,10 +136,13 @@ class StoredFile(Record):
 
 
 class Manifest(Record):
-    """manifest.json of an edge model. See docs/edge-model.md. `new_weights` are those of a head that was made at export."""
+    """manifest.json of an edge model. See docs/edge-model.md.
+
+    new_weights: those of a head that was made at export. head: weight of the vocabulary projection.
+    """
 
     format: Literal["edgezo-edge-model"] = FORMAT
-    version: Literal[1, 2, 3] = VERSION
+    version: Literal[1, 2, 3, 4] = VERSION
     edgezo: str
     origin: Origin
     tokenizer: TokenizerFacts
@@ -150,6 +154,7 @@ class Manifest(Record):
     config: str | None = None
     classes: list[str] = Field(default_factory=list)
     new_weights: list[str] = Field(default_factory=list)
+    head: str | None = None
     verification: Verification | None = None
     tuned: list[Tuned] = Field(default_factory=list)
     files: dict[str, StoredFile]

@@ -34,12 +34,16 @@ class Part(NamedTuple):
 
 @dataclass
 class Decoder:
-    """A traced model: every weight is a graph input, its values lie in `weights`; `parts` name rows of some of them."""
+    """A traced model: every weight is a graph input, its values lie in `weights`; `parts` name rows of some of them.
+
+    head: Hugging Face name of the vocabulary projection's weight; None where there is no such, or its logits are scaled afterwards.
+    """
 
     model: onnx.ModelProto
     weights: dict[str, Weight]
     parts: dict[str, Part] = field(default_factory=dict)
     family: Family = "causal"
+    head: str | None = None
 
     @property
     def past_inputs(self) -> list[onnx.ValueInfoProto]:

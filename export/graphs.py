@@ -13,6 +13,7 @@ from edgezo.adapters import Adapter
 from edgezo.errors import ExportError
 from edgezo.export.adapters import LINEAR, add_lora, add_prefix
 from edgezo.export.decoder import Decoder, Part
+from edgezo.export.head_rows import add_head_rows
 from edgezo.export.simplify import merge_equal_nodes
 from edgezo.manifest import ITEM_BYTES, Graph, PastState, Tensor
 
@@ -28,7 +29,8 @@ def scoring_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[onn
 
     log_probs[p] = log_softmax(head(hidden[pair_rows[p]]))[pair_targets[p]], hidden[h] = the final hidden state at flat position
     hidden_rows[h] of [batch * sequence]. The vocabulary projection sees the gathered rows alone. A classifier has one row of logits a
-    row of the batch: hidden_rows are rows of [batch], pair_targets classes. With `adapter` it has the branch points of stacked LoRA, or a
+    row of the batch: hidden_rows are rows of [batch], pair_targets classes. Rows of the head can be changed by what is fed
+    (export/head_rows.py). With `adapter` it has the branch points of stacked LoRA, or a
     prefix before the first token.
     """
     model = _copy(decoder)
@@ -40,6 +42,8 @@ def scoring_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[onn
     if adapter is not None and adapter.kind == "lora":
         add_lora(model, adapter.targets, stacked=True)
     logits, hidden = _gather_before_head(graph) if decoder.family != "classifier" else (_gather_logits(graph), None)
+    if hidden is not None:
+        logits = add_head_rows(model, logits, hidden)
     nodes = [
         helper.make_node("Cast", [logits], ["edgezo/logits32"], to=TensorProto.FLOAT),
         _log_sum_exp(opset(model)),
@@ -74,7 +78,7 @@ def generation_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[
     if adapter is not None and adapter.kind == "lora":
         add_lora(model, adapter.targets, stacked=False)
     presents = [output for output in graph.output if output.name.startswith("present.")]
-    logits, _ = _gather_before_head(graph)
+    logits = add_head_rows(model, *_gather_before_head(graph))
     graph.node.append(helper.make_node("Identity", [logits], [LOGITS]))
     graph.input.append(helper.make_tensor_value_info(HIDDEN_ROWS, TensorProto.INT64, ["hidden_count"]))
     kept = [onnx.ValueInfoProto.FromString(output.SerializeToString()) for output in presents]

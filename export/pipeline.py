@@ -150,6 +150,7 @@ def export_model(
                 config=CONFIG_FILE,
                 classes=source.classes,
                 new_weights=source.new_weights,
+                head=decoder.head,
                 verification=checked,
                 files=files,
             )

@@ -18,6 +18,7 @@ from edgezo.export.decoder import EXPORTED, Decoder, Weight
 from edgezo.export.quiet import quiet
 from edgezo.manifest import Family
 
+LOGIT_SCALES = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier")  # Cohere, Granite, Gemma 2, Falcon H1
 OPSET = 17  # the newest that onnxruntime 1.18 (JetPack 6) runs with every operator used here
 
 
@@ -66,7 +67,15 @@ def trace_decoder(model: Any, family: Family = "causal") -> Decoder:
         raise ExportError(
             f"{model.config.model_type}: {len(lost)} parameters are missing from the traced graph ({', '.join(lost[:3])}); this architecture cannot be exported faithfully"
         )
-    return Decoder(graph, weights, family=family)
+    return Decoder(graph, weights, family=family, head=_head(model))
+
+
+def _head(model: Any) -> str | None:
+    """Name of the weight of the vocabulary projection, when what it gives are the logits."""
+    if any(getattr(model.config, name, None) not in {None, 1} for name in LOGIT_SCALES):
+        return None
+    projection = model.get_output_embeddings()
+    return next((f"{name}.weight" for name, module in model.named_modules() if module is projection), None)
 
 
 def _onnx_config(model: Any, family: Family) -> Any:

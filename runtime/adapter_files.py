@@ -13,10 +13,11 @@ import onnxruntime
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from edgezo.adapters import PREFIX
+from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, PREFIX
 from edgezo.config import ALL_LINEAR, ALPHA_LIMIT, RANK_LIMIT
 from edgezo.errors import AdapterError, first_line
 from edgezo.manifest import Manifest
+from edgezo.runtime.head_rows import NO_ROWS, HeadRows, refuse_unnamed_head
 from edgezo.runtime.lora import A, B, Lora
 from edgezo.runtime.prefix import Prefix
 from edgezo.storage import PART
@@ -29,7 +30,10 @@ BASE_KEY = "edgezo_base"  # in the metadata of the tensors: Origin.weights_sha25
 ONNX_SUFFIX = ".onnx_adapter"
 CONFIG_BYTES_LIMIT = 1 << 20
 TENSORS_BYTES_LIMIT = 1 << 32
-UNSUPPORTED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens")
+HEAD_TOKENS_LIMIT = 4096
+PATTERNS = ("alpha_pattern", "rank_pattern")
+OWN_SIZES = tuple(zip(PATTERNS, ("lora_alpha", "r"), strict=True))
+UNSUPPORTED = ("use_dora", "modules_to_save", *PATTERNS, "lora_bias", "alora_invocation_tokens")
 
 
 def read_adapter(path: Path, manifest: Manifest) -> Lora | Prefix:
@@ -46,7 +50,8 @@ def read_adapter(path: Path, manifest: Manifest) -> Lora | Prefix:
         raise AdapterError(f"{path}: this edge model has no branch points for adapters; export it again with --adapter lora or prefix")
     if path.is_file() and path.suffix == ONNX_SUFFIX:
         return _lora(path, manifest, _onnx_matrices(path, manifest), alpha=None, rank=None)
-    config, tensors = read_peft_config(path), _read_tensors(path, manifest)
+    module = _head_module(manifest)
+    config, tensors = read_peft_config(path, module), _read_tensors(path, manifest)
     kind = {"LORA": "lora", "PREFIX_TUNING": "prefix"}.get(str(config.get("peft_type")))
     if kind != manifest.adapter.kind:
         raise AdapterError(
@@ -54,7 +59,13 @@ def read_adapter(path: Path, manifest: Manifest) -> Lora | Prefix:
         )
     if kind == "prefix":
         return _prefix(path, manifest, tensors)
-    lora = _lora(path, manifest, _peft_matrices(path, tensors), float(config["lora_alpha"]), config["r"])
+    modules = _peft_matrices(path, tensors)
+    if {A, B} <= modules.get(module, {}).keys():
+        alpha, rank = ((config.get(pattern) or {}).get(module, config[name]) for pattern, name in OWN_SIZES)
+        if not (_within(rank, int, RANK_LIMIT) and _within(alpha, int | float, ALPHA_LIMIT)):
+            raise AdapterError(f"{path / CONFIG}: the head has rank {rank!r:.40} with alpha {alpha!r:.40}; save the adapter again")
+        modules[module][A] = modules[module][A] * np.float32(alpha / rank)
+    lora = _lora(path, manifest, modules, float(config["lora_alpha"]), config["r"])
     if config.get("use_rslora"):  # alpha / sqrt(rank) there, alpha / rank here
         lora.alpha *= math.sqrt(lora.rank)
     missing = [target.module for target in lora.targets if _is_target(target.module, config) and target.module not in lora.given]
@@ -63,8 +74,8 @@ def read_adapter(path: Path, manifest: Manifest) -> Lora | Prefix:
     return lora
 
 
-def read_peft_config(path: Path) -> dict[str, Any]:
-    """adapter_config.json of a PEFT folder.
+def read_peft_config(path: Path, head: str | None = None) -> dict[str, Any]:
+    """adapter_config.json of a PEFT folder; the module `head` may have a rank and an alpha of its own.
 
     Raises:
         AdapterError: it is not there, not readable, or asks for what edgezo has not.
@@ -83,7 +94,8 @@ def read_peft_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise AdapterError(f"{file}: holds a {type(config).__name__}, not settings; save the adapter again")
     for name in [*UNSUPPORTED, *(["bias"] if config.get("bias", "none") != "none" else [])]:
-        if config.get(name):
+        patterns = config.get(name) if name in PATTERNS else None
+        if config.get(name) and not (isinstance(patterns, dict) and patterns.keys() == {head}):
             raise AdapterError(f"{file}: has {name} = {config[name]!r}, which edgezo does not do; train the adapter without it")
     if config.get("peft_type") == "LORA":
         rank, alpha = config.get("r"), config.get("lora_alpha")
@@ -111,18 +123,29 @@ def _is_target(module: str, config: dict[str, Any]) -> bool:
         return False
 
 
-def write_peft(adapter: Lora | Prefix, manifest: Manifest, folder: Path) -> None:
+def write_peft(adapter: Lora | Prefix, manifest: Manifest, folder: Path, head: HeadRows = NO_ROWS) -> None:
     """Write a folder that `peft.PeftModel.from_pretrained` loads onto the source model.
+
+    Rows of the head are LoRA of their number at the head: A the rows, B ones at their tokens.
 
     Args:
         adapter: to write.
         manifest: of the edge model it was tuned on.
         folder: an existing, empty directory.
+        head: rows of the head that were changed.
+
+    Raises:
+        AdapterError: rows of the head were changed, which this model or a folder of a prefix cannot say.
     """
+    refuse_unnamed_head(head, manifest)
     # without a task PEFT leaves the rest of a model as it is; that of classifiers would put a copy of the head in place of its target
     task = "CAUSAL_LM" if manifest.origin.family == "causal" else None
     common = {"base_model_name_or_path": manifest.origin.id, "revision": None, "task_type": task, "inference_mode": True}
     if isinstance(adapter, Prefix):
+        if len(head.tokens):
+            raise AdapterError(
+                f"{manifest.origin.id}: the run changed rows of the head, which a PEFT folder of a prefix cannot hold; use --format edge, or tune with --start none"
+            )
         layers, _, heads, tokens, head_dim = adapter.array.shape
         # PEFT keeps [tokens, layers * 2, heads, head_dim]
         tensors = {PROMPT: np.ascontiguousarray(adapter.array.transpose(3, 0, 1, 2, 4)).reshape(tokens, -1)}
@@ -135,18 +158,25 @@ def write_peft(adapter: Lora | Prefix, manifest: Manifest, folder: Path) -> None
         tensors = {}
         for target, a, b in zip(adapter.targets, adapter.matrices(A), adapter.matrices(B), strict=True):
             tensors[f"{STEM}{target.a}"], tensors[f"{STEM}{target.b}"] = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
+        modules, patterns = _target_modules(adapter, manifest), {}
+        if len(head.tokens):
+            module, count, parts = _head_module(manifest), len(head.tokens), _as_lora(folder, head, manifest)
+            tensors[f"{STEM}{module}.lora_A.weight"], tensors[f"{STEM}{module}.lora_B.weight"] = (
+                np.ascontiguousarray(parts[name].T) for name in (A, B)
+            )
+            modules, patterns = [*modules, module], {"rank_pattern": {module: count}, "alpha_pattern": {module: count}}
         alpha = int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha
         config = {
             **common, "peft_type": "LORA", "r": adapter.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
-            "target_modules": _target_modules(adapter, manifest), "fan_in_fan_out": _is_in_out(adapter, manifest),
-            "init_lora_weights": True,
+            "target_modules": modules, "fan_in_fan_out": _is_in_out(adapter, manifest),
+            "init_lora_weights": True, **patterns,
         }  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     metadata = {"format": "pt", BASE_KEY: manifest.origin.weights_sha256 or ""}
     (folder / TENSORS).write_bytes(save(tensors, metadata))  # save_file would make a file that no other user can read
 
 
-def write_onnx_adapter(adapter: Lora | Prefix, manifest: Manifest, path: Path) -> None:
+def write_onnx_adapter(adapter: Lora | Prefix, manifest: Manifest, path: Path, head: HeadRows = NO_ROWS) -> None:
     """Write what the scoring graph is fed (for LoRA the generation graph too) as a file that `onnxruntime.LoraAdapter` loads.
 
     References:
@@ -156,7 +186,8 @@ def write_onnx_adapter(adapter: Lora | Prefix, manifest: Manifest, path: Path) -
         raise AdapterError(
             f"onnxruntime {onnxruntime.__version__} has no .onnx_adapter files; update it to 1.20 or later, or use --format peft"
         )
-    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in adapter.feeds().items()}
+    feeds = {**adapter.feeds(), **(head.feeds() if len(head.tokens) else {})}
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()}
     file = onnxruntime.AdapterFormat()
     file.set_adapter_version(1)
     file.set_model_version(_model_version(manifest))
@@ -226,6 +257,9 @@ def _onnx_matrices(path: Path, manifest: Manifest) -> dict[str, dict[str, Array]
     if made_for != 1 and made_for != _model_version(manifest):
         raise AdapterError(f"{path}: was tuned on another base than this edge model; give its own base")
     modules: dict[str, dict[str, Array]] = {}
+    if {HEAD_TOKENS, HEAD_ROWS} <= parameters.keys():
+        tokens, rows = (np.array(parameters.pop(name).numpy()) for name in (HEAD_TOKENS, HEAD_ROWS))
+        modules[_head_module(manifest)] = _as_lora(path, HeadRows(tokens, rows), manifest)
     for name, value in parameters.items():
         module, _, rest = name.rpartition(".lora_")
         array = np.array(value.numpy())
@@ -238,6 +272,8 @@ def _onnx_matrices(path: Path, manifest: Manifest) -> dict[str, dict[str, Array]
 def _lora(path: Path, manifest: Manifest, modules: dict[str, dict[str, Array]], alpha: float | None, rank: int | None) -> Lora:
     """`alpha` None says that the scaling is in A, `rank` None that any will do."""
     assert manifest.adapter is not None
+    modules = dict(modules)
+    head = _head(path, modules.pop(_head_module(manifest), None))
     targets = {target.module: target for target in manifest.adapter.targets}
     strange = [module for module in modules if module not in targets]
     if strange or not modules:
@@ -261,11 +297,41 @@ def _lora(path: Path, manifest: Manifest, modules: dict[str, dict[str, Array]], 
         raise AdapterError(f"{path}: its matrices have rank {max(ranks)}, its {CONFIG} says {rank}; save the adapter again")
     (rank,) = ranks
     lora = Lora(manifest.adapter.targets, rank, rank if alpha is None else alpha)
-    lora.given = set(modules)
+    lora.given, lora.head = set(modules), head
     for target, a, b in zip(lora.targets, lora.matrices(A), lora.matrices(B), strict=True):
         if target.module in modules:
             a[...], b[...] = modules[target.module][A], modules[target.module][B]
     return lora
+
+
+def _head_module(manifest: Manifest) -> str:
+    """Name of the vocabulary projection."""
+    return (manifest.head or "head").removesuffix(".weight")
+
+
+def _as_lora(path: Path, head: HeadRows, manifest: Manifest) -> dict[str, Array]:
+    """Rows of the head as LoRA of their number: A the rows, B ones at their tokens."""
+    tokens, rows, size = head.tokens, head.rows, manifest.origin.vocab_size
+    fits = tokens.dtype == np.int64 and rows.dtype == np.float32 and tokens.ndim == 1 and rows.ndim == 2 and rows.shape[1] == len(tokens)
+    if not fits or not np.isfinite(rows).all() or (len(tokens) and not (tokens.min() >= 0 and tokens.max() < size)):
+        raise AdapterError(f"{path}: its rows of the head are no finite float32 of tokens of this model; it cannot be used")
+    ones = np.zeros((len(tokens), size), np.float32)
+    ones[np.arange(len(tokens)), tokens] = 1
+    return {A: rows, B: ones}
+
+
+def _head(path: Path, pair: dict[str, Array] | None) -> HeadRows:
+    """Rows of the head from LoRA at the head whose B reaches few tokens, as `write_peft` writes it."""
+    if pair is None:
+        return NO_ROWS
+    if pair.keys() != {A, B} or pair[A].shape[1] != pair[B].shape[0]:
+        raise AdapterError(f"{path}: its matrices of the head do not fit each other; save the adapter again")
+    tokens = np.flatnonzero(pair[B].any(axis=0))
+    if len(tokens) > HEAD_TOKENS_LIMIT:
+        raise AdapterError(
+            f"{path}: changes {len(tokens)} rows of the head, edgezo takes {HEAD_TOKENS_LIMIT}; train the adapter without the head"
+        )
+    return HeadRows(tokens, (pair[A] @ pair[B][:, tokens]).astype(np.float32))
 
 
 def _prefix(path: Path, manifest: Manifest, tensors: dict[str, Array]) -> Prefix:

@@ -84,13 +84,13 @@ def _answer(model: EdgeModel, prompts: list[list[int]], max_tokens: int, stop: s
 
 
 def _start(model: EdgeModel, rows: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Feeds of an adapter, and the first keys and values: none, or a prefix for every row."""
+    """Feeds of the adapter and the head, and the first keys and values: none, or a prefix for every row."""
     past, adapter = model.generation_facts.past, model.adapter
     if isinstance(adapter, Prefix):
         own = zip([state.input for state in past], adapter.past(), strict=True)
-        return {}, {name: np.repeat(array, rows, axis=0) for name, array in own}
+        return model.head_feeds(), {name: np.repeat(array, rows, axis=0) for name, array in own}
     empty = {state.input: np.zeros((rows, state.heads, 0, state.head_dim), np.float32) for state in past}
-    return (adapter.feeds() if adapter is not None else {}), empty
+    return model.feeds(), empty
 
 
 def _forward(

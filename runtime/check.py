@@ -91,6 +91,7 @@ def _derive_again(run: Run, model: EdgeModel, every: int, progress: Callable[[in
     for step, record in enumerate(run.records):
         directions = step_directions(run.config, step)
         if step % every == 0:
+            model.head = run.journal.head_at(step) or model.head
             found = theta.estimates(directions, theta.groups(dataset.batch(order, step)))
             loss = float(np.mean([estimate.loss for estimate in found]))
             largest = max(largest, abs(loss - record.loss))
@@ -116,7 +117,7 @@ def compare_runs(first: Run, second: Run) -> dict[str, Any]:
             break
         equal += 1
     headers = {f"same_{name}": first.header.get(name) == second.header.get(name) for name in ("base", "data", "valid", "tokenizer", "init")}
-    decisive = all(one[name] == other[name] for name in DECISIVE)
+    decisive = all(one[name] == other[name] for name in DECISIVE) and _same_heads(first, second, equal)
     return {
         "steps": [len(first.records), len(second.records)],
         "equal_steps": equal,
@@ -126,6 +127,12 @@ def compare_runs(first: Run, second: Run) -> dict[str, Any]:
         "best_step": [first.best_step, second.best_step],
         "best": [_best(first), _best(second)],
     }
+
+
+def _same_heads(first: Run, second: Run, steps: int) -> bool:
+    """Whether the rows of the head are the same up to a step."""
+    heads = [{place: head for place, head in run.journal.heads.items() if place <= steps} for run in (first, second)]
+    return heads[0].keys() == heads[1].keys() and all(heads[0][place].equals(heads[1][place]) for place in heads[0])
 
 
 def _best(run: Run) -> dict[str, float | int] | None:

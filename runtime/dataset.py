@@ -66,9 +66,9 @@ def read_dataset(model: EdgeModel, config: TuneConfig, notice: Callable[[str], N
     if config.valid is None:
         return Dataset(config, task, train, None)
     if not packs(config.valid, task):
-        chosen = _spread(chosen, config.eval_rows)
+        chosen = spread(chosen, config.eval_rows)
     valid = tokenize_data(model, config, task, config.valid, chosen, notice, "validation")
-    return Dataset(config, task, train, valid._replace(examples=_spread(valid.examples, config.eval_rows)))
+    return Dataset(config, task, train, valid._replace(examples=spread(valid.examples, config.eval_rows)))
 
 
 def tokenize_data(
@@ -114,7 +114,7 @@ def _fit_directions(config: TuneConfig, rows: int, model: EdgeModel, notice: Cal
     )
 
 
-def _spread(items: list[Any], most: int) -> list[Any]:
+def spread(items: list[Any], most: int) -> list[Any]:
     """At most so many, every k-th, so that a sorted file is sampled evenly."""
     stride = max(1, len(items) / most)
     return [items[int(place * stride)] for place in range(min(len(items), most))]

@@ -88,9 +88,9 @@ def generate(
     outputs = ["logits", *(state.output for state in graph.past)]
     adapter = model.adapter
     if isinstance(adapter, Prefix):
-        fed, past = {}, dict(zip([state.input for state in graph.past], adapter.past(), strict=True))
+        fed, past = model.head_feeds(), dict(zip([state.input for state in graph.past], adapter.past(), strict=True))
     else:
-        fed = adapter.feeds() if adapter is not None else {}
+        fed = model.feeds()
         past = {state.input: np.zeros((1, state.heads, 0, state.head_dim), np.float32) for state in graph.past}
     cache, first = cache or Cache(), adapter.prefix_tokens if adapter is not None else 0
     if kept := cache.shared(tokens):

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from edgezo.adapters import LoraTarget
+from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, LoraTarget
 from edgezo.errors import AdapterError
 from edgezo.manifest import Tensor
+from edgezo.runtime.head_rows import refuse_unnamed_head
 from edgezo.runtime.lora import A, B, Lora
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.prefix import Prefix
@@ -50,15 +51,29 @@ def source_weights(model: EdgeModel) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     tensors = {tensor.name: tensor for tensor in model.manifest.tensors}
     scales = {tensor.quantized.scales for tensor in tensors.values() if tensor.quantized}
     deltas = lora_deltas(model.adapter) if isinstance(model.adapter, Lora) else {}
+    refuse_unnamed_head(model.head, model.manifest)
     for name, tensor in tensors.items():
-        if name in scales:
+        if name in scales or name in {HEAD_TOKENS, HEAD_ROWS}:
             continue
         weight: npt.NDArray[Any] = model.weights[name] if tensor.tunable else frozen_array(model, tensor)
         if tensor.quantized is not None:
             weight = tensor.quantized.dequantize(weight, frozen_array(model, tensors[tensor.quantized.scales]))
         if name in deltas:
             weight = weight + deltas[name]()
-        yield name, np.ascontiguousarray(weight.T if tensor.transposed else weight)
+        yield from _with_head(model, tensor, np.ascontiguousarray(weight.T if tensor.transposed else weight))
+
+
+def _with_head(model: EdgeModel, tensor: Tensor, weight: npt.NDArray[Any]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """A weight under its name; where it is the head's, with its rows changed, apart from the embedding that it was tied to."""
+    names, head = [tensor.name, *tensor.tied_to], model.manifest.head
+    if not len(model.head.tokens) or head not in names:
+        yield tensor.name, weight
+        return
+    for other in [name for name in names if name != head][:1]:
+        yield other, weight
+    changed = weight.copy()
+    changed[model.head.tokens] += model.head.rows.T
+    yield str(head), changed
 
 
 def write_hugging_face(model: EdgeModel, folder: Path) -> None:
@@ -72,7 +87,10 @@ def write_hugging_face(model: EdgeModel, folder: Path) -> None:
         raise AdapterError(
             f"{model.directory}: lacks what a Hugging Face folder needs (its configuration, or its own names); export the model again"
         )
-    shutil.copyfile(model.directory / manifest.config, folder / "config.json")
+    config = json.loads((model.directory / manifest.config).read_text(encoding="utf-8"))
+    if len(model.head.tokens):  # no longer rows of the embedding
+        config["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(dict(source_weights(model)), folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)  # save_file makes one that no other user can read
     facts = manifest.tokenizer

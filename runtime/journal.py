@@ -1,6 +1,6 @@
-"""The journal, version 2: what a run is. Base weights and journal give the tuned weights. The format is docs/journal.md.
+"""The journal, version 3: what a run is. Base weights and journal give the tuned weights. The format is docs/journal.md.
 
-8 bytes   b"EDGEZOJ2"
+8 bytes   b"EDGEZOJ3"
 4 bytes   header length n, little-endian
 n bytes   header, JSON in UTF-8
 4 bytes   CRC-32 of all before
@@ -13,28 +13,35 @@ import os
 import struct
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from edgezo.errors import RunError
 from edgezo.runtime.evaluation import Evaluation
+from edgezo.runtime.head_rows import HeadRows
 from edgezo.storage import write_atomically
 
-MAGIC = b"EDGEZOJ2"
-READABLE = (b"EDGEZOJ1", MAGIC)  # 2 added the record of other metrics; what 1 has means the same
+MAGIC = b"EDGEZOJ3"
+READABLE = (b"EDGEZOJ1", b"EDGEZOJ2", MAGIC)  # 2 added the record of other metrics, 3 that of the head; what older ones have means the same
 JOURNAL_BYTES_LIMIT = 1 << 30  # 63 million steps
 HEADER_BYTES_LIMIT = 1 << 20
 SETTINGS_BYTES_LIMIT = 1 << 16
-STEP, DIRECTIONS, EVALUATION, METRICS, SETTINGS = b"S", b"D", b"E", b"M", b"C"
+STEP, DIRECTIONS, EVALUATION, METRICS, SETTINGS, HEAD = b"S", b"D", b"E", b"M", b"C", b"H"
 STEP_PAYLOAD = struct.Struct("<fff")
 DIRECTIONS_PAYLOAD = struct.Struct("<Hff")  # how many projected gradients follow, learning rate, loss
 DIRECTIONS_LIMIT = (1 << 16) - 1
 EVALUATION_PAYLOAD = struct.Struct("<IIddd?")
+HEAD_SIZES = struct.Struct("<II")  # width, tokens
+HEAD_NUMBERS_LIMIT = 1 << 26
 LENGTH = struct.Struct("<I")
 CHECKSUM = struct.Struct("<I")
 STEP_BYTES = 1 + STEP_PAYLOAD.size + CHECKSUM.size
 EVALUATION_BYTES = 1 + EVALUATION_PAYLOAD.size + CHECKSUM.size
+Record = tuple[bytes, bytes]  # kind and payload
 SYNC_SECONDS = 5.0  # at most this much work is lost with the power; one sync takes 1 to 100 ms by the disk
 
 
@@ -50,7 +57,8 @@ class JournalContents(NamedTuple):
     """What a journal file holds.
 
     header: as written at the start. records: the steps. evaluations: by step. best_step: the last one marked as best, None without marks.
-    settings: those changed since the start. others: metrics of the evaluation that comes next. whole_bytes: bytes up to the last whole record; torn_bytes: what follows.
+    settings: those changed since the start. heads: rows of the head by the steps done before they were set. untuned: the evaluation before the
+    first of them. others: metrics of the evaluation that comes next. whole_bytes: bytes up to the last whole record; torn_bytes: what follows.
     checksum: of the last whole record, where the next one goes on.
     """
 
@@ -63,6 +71,12 @@ class JournalContents(NamedTuple):
     torn_bytes: int
     checksum: int
     others: dict[str, float]
+    heads: dict[int, HeadRows]
+    untuned: Evaluation | None
+
+    def head_at(self, step: int) -> HeadRows | None:
+        """The rows of the head that hold after `step` steps; None for those of the base."""
+        return self.heads[max(held)] if (held := [place for place in self.heads if place <= step]) else None
 
 
 class Journal:
@@ -74,14 +88,18 @@ class Journal:
         self._synced = time.monotonic()
 
     @classmethod
-    def create(cls, path: Path, header: dict[str, Any]) -> "Journal":
-        """Start a journal; refuses an existing file."""
+    def create(cls, path: Path, header: dict[str, Any], start: Sequence[Record] = ()) -> "Journal":
+        """Start a journal with its first records, whole or not at all; refuses an existing file."""
         body = json.dumps(header, ensure_ascii=False, sort_keys=True).encode()
-        start = MAGIC + LENGTH.pack(len(body)) + body
-        checksum = zlib.crc32(start)
+        data = MAGIC + LENGTH.pack(len(body)) + body
+        checksum = zlib.crc32(data)
+        data += CHECKSUM.pack(checksum)
+        for kind, payload in start:
+            checksum = zlib.crc32(kind + payload, checksum)
+            data += kind + payload + CHECKSUM.pack(checksum)
         if path.exists():
             raise FileExistsError(17, "exists already", str(path))
-        write_atomically(path, start + CHECKSUM.pack(checksum))
+        write_atomically(path, data)
         return cls(path, checksum)
 
     @classmethod
@@ -106,15 +124,13 @@ class Journal:
 
     def mark(self, step: int, evaluation: Evaluation, best: bool) -> None:
         """Append what an evaluation of step `step` found, and whether it is the best so far; synced."""
-        if evaluation.others:
-            self._write_json(METRICS, dict(evaluation.others))
-        numbers = [math.nan if value is None else value for value in (evaluation.accuracy, evaluation.macro_f1)]
-        self._write(EVALUATION, EVALUATION_PAYLOAD.pack(step, evaluation.rows, evaluation.loss, *numbers, best))
+        for record in evaluation_records(step, evaluation, best):
+            self._write(*record)
         self.sync()
 
     def change(self, settings: dict[str, Any]) -> None:
         """Append settings that hold from here on; synced."""
-        self._write_json(SETTINGS, settings)
+        self._write(*_json_record(SETTINGS, settings))
         self.sync()
 
     def sync(self) -> None:
@@ -126,10 +142,6 @@ class Journal:
         """Sync and close."""
         self.sync()
         self._file.close()
-
-    def _write_json(self, kind: bytes, value: dict[str, Any]) -> None:
-        body = json.dumps(value, ensure_ascii=False).encode()
-        self._write(kind, LENGTH.pack(len(body)) + body)
 
     def _write(self, kind: bytes, payload: bytes) -> None:
         checksum = zlib.crc32(kind + payload, self._checksum)
@@ -143,6 +155,19 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def evaluation_records(step: int, evaluation: Evaluation, best: bool) -> list[Record]:
+    """What an evaluation of step `step` found, and whether it is the best so far."""
+    others = [_json_record(METRICS, dict(evaluation.others))] if evaluation.others else []
+    numbers = [math.nan if value is None else value for value in (evaluation.accuracy, evaluation.macro_f1)]
+    return [*others, (EVALUATION, EVALUATION_PAYLOAD.pack(step, evaluation.rows, evaluation.loss, *numbers, best))]
+
+
+def head_record(head: HeadRows) -> Record:
+    """Rows of the head, which hold from here on: little-endian uint32 tokens, float32 rows [width, tokens]."""
+    width, count = head.rows.shape
+    return HEAD, HEAD_SIZES.pack(width, count) + head.tokens.astype("<u4").tobytes() + np.ascontiguousarray(head.rows, "<f4").tobytes()
 
 
 def read_journal(path: Path) -> JournalContents:
@@ -161,7 +186,7 @@ def read_journal(path: Path) -> JournalContents:
     except OSError as error:
         raise RunError(f"{path}: no readable journal ({error.strerror}); give a run directory made by edgezo tune") from None
     header, position, checksum = _read_header(path, data)
-    contents = JournalContents(header, [], {}, None, {}, position, len(data) - position, checksum, {})
+    contents = JournalContents(header, [], {}, None, {}, position, len(data) - position, checksum, {}, {}, None)
     written = len(data.rstrip(b"\0"))
     directions = _directions(path, header)
     while position < len(data):
@@ -183,7 +208,7 @@ def read_journal(path: Path) -> JournalContents:
 def _read_header(path: Path, data: bytes) -> tuple[dict[str, Any], int, int]:
     """Header, the position behind it and its checksum."""
     if data[: len(MAGIC)] not in READABLE:
-        raise RunError(f"{path}: not a journal of version 1 or 2 (starts with {data[:8]!r})")
+        raise RunError(f"{path}: not a journal of version 1, 2 or 3 (starts with {data[:8]!r})")
     (length,) = LENGTH.unpack_from(data, 8) if len(data) >= 12 else (HEADER_BYTES_LIMIT + 1,)
     end = 12 + length
     if length > HEADER_BYTES_LIMIT or end + CHECKSUM.size > len(data):
@@ -215,6 +240,10 @@ def _record_bytes(data: bytes, position: int, directions: int) -> int:
         return 1 + DIRECTIONS_PAYLOAD.size + 4 * directions + CHECKSUM.size
     if kind == EVALUATION:
         return EVALUATION_BYTES
+    if kind == HEAD:
+        sizes = data[position + 1 : position + 1 + HEAD_SIZES.size]
+        width, count = HEAD_SIZES.unpack(sizes) if len(sizes) == HEAD_SIZES.size else (HEAD_NUMBERS_LIMIT, 1)
+        return 1 + HEAD_SIZES.size + 4 * count * (width + 1) + CHECKSUM.size if 0 < width * count <= HEAD_NUMBERS_LIMIT else 0
     if kind in (SETTINGS, METRICS):
         body = data[position + 1 : position + 1 + LENGTH.size]
         length = LENGTH.unpack(body)[0] if len(body) == LENGTH.size else SETTINGS_BYTES_LIMIT
@@ -235,6 +264,10 @@ def _with_record(path: Path, contents: JournalContents, record: bytes, end: int,
         return contents
     if kind == SETTINGS:
         return contents._replace(settings={**contents.settings, **_json_object(path, payload[LENGTH.size :], "a change of settings")})
+    if kind == HEAD:
+        contents.heads[len(contents.records)] = _head(path, payload)
+        first = len(contents.heads) == 1 and not contents.records
+        return contents._replace(untuned=contents.evaluations.get(0)) if first else contents
     if kind == METRICS:
         return contents._replace(others=_metrics(path, payload[LENGTH.size :]))
     step, rows, loss, accuracy, macro_f1, best = EVALUATION_PAYLOAD.unpack(payload)
@@ -253,6 +286,20 @@ def _step_record(kind: bytes, payload: bytes) -> StepRecord:
         return StepRecord((grad,), *rest)
     count, *rest = DIRECTIONS_PAYLOAD.unpack_from(payload)
     return StepRecord(struct.unpack_from(f"<{count}f", payload, DIRECTIONS_PAYLOAD.size), *rest)
+
+
+def _json_record(kind: bytes, value: dict[str, Any]) -> Record:
+    body = json.dumps(value, ensure_ascii=False).encode()
+    return kind, LENGTH.pack(len(body)) + body
+
+
+def _head(path: Path, payload: bytes) -> HeadRows:
+    width, count = HEAD_SIZES.unpack_from(payload)
+    tokens = np.frombuffer(payload, "<u4", count, HEAD_SIZES.size).astype(np.int64)
+    rows = np.frombuffer(payload, "<f4", width * count, HEAD_SIZES.size + 4 * count).reshape(width, count)
+    if not np.isfinite(rows).all() or len(np.unique(tokens)) != count:
+        raise RunError(f"{path}: a record of the head holds NaN, infinity or a token twice, which no run writes; the run cannot be used")
+    return HeadRows(tokens, np.ascontiguousarray(rows, np.float32))
 
 
 def _metrics(path: Path, body: bytes) -> dict[str, float]:

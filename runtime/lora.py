@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from edgezo.adapters import A_ROWS, A_SIGNS, B_ROWS, B_SIGNS, LoraTarget
 from edgezo.runtime import noise
+from edgezo.runtime.head_rows import NO_ROWS
 from edgezo.runtime.noise import Direction, Floats
 from edgezo.runtime.outer import Layout, OuterWeights
 
@@ -35,6 +36,7 @@ class Lora:
             A: Layout([target.in_features for target in targets], [rank] * len(self.targets)),
             B: Layout([rank] * len(self.targets), [target.out_features for target in targets]),
         }
+        self.head = NO_ROWS  # that came with an adapter file
         self.given = {target.module for target in targets}  # layers an adapter file had tensors for
         self.a: Floats = np.zeros(sum(rank * target.in_features for target in targets), np.float32)
         self.b: Floats = np.zeros(sum(rank * target.out_features for target in targets), np.float32)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from edgezo.adapters import PREFIX
+from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, PREFIX
 from edgezo.config import MAX_TOKENS, Sampling
 from edgezo.errors import ConfigError, DataError, EdgeModelError
 from edgezo.manifest import FAMILY_WORDS, Graph, Manifest, StoredFile, Tensor, read_manifest, verify_file, verify_size
@@ -20,6 +20,7 @@ from edgezo.runtime.device import find_device
 from edgezo.runtime.device_passes import DevicePasses
 from edgezo.runtime.device_session import DeviceSession
 from edgezo.runtime.graph_file import external_files
+from edgezo.runtime.head_rows import NO_ROWS, HeadRows
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.machine import available_bytes, default_threads
 from edgezo.runtime.prefix import Prefix
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from edgezo.runtime.run import StepChoice
 
 Array = npt.NDArray[Any]
+HEAD_VERSION = 4  # of the manifest: graphs before it have no inputs for rows of the head
 INT8_ENGINE = (1, 23)  # onnxruntime 1.22 refuses 8 bits in MatMulNBits on the CPU; 4 bits run with 1.18
 FED = {"input_ids", "attention_mask", "position_ids", "hidden_rows", "pair_rows", "pair_targets"}  # what the runtime knows to feed
 
@@ -50,6 +52,7 @@ class EdgeModel:
         weights: the arrays tuning may change, by Hugging Face name, as stored (`Tensor.transposed` says how); the engine reads them.
         on_device: holds the tunable tensors of the graphs instead, when they live on an accelerator.
         adapter: what the graphs are fed beside the text; None for the base.
+        head: rows of the head that a run changed.
         changed: whether it is no longer the base.
 
     Raises:
@@ -88,6 +91,8 @@ class EdgeModel:
             self.on_device = DevicePasses(self.device, shapes)
             self._upload()
         self.adapter: Lora | Prefix | None = Prefix(self.weights[PREFIX]) if PREFIX in self.weights else None
+        self._stored_head = self._read_head()
+        self.head = self._stored_head
         self.step: int | None = None
         self.changed = False
         if run is not None or adapter is not None:
@@ -128,6 +133,7 @@ class EdgeModel:
             self.adapter.array[...] = other.array
         elif other is not None:
             self.adapter = other
+            self.head = other.head if isinstance(other, Lora) and len(other.head.tokens) else self.head
         return self.step
 
     def _restore(self) -> None:
@@ -140,7 +146,32 @@ class EdgeModel:
                 buffer[...] = _load(self.directory, name, self.manifest.files[name])
         if isinstance(self.adapter, Lora):
             self.adapter = None
+        self.head = self._stored_head
         self.step, self.changed = None, False
+
+    def _read_head(self) -> HeadRows:
+        """Those that were merged into this edge model."""
+        stored = {tensor.name: tensor for tensor in self.manifest.tensors if tensor.name in {HEAD_TOKENS, HEAD_ROWS}}
+        if not stored:
+            return NO_ROWS
+        tokens, rows = (
+            np.fromfile(self.directory / tensor.file, np.dtype(tensor.dtype).newbyteorder("<"), tensor.size, offset=tensor.offset)
+            for tensor in (stored[HEAD_TOKENS], stored[HEAD_ROWS])
+        )
+        return HeadRows(tokens, rows.reshape(stored[HEAD_ROWS].shape))
+
+    @property
+    def takes_head_rows(self) -> bool:
+        """Whether the graphs can be fed rows of the head."""
+        return self.manifest.version >= HEAD_VERSION and "hidden" in self.manifest.scoring.outputs
+
+    def feeds(self) -> dict[str, Array]:
+        """What every run of a graph is fed beside the text: the adapter, one copy, and the rows of the head."""
+        return {**(self.adapter.feeds() if self.adapter is not None else {}), **self.head_feeds()}
+
+    def head_feeds(self) -> dict[str, Array]:
+        """The rows of the head alone."""
+        return self.head.feeds() if self.takes_head_rows else {}
 
     def _refuse_too_large(self) -> None:
         """A system that promises more memory than it has would end the process without a word. A device says itself what it cannot hold."""

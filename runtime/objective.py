@@ -103,7 +103,7 @@ class Objective:
             raise NonFiniteLossError(f"the loss over {count} rows is {loss}; export the model again, or tune with a smaller --lr")
         if not self.task.has_candidates:
             return Evaluation(count, loss, others=self._text_metrics(examples))
-        scores = self._candidate_scores(every, examples)
+        scores = self.candidate_scores(every, examples)
         if self.task.kind == "preference":
             margins = self._margins(self.smooth_name, scores, examples)
             return Evaluation(count, loss, others={"preferred": float((margins > 0).mean()), "margin": float(margins.mean())})
@@ -121,7 +121,7 @@ class Objective:
             return -float(sum(float(part.sum()) for part in parts)) / sum(map(len, parts))
         gold = [example.gold for example in examples]
         with np.errstate(invalid="ignore"):  # NaN is the estimator's to refuse
-            scores = self._candidate_scores(parts, examples)
+            scores = self.candidate_scores(parts, examples)
             if name in {"preference", "dpo"}:
                 return float(np.logaddexp(0, -self.config.beta * self._margins(name, scores, examples)).mean())
             if name == "cross-entropy":
@@ -135,7 +135,7 @@ class Objective:
             return 1 - macro_f1(predicted, np.array(gold), len(scores[0]))
         return 1 - float((predicted == gold).mean())
 
-    def _candidate_scores(self, parts: Scores, examples: Sequence[Example]) -> list[CandidateScores]:
+    def candidate_scores(self, parts: Scores, examples: Sequence[Example]) -> list[CandidateScores]:
         """Scores of each example's candidates, in nats."""
         sums, lengths = np.array([part.sum() for part in parts]), np.array([len(part) for part in parts])
         ends = np.cumsum([len(example.pairs) for example in examples])[:-1]

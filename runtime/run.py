@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,7 @@ from edgezo.manifest import Manifest
 from edgezo.runtime import noise
 from edgezo.runtime.corpus import sha256_data
 from edgezo.runtime.evaluation import Evaluation
-from edgezo.runtime.journal import Journal, JournalContents, StepRecord, read_journal
+from edgezo.runtime.journal import Journal, JournalContents, Record, StepRecord, read_journal
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.optimizer import zo_step
 from edgezo.runtime.theta import mutable_weights, step_directions
@@ -149,8 +149,11 @@ def check_base(run: Run, model: EdgeModel) -> None:
         )
 
 
-def replay(run: Run, weights: MutableWeights, steps: int) -> None:
-    """Bring base weights to the state after `steps` steps, without a forward pass."""
+def replay(run: Run, model: EdgeModel, weights: MutableWeights, steps: int) -> None:
+    """Bring the base to the state after `steps` steps, without a forward pass."""
+    head = run.journal.head_at(steps)
+    if head is not None:
+        model.head = head
     for step, record in enumerate(run.records[:steps]):
         directions = step_directions(run.config, step)
         zo_step(weights, directions, record.projected_grads, record.learning_rate, run.config.rule, run.config.weight_decay)
@@ -169,7 +172,7 @@ def read_tuned(model: EdgeModel, directory: str | os.PathLike[str], step: StepCh
 
 def rebuild(model: EdgeModel, run: Run, step: int) -> int:
     """Turn the base into the model of a run after `step` steps: base + journal. Returns the number of the step."""
-    replay(run, mutable_weights(model, run.config, run.start), step)
+    replay(run, model, mutable_weights(model, run.config, run.start), step)
     return step
 
 
@@ -222,10 +225,10 @@ def held_run(output: Path, resume: bool) -> Iterator[Run | None]:
             output.rmdir()
 
 
-def open_journal(output: Path, config: TuneConfig, header: dict[str, Any], previous: Run | None) -> Journal:
-    """The journal to append to: a new one, or that of the run to continue, with the settings that hold from now on."""
+def open_journal(output: Path, config: TuneConfig, header: dict[str, Any], previous: Run | None, start: Sequence[Record] = ()) -> Journal:
+    """The journal to append to: a new one with its first records, or that of the run to continue, with the settings that hold from now on."""
     if previous is None:
-        journal = Journal.create(output / JOURNAL, header)
+        journal = Journal.create(output / JOURNAL, header, start)
     else:
         journal = Journal.reopen(output / JOURNAL, previous.journal)
         old, new = previous.config.model_dump(), config.model_dump()

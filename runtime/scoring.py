@@ -95,7 +95,7 @@ class Sequences:
         """
         if not pairs:
             return []
-        feeds = self.model.adapter.feeds() if self.model.adapter is not None else {}
+        feeds = self.model.feeds()
         return self._run([pairs], (1,), lambda groups, sides: feeds, together=1)[0][0]
 
     def hidden_states(self, prompts: Sequence[list[int]]) -> npt.NDArray[np.float32]:
@@ -107,15 +107,23 @@ class Sequences:
         Returns:
             float32 [prompts, width].
         """
-        layout = _lay_out([(prompt, [self.pad]) for prompt in prompts])  # a target of no meaning: the graph wants one a row
-        feeds = self.model.adapter.feeds() if self.model.adapter is not None else {}
-        found: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(layout.hidden)
+        return self.log_probs_and_states([(prompt, [self.pad]) for prompt in prompts])[
+            1
+        ]  # a target of no meaning: the graph wants one a row
+
+    def log_probs_and_states(self, pairs: Sequence[Candidate]) -> tuple[Scores, npt.NDArray[np.float32]]:
+        """As `log_probs`, and what the head read to score the first token of every pair: float32 [pairs, width]."""
+        layout, feeds = _lay_out(pairs), self.model.feeds()
+        scores = np.empty(len(layout.scored))
+        states: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(layout.hidden)
         for tile in self._tiles(0, layout, sides=1):
-            own, _ = self._feeds([layout], [tile], sides=1)
-            states = self.model.scoring.run(["hidden"], {**{name: own[name] for name in self.inputs}, **feeds})[0]
-            for row, state in zip(tile.hidden, states, strict=True):
-                found[row] = state
-        return np.stack([found[row] for row, _ in layout.scored])
+            own, (wanted,) = self._feeds([layout], [tile], sides=1)
+            scores[wanted], found = self.model.scoring.run(["log_probs", "hidden"], {**{name: own[name] for name in self.inputs}, **feeds})
+            for row, state in zip(tile.hidden, found, strict=True):
+                states[row] = state
+        ends = np.cumsum([_scored_count(pair) for pair in pairs])
+        firsts = [layout.scored[end - _scored_count(pair)][0] for end, pair in zip(ends, pairs, strict=True)]
+        return np.split(scores, ends[:-1]), np.stack([states[row] for row in firsts])
 
     def stacked(self, groups: Sequence[Sequence[Candidate]], sides: Sequence[int], copies: Copies) -> list[list[Scores]]:
         """Scores of every group of pairs under its own copies of the weights, as many copies in one forward as fit.

@@ -112,7 +112,7 @@ class Theta:
 
         def losses(directions: Sequence[Direction], sides: Sequence[int], eps: float) -> npt.NDArray[np.float64]:
             def copies(chosen: Sequence[int], sides: Sequence[int]) -> dict[str, Any]:
-                return self._stacked_feeds([directions[index] for index in chosen], sides, eps)
+                return {**self._stacked_feeds([directions[index] for index in chosen], sides, eps), **self.model.head_feeds()}
 
             return self.objective.stacked_losses(groups, sides, copies)
 

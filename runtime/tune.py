@@ -20,7 +20,8 @@ from edgezo.runtime.adapter_files import read_adapter
 from edgezo.runtime.corpus import WARNING
 from edgezo.runtime.dataset import Dataset, read_dataset
 from edgezo.runtime.evaluation import Evaluation, best_step
-from edgezo.runtime.journal import Journal, StepRecord
+from edgezo.runtime.exact_start import ExactStart, resolve_start, start_exactly
+from edgezo.runtime.journal import Journal, StepRecord, head_record
 from edgezo.runtime.liveness import prove_live
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.machine import peak_bytes
@@ -59,13 +60,18 @@ class StepReport(NamedTuple):
 
 
 class TuneResult(NamedTuple):
-    """How a run ended: finished, out of time, or interrupted; `peak_bytes` is the most memory that its last process had."""
+    """How a run ended: finished, out of time, or interrupted.
+
+    before: the validation of the untuned model. start: that after an exact start, None without one. best: that of `best_step`.
+    peak_bytes: the most memory that the last process had.
+    """
 
     directory: Path
     steps: int
     ended: str
     best_step: int
     before: Evaluation | None
+    start: Evaluation | None
     best: Evaluation | None
     seconds: float
     peak_bytes: int | None
@@ -96,6 +102,7 @@ class Tuner:
     first_step: int = 0
     spent_seconds: float = 0.0
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    untuned: Evaluation | None = None  # before an exact start
 
     def loop(self) -> TuneResult:
         """Forwards at theta + eps z and theta - eps z and one update a step, until the steps or the minutes are used up or a signal asks to stop."""
@@ -165,7 +172,9 @@ class Tuner:
 
     def _finish(self, step: int, ended: str, seconds: float) -> TuneResult:
         best = best_step(self.evaluations, step)
-        result = TuneResult(self.directory, step, ended, best, self.evaluations.get(0), self.evaluations.get(best), seconds, peak_bytes())
+        first = self.evaluations.get(0)
+        before, start = (first, None) if self.untuned is None else (self.untuned, first)
+        result = TuneResult(self.directory, step, ended, best, before, start, self.evaluations.get(best), seconds, peak_bytes())
         summary: dict[str, Any] = {
             "steps": step,
             "ended": ended,
@@ -173,7 +182,7 @@ class Tuner:
             "seconds": round(seconds, 1),
             "peak_bytes": result.peak_bytes,
         }
-        for name, evaluation in (("before", result.before), ("best", result.best)):
+        for name, evaluation in (("before", result.before), ("start", result.start), ("best", result.best)):
             if evaluation is not None:
                 summary[name] = evaluation.as_dict()
         write_summary(self.directory, summary)
@@ -217,9 +226,11 @@ def tune(
     with held_run(output, resume) as previous:
         start = previous.start if previous is not None else None
         if previous is None and config.init is not None:
-            config, start = _start_from(model, config, output)
+            config, start = _start_from(model, config, output)  # gives the model the adapter's rows of the head, too
         reporter.stage("reading data")
         dataset = read_dataset(model, config, reporter.notice)
+        if previous is None:
+            dataset = resolve_start(model, dataset, reporter.notice)
         config = dataset.config
         header = journal_header(model.manifest, config, start)
         if previous is not None:
@@ -242,13 +253,19 @@ def tune(
             reporter.notice(f"forwards of at most {fit_batches(theta, everything, memory)} tokens keep to {memory / 1e6:.0f} MB")
         if previous is None and theta.objective.smooth and (warning := smoothness_warning(theta, dataset.train.examples)):
             reporter.notice(f"warning: {warning}")
-        with open_journal(output, config, header, previous) as journal:
+        given = [head_record(model.head)] if previous is None and config.init is not None and len(model.head.tokens) else []
+        begun, exact = time.monotonic(), ExactStart(given, None)
+        if previous is None and config.start == "exact":
+            reporter.stage("solving the rows of the head")
+            exact = start_exactly(model, theta.objective, dataset, reporter.notice)
+        with open_journal(output, config, header, previous, exact.records) as journal:
             tuner = Tuner(model, config, output, dataset, theta, journal, reporter)
+            tuner.spent_seconds, tuner.untuned = time.monotonic() - begun, exact.untuned
             if previous is not None:
                 reporter.stage(f"rebuilding step {len(previous.records)} from the journal")
-                replay(previous, weights, len(previous.records))
+                replay(previous, model, weights, len(previous.records))
                 tuner.first_step, tuner.spent_seconds = len(previous.records), previous.seconds
-                tuner.evaluations = dict(previous.evaluations)
+                tuner.evaluations, tuner.untuned = dict(previous.evaluations), previous.journal.untuned
             return tuner.loop()
 
 
@@ -271,6 +288,7 @@ def _start_from(model: EdgeModel, config: TuneConfig, output: Path) -> tuple[Tun
             config = TuneConfig.model_validate({**config.model_dump(), **own})
         except ValidationError as error:
             raise ConfigError(describe(error)) from None
+        model.head = adapter.head if len(adapter.head.tokens) else model.head
     write_start(adapter, output / INIT)
     return config, output / INIT
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +11,18 @@ from typing import Literal
 import numpy as np
 from safetensors import SafetensorError
 
+from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS
 from edgezo.errors import AdapterError, ConfigError, RunError, first_line
-from edgezo.manifest import Manifest, StoredFile, Tuned, read_manifest
+from edgezo.manifest import ALIGNMENT, Manifest, StoredFile, Tensor, Tuned, read_manifest
 from edgezo.runtime.adapter_files import ONNX_SUFFIX, write_onnx_adapter, write_peft
+from edgezo.runtime.head_rows import HeadRows, summed
 from edgezo.runtime.hugging_face import lora_deltas, write_hugging_face
 from edgezo.runtime.lora import A, B, Lora
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.run import JOURNAL, StepChoice, base_id
 from edgezo.storage import directory_in_the_making, refuse_existing, sha256_file
 
+HEAD_FILE = "head.bin"
 Format = Literal["edge", "hf", "peft", "onnx-adapter"]
 
 
@@ -64,7 +68,7 @@ def write_tuned(
         if to == "onnx-adapter":
             output.parent.mkdir(parents=True, exist_ok=True)
             assert model.adapter is not None
-            write_onnx_adapter(model.adapter, model.manifest, output)
+            write_onnx_adapter(model.adapter, model.manifest, output, model.head)
         else:
             with directory_in_the_making(output) as folder:
                 if to == "edge":
@@ -73,7 +77,7 @@ def write_tuned(
                     write_hugging_face(model, folder)
                 else:
                     assert model.adapter is not None
-                    write_peft(model.adapter, model.manifest, folder)
+                    write_peft(model.adapter, model.manifest, folder, model.head)
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"{output}: cannot be written ({getattr(error, 'strerror', None) or first_line(error)}); nothing was kept, free space or choose another place"
@@ -102,7 +106,7 @@ def _average(
         return model, [_tuned(model, runs[0], 1.0)]
     model = EdgeModel(directory, threads=threads)
     sums = {name: array.astype(np.float64) for name, array in model.weights.items()}
-    loras, tuned = [], []
+    loras, heads, tuned = [], [model.head], []
     one = EdgeModel(directory, threads=threads)
     for run, share in zip(runs, shares, strict=True):
         one.use(run=run, step=step)
@@ -110,11 +114,13 @@ def _average(
             sums[name] += share * (array.astype(np.float64) - model.weights[name])
         if isinstance(one.adapter, Lora):
             loras.append(one.adapter)
+        heads.append(one.head)
         tuned.append(_tuned(one, run, share))
     for name, total in sums.items():
         model.weights[name][...] = total
     if loras:
         model.adapter = _joined(loras, shares)
+    model.head = summed(heads, [1 - math.fsum(shares), *shares])
     return model, tuned
 
 
@@ -149,10 +155,29 @@ def _write_edge(model: EdgeModel, folder: Path, tuned: list[Tuned]) -> None:
             weight = np.memmap(folder / tensor.file, "<f4", "r+", offset=tensor.offset, shape=tuple(tensor.shape))
             weight += deltas[tensor.name]()
             weight.flush()
-    changed = {tensor.file for tensor in manifest.tensors if tensor.tunable or tensor.name in deltas}
+    tensors = manifest.tensors
+    if len(model.head.tokens):
+        tensors = [*(tensor for tensor in tensors if tensor.file != HEAD_FILE), *_write_head(model.head, folder)]
+    changed = {tensor.file for tensor in tensors if tensor.tunable or tensor.name in deltas or tensor.file == HEAD_FILE}
     for name in changed:
-        files[name] = StoredFile(bytes=files[name].bytes, sha256=sha256_file(folder / name))
+        files[name] = StoredFile(bytes=(folder / name).stat().st_size, sha256=sha256_file(folder / name))
     everything = [*manifest.tuned, *tuned]
     identity = hashlib.sha256(json.dumps([manifest.origin.weights_sha256, *(entry.model_dump() for entry in everything)]).encode())
     origin = manifest.origin.model_copy(update={"weights_sha256": identity.hexdigest()})
-    manifest.model_copy(update={"files": files, "tuned": everything, "verification": None, "origin": origin}).write(folder)
+    manifest.model_copy(update={"files": files, "tensors": tensors, "tuned": everything, "verification": None, "origin": origin}).write(
+        folder
+    )
+
+
+def _write_head(head: HeadRows, folder: Path) -> list[Tensor]:
+    """The rows of the head as a file of the edge model, which the runtime feeds to the graphs."""
+    tensors, parts = [], [(HEAD_TOKENS, head.tokens.astype("<i8")), (HEAD_ROWS, np.ascontiguousarray(head.rows, "<f4"))]
+    with open(folder / HEAD_FILE, "wb") as file:
+        for name, array in parts:
+            file.write(bytes(-file.tell() % ALIGNMENT))
+            dtype: Literal["int64", "float32"] = "int64" if name == HEAD_TOKENS else "float32"
+            tensors.append(
+                Tensor(name=name, shape=list(array.shape), dtype=dtype, file=HEAD_FILE, offset=file.tell(), tunable=False, kind="head")
+            )
+            file.write(array.tobytes())
+    return tensors

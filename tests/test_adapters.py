@@ -604,7 +604,7 @@ def test_a_run_is_rebuilt_from_base_and_journal_and_can_be_stopped_and_resumed(
     directories: dict[str, Path], reviews: str, tmp_path: Path, kind: str, settings: dict[str, Any]
 ) -> None:
     directory = directories[kind]
-    settings = {"schedule": "constant", **settings}
+    settings = {"schedule": "constant", "start": "none", **settings}
     whole = run_of(directory, tmp_path / "whole", reviews, steps=10, **settings)
     rebuilt = EdgeModel(directory, run=tmp_path / "whole", step="last", threads=2)
     assert digest(rebuilt) == whole.digest
@@ -626,7 +626,7 @@ def test_tuning_an_adapter_lowers_the_loss_and_leaves_the_edge_model_as_it_is(
     directories: dict[str, Path], reviews: str, tmp_path: Path, kind: str
 ) -> None:
     before = {path.name: path.read_bytes() for path in directories[kind].iterdir()}
-    settings = {**TASK, "steps": 40, "directions": 8, "lr": {"lora": 1.2e-2, "prefix": 5e-2}[kind]}
+    settings = {**TASK, "start": "none", "steps": 40, "directions": 8, "lr": {"lora": 1.2e-2, "prefix": 5e-2}[kind]}
     result = edgezo.tune(directories[kind], tmp_path / "run", data=reviews, valid=reviews, threads=1, **settings)
     assert result.before is not None
     assert result.best is not None
@@ -663,7 +663,9 @@ def test_a_run_keeps_the_adapter_it_started_from(directories: dict[str, Path], r
     first = EdgeModel(directory, threads=1)
     randomise(first, rank=2, alpha=3.0)
     folder = write_adapter(first, tmp_path / "adapter")
-    result = edgezo.tune(directory, run, data=reviews, steps=4, threads=1, directions=4, init=str(folder), schedule="constant", **TASK)
+    result = edgezo.tune(
+        directory, run, data=reviews, steps=4, threads=1, directions=4, init=str(folder), schedule="constant", start="none", **TASK
+    )
     assert result.steps == 4
     shutil.rmtree(folder)
     start = EdgeModel(directory, run=run, step=0, threads=1)

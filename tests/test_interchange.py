@@ -61,7 +61,15 @@ def make_run(export_tiny: ExportTiny, tmp_path_factory: pytest.TempPathFactory) 
         key = f"{name}-{kind}-{number}-{len(settings)}"
         if key not in made:
             directory = export_tiny(name, **({} if kind == "full" else {"adapter": kind}), **settings)
-            tuning: dict[str, Any] = {"directions": 4, "batch": 2, "schedule": "constant", "seed": number, "steps": 5, "rule": "normalized"}
+            tuning: dict[str, Any] = {
+                "directions": 4,
+                "batch": 2,
+                "schedule": "constant",
+                "seed": number,
+                "steps": 5,
+                "rule": "normalized",
+                "start": "none",
+            }
             tuning |= {"full": {"lr": 2e-2}, "prefix": {"lr": 0.1}, "lora": {"lr": 5e-2, "rank": 3 - number, "alpha": 5.0 + number}}[kind]
             edgezo.tune(directory, folder / key, data=str(folder / "rows.jsonl"), **TASK, **tuning)
             found = edge_log_probs(EdgeModel(directory, run=folder / key, step="last", threads=1), make_pairs())

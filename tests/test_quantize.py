@@ -221,7 +221,7 @@ def test_an_adapter_beside_rounded_weights(export_tiny: ExportTiny, name: str, w
 def test_tuning_an_adapter_on_four_bits_lowers_the_loss(export_tiny: ExportTiny, reviews: str, tmp_path: Path) -> None:
     directory = export_tiny("llama", adapter="lora", weights="int4")
     settings = {"data": reviews, "valid": reviews, "template": "{text} It was", "labels": "terrible,great", "threads": 1}
-    result = edgezo.tune(directory, tmp_path / "run", steps=60, directions=8, **settings)
+    result = edgezo.tune(directory, tmp_path / "run", steps=60, directions=8, start="none", **settings)
     assert result.before is not None
     assert result.best is not None
     assert result.best.loss < 0.8 * result.before.loss

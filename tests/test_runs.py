@@ -187,8 +187,9 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def test_replay_tells_what_it_wrote(command: Callable[..., Any], exported_dir: Path, run: Path, tmp_path: Path) -> None:
     code, out, err = command("replay", exported_dir, run, "--step", "7", "-o", tmp_path / "out")
-    digest = sha256_file(tmp_path / "out" / "tunable.bin")
-    assert (code, out, err) == (0, f"written  {tmp_path / 'out'}\nsteps    7\nshares   1\nsha256   tunable.bin {digest}\n", "")
+    tunable, head = (sha256_file(tmp_path / "out" / name) for name in ("tunable.bin", "head.bin"))
+    written = f"written  {tmp_path / 'out'}\nsteps    7\nshares   1\nsha256   head.bin {head}\n         tunable.bin {tunable}\n"
+    assert (code, out, err) == (0, written, "")
     code, out, err = command("replay", exported_dir, run, "-o", tmp_path / "out")
     assert (code, out, err) == (1, "", f"error: {tmp_path / 'out'}: exists already; choose another place or remove it\n")
 
@@ -196,7 +197,7 @@ def test_replay_tells_what_it_wrote(command: Callable[..., Any], exported_dir: P
 def test_merge_of_one_run_is_its_replay(command: Callable[..., Any], exported_dir: Path, run: Path, tmp_path: Path) -> None:
     assert command("replay", exported_dir, run, "-o", tmp_path / "one")[0] == 0
     code, out, _ = command("merge", exported_dir, run, "-o", tmp_path / "two", "--json")
-    assert (code, json.loads(out)["sha256"]) == (0, {"tunable.bin": sha256_file(tmp_path / "one" / "tunable.bin")})
+    assert (code, json.loads(out)["sha256"]) == (0, {name: sha256_file(tmp_path / "one" / name) for name in ("head.bin", "tunable.bin")})
     code, _, err = command("merge", exported_dir, run, run, "-o", tmp_path / "three", "--weights", "a,b")
     assert (code, err) == (1, "error: --weights 'a,b': give one number a run, separated by commas\n")
 

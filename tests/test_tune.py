@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
     "lr": 1e-4,
     "schedule": "constant",
     "eval_every": 5,
+    "start": "none",
 }
 
 
