@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 # LoRA, stacked: B_k = B + rows_k signs_k^T, one rank-one perturbation a copy (A likewise); docs/adapters.md
 B_ROWS, B_SIGNS = "lora_B_rows", "lora_B_signs"  # float32 [directions, sides, rank, targets], int8 [directions, sum of out_features]
 A_ROWS, A_SIGNS = "lora_A_rows", "lora_A_signs"  # float32 [directions, sides, targets, rank], int8 [directions, sum of in_features]
+A, B = "lora_A", "lora_B"  # tensors of LoRA
 HEAD_TOKENS, HEAD_ROWS = "head_tokens", "head_rows"  # int64 [K], float32 [width, K]: what rows of the head are changed by
 PREFIX = "prefix"  # float32 [layers, 2 (key, value), heads, tokens, head_dim]
 

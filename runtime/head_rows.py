@@ -1,12 +1,13 @@
 """Rows of the head changed by an exact solution: logits[:, tokens] += hidden @ rows, whatever else a run tunes."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS
+from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, A, B
 from edgezo.errors import AdapterError
 from edgezo.manifest import Manifest
 
@@ -29,6 +30,8 @@ class HeadRows(NamedTuple):
         return np.array_equal(self.tokens, other.tokens) and np.array_equal(self.rows, other.rows)
 
 
+Array = npt.NDArray[Any]
+HEAD_TOKENS_LIMIT = 4096  # of an adapter that others trained
 NO_ROWS = HeadRows(np.zeros(0, np.int64), np.zeros((1, 0), np.float32))
 
 
@@ -52,3 +55,33 @@ def summed(parts: Sequence[HeadRows], shares: Sequence[float]) -> HeadRows:
         if len(part.tokens):
             total[:, np.searchsorted(tokens, part.tokens)] += share * part.rows.astype(np.float64)
     return HeadRows(tokens, total.astype(np.float32))
+
+
+def head_module(manifest: Manifest) -> str:
+    """Name of the vocabulary projection."""
+    return (manifest.head or "head").removesuffix(".weight")
+
+
+def head_as_lora(path: Path, head: HeadRows, manifest: Manifest) -> dict[str, Array]:
+    """Rows of the head as LoRA of their number: A the rows, B ones at their tokens."""
+    tokens, rows, size = head.tokens, head.rows, manifest.origin.vocab_size
+    fits = tokens.dtype == np.int64 and rows.dtype == np.float32 and tokens.ndim == 1 and rows.ndim == 2 and rows.shape[1] == len(tokens)
+    if not fits or not np.isfinite(rows).all() or (len(tokens) and not (tokens.min() >= 0 and tokens.max() < size)):
+        raise AdapterError(f"{path}: its rows of the head are no finite float32 of tokens of this model; it cannot be used")
+    ones = np.zeros((len(tokens), size), np.float32)
+    ones[np.arange(len(tokens)), tokens] = 1
+    return {A: rows, B: ones}
+
+
+def head_from_lora(path: Path, pair: dict[str, Array] | None) -> HeadRows:
+    """Rows of the head from LoRA at the head whose B reaches few tokens, as `write_peft` writes it."""
+    if pair is None:
+        return NO_ROWS
+    if pair.keys() != {A, B} or pair[A].shape[1] != pair[B].shape[0]:
+        raise AdapterError(f"{path}: its matrices of the head do not fit each other; save the adapter again")
+    tokens = np.flatnonzero(pair[B].any(axis=0))
+    if len(tokens) > HEAD_TOKENS_LIMIT:
+        raise AdapterError(
+            f"{path}: changes {len(tokens)} rows of the head, edgezo takes {HEAD_TOKENS_LIMIT}; train the adapter without the head"
+        )
+    return HeadRows(tokens, (pair[A] @ pair[B][:, tokens]).astype(np.float32))

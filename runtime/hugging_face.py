@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, LoraTarget
+from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, A, B, LoraTarget
 from edgezo.errors import AdapterError
 from edgezo.manifest import Tensor
 from edgezo.runtime.head_rows import refuse_unnamed_head
-from edgezo.runtime.lora import A, B, Lora
+from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.prefix import Prefix
 

@@ -6,14 +6,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgezo.adapters import A_ROWS, A_SIGNS, B_ROWS, B_SIGNS, LoraTarget
+from edgezo.adapters import A_ROWS, A_SIGNS, B_ROWS, B_SIGNS, A, B, LoraTarget
 from edgezo.runtime import noise
 from edgezo.runtime.head_rows import NO_ROWS
 from edgezo.runtime.noise import Direction, Floats
 from edgezo.runtime.outer import Layout, OuterWeights
 
 Array = npt.NDArray[Any]
-A, B = "lora_A", "lora_B"
 
 
 class Lora:

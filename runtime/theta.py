@@ -9,12 +9,12 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from edgezo.adapters import PREFIX
+from edgezo.adapters import PREFIX, A, B
 from edgezo.config import TuneConfig
 from edgezo.errors import ConfigError, RunError, first_line
 from edgezo.runtime.estimator import Estimate, stacked_two_sided, two_sided
 from edgezo.runtime.examples import Example
-from edgezo.runtime.lora import A, B, Lora
+from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.objective import Objective

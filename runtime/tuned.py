@@ -11,14 +11,15 @@ from typing import Literal
 import numpy as np
 from safetensors import SafetensorError
 
-from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS
+from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, A, B
 from edgezo.errors import AdapterError, ConfigError, RunError, first_line
 from edgezo.manifest import ALIGNMENT, Manifest, StoredFile, Tensor, Tuned, read_manifest
-from edgezo.runtime.adapter_files import ONNX_SUFFIX, write_onnx_adapter, write_peft
 from edgezo.runtime.head_rows import HeadRows, summed
 from edgezo.runtime.hugging_face import lora_deltas, write_hugging_face
-from edgezo.runtime.lora import A, B, Lora
+from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.onnx_adapter import ONNX_SUFFIX, write_onnx_adapter
+from edgezo.runtime.peft_folder import write_peft
 from edgezo.runtime.run import JOURNAL, StepChoice, base_id
 from edgezo.storage import directory_in_the_making, refuse_existing, sha256_file
 

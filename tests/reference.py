@@ -12,12 +12,12 @@ import torch
 from edgezo.adapters import LoraTarget
 from edgezo.config import make_config
 from edgezo.runtime import noise
-from edgezo.runtime.adapter_files import write_peft
 from edgezo.runtime.examples import Example
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.objective import Objective
+from edgezo.runtime.peft_folder import write_peft
 from edgezo.runtime.prefix import Prefix
 from edgezo.runtime.scoring import Pair, Sequences
 from edgezo.runtime.tasks import Kind, Task

@@ -19,10 +19,10 @@ from edgezo.config import Sampling
 from edgezo.errors import DataError, NonFiniteLossError
 from edgezo.export import export_model
 from edgezo.manifest import read_manifest
-from edgezo.runtime.adapter_files import write_peft
 from edgezo.runtime.generate import Cache, generate
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.peft_folder import write_peft
 from edgezo.runtime.prefix import Prefix
 
 Message = dict[str, str]

@@ -21,7 +21,6 @@ from edgezo.config import make_config, parse_labels
 from edgezo.errors import ConfigError, DataError, EdgeModelError, ExportError
 from edgezo.export import export_model
 from edgezo.manifest import read_manifest
-from edgezo.runtime.adapter_files import write_peft
 from edgezo.runtime.data import Row
 from edgezo.runtime.examples import make_examples
 from edgezo.runtime.hugging_face import write_hugging_face
@@ -29,6 +28,7 @@ from edgezo.runtime.liveness import prove_live
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.masked import ModelFacts
 from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.peft_folder import write_peft
 from edgezo.runtime.scoring import Classified, Sequences
 from edgezo.runtime.tasks import find_task
 from edgezo.runtime.theta import mutable_weights

@@ -11,18 +11,19 @@ import pytest
 import tiny_encoders
 import torch
 import transformers
-from reference import edge_log_probs, make_pairs, network_log_probs, peft_network, write_adapter
+from reference import edge_log_probs, make_pairs, network_log_probs, peft_network, randomise, write_adapter
 from sklearn.linear_model import LogisticRegression
 
 import edgezo
 from edgezo.errors import AdapterError, ConfigError, RunError
-from edgezo.runtime import exact_start
+from edgezo.runtime import exact_start, head_rows
 from edgezo.runtime.exact_start import Features, first_tokens
 from edgezo.runtime.examples import Example
 from edgezo.runtime.head_rows import NO_ROWS, HeadRows, summed
 from edgezo.runtime.journal import Journal, head_record, read_journal
 from edgezo.runtime.lbfgs import minimize
 from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.peft_folder import write_peft
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.tuned import write_tuned
 
@@ -293,19 +294,14 @@ def test_a_peft_folder_of_a_prefix_cannot_hold_them(prefix_dir: Path, rows: str,
 
 def test_an_adapter_that_changes_too_many_rows_is_refused(lora_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = EdgeModel(lora_dir, threads=1)
-    from edgezo.runtime import adapter_files
-
-    assert model.manifest.adapter is not None
-    from reference import randomise
-
     randomise(model)
     folder = write_adapter(model, tmp_path / "plain")
     assert EdgeModel(lora_dir, adapter=folder, threads=1).head is NO_ROWS
     head = HeadRows(np.arange(3), np.ones((32, 3), np.float32))
     (tmp_path / "rows").mkdir()
     assert model.adapter is not None
-    adapter_files.write_peft(model.adapter, model.manifest, tmp_path / "rows", head)
-    monkeypatch.setattr(adapter_files, "HEAD_TOKENS_LIMIT", 2)
+    write_peft(model.adapter, model.manifest, tmp_path / "rows", head)
+    monkeypatch.setattr(head_rows, "HEAD_TOKENS_LIMIT", 2)
     message = f"{tmp_path / 'rows'}: changes 3 rows of the head, edgezo takes 2; train the adapter without the head"
     with pytest.raises(AdapterError, match=f"^{re.escape(message)}$"):
         EdgeModel(lora_dir, adapter=tmp_path / "rows", threads=1)

@@ -18,13 +18,13 @@ from edgezo.config import parse_labels
 from edgezo.errors import ConfigError, DataError, EdgeModelError, ExportError
 from edgezo.export import export_model
 from edgezo.manifest import read_manifest
-from edgezo.runtime.adapter_files import write_peft
 from edgezo.runtime.data import Row
 from edgezo.runtime.examples import make_candidates, make_examples
 from edgezo.runtime.hugging_face import write_hugging_face
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.masked import ModelFacts
 from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.peft_folder import write_peft
 from edgezo.runtime.scoring import Masked, Sequences
 from edgezo.runtime.tasks import find_task
 

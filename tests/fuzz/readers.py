@@ -22,13 +22,15 @@ with atheris.instrument_imports(include=["edgezo"]):
     from edgezo.config import make_config
     from edgezo.errors import EdgezoError
     from edgezo.manifest import read_manifest
-    from edgezo.runtime.adapter_files import CONFIG, TENSORS, read_adapter, write_onnx_adapter, write_peft
+    from edgezo.runtime.adapter_files import read_adapter
     from edgezo.runtime.data import read_rows
     from edgezo.runtime.examples import make_examples
     from edgezo.runtime.graph_file import disconnected, external_files
     from edgezo.runtime.journal import _record_bytes as record_bytes
     from edgezo.runtime.journal import read_journal
     from edgezo.runtime.lora import Lora
+    from edgezo.runtime.onnx_adapter import write_onnx_adapter
+    from edgezo.runtime.peft_folder import CONFIG, TENSORS, write_peft
     from edgezo.runtime.run import read_run
     from edgezo.runtime.tasks import find_task
     from edgezo.runtime.text import TextCodec

@@ -1,0 +1,77 @@
+"""Files that `onnxruntime.LoraAdapter` loads beside the graphs of an edge model."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS
+from edgezo.errors import AdapterError, first_line
+from edgezo.manifest import Manifest
+from edgezo.runtime.head_rows import NO_ROWS, HeadRows, head_as_lora, head_module
+from edgezo.runtime.lora import Lora
+from edgezo.runtime.prefix import Prefix
+from edgezo.storage import PART
+
+Array = npt.NDArray[Any]
+ONNX_SUFFIX = ".onnx_adapter"
+
+
+def write_onnx_adapter(adapter: Lora | Prefix, manifest: Manifest, path: Path, head: HeadRows = NO_ROWS) -> None:
+    """Write what the scoring graph is fed (for LoRA the generation graph too) as a file that `onnxruntime.LoraAdapter` loads.
+
+    References:
+        onnxruntime >= 1.20: LoraAdapter, RunOptions.add_active_adapter; alpha / rank is multiplied into A.
+    """
+    if not hasattr(onnxruntime, "AdapterFormat"):
+        raise AdapterError(
+            f"onnxruntime {onnxruntime.__version__} has no .onnx_adapter files; update it to 1.20 or later, or use --format peft"
+        )
+    feeds = {**adapter.feeds(), **(head.feeds() if len(head.tokens) else {})}
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()}
+    file = onnxruntime.AdapterFormat()
+    file.set_adapter_version(1)
+    file.set_model_version(_model_version(manifest))
+    file.set_parameters(values)
+    part = path.with_name(f".{path.name}{PART}")
+    try:
+        file.export_adapter(str(part))
+        onnxruntime.AdapterFormat.read_adapter(str(part))  # the engine does not tell of a full disk
+        os.replace(part, path)
+    except Exception as error:
+        raise AdapterError(
+            f"{path}: cannot be written ({first_line(error)}); nothing was kept, free space or choose another place"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def onnx_matrices(path: Path, manifest: Manifest) -> dict[str, dict[str, Array]]:
+    if manifest.adapter is None or manifest.adapter.kind != "lora":
+        raise AdapterError(f"{path}: .onnx_adapter files are read for LoRA alone; give the prefix as a PEFT folder")
+    try:
+        file = onnxruntime.AdapterFormat.read_adapter(str(path))
+        parameters, made_for = file.get_parameters(), file.get_model_version()
+    except Exception as error:  # the engine's own exception classes are not importable in every version
+        raise AdapterError(f"{path}: onnxruntime {onnxruntime.__version__} cannot read it ({first_line(error)})") from None
+    if made_for != 1 and made_for != _model_version(manifest):
+        raise AdapterError(f"{path}: was tuned on another base than this edge model; give its own base")
+    modules: dict[str, dict[str, Array]] = {}
+    if {HEAD_TOKENS, HEAD_ROWS} <= parameters.keys():
+        tokens, rows = (np.array(parameters.pop(name).numpy()) for name in (HEAD_TOKENS, HEAD_ROWS))
+        modules[head_module(manifest)] = head_as_lora(path, HeadRows(tokens, rows), manifest)
+    for name, value in parameters.items():
+        module, _, rest = name.rpartition(".lora_")
+        array = np.array(value.numpy())
+        if rest not in {"A.weight", "B.weight"} or array.ndim != 3 or array.dtype != np.float32 or not np.isfinite(array).all():
+            raise AdapterError(f"{path}: parameter {name!r} is no LoRA matrix of finite float32; it cannot be used")
+        modules.setdefault(module, {})[f"lora_{rest[0]}"] = array[0]
+    return modules
+
+
+def _model_version(manifest: Manifest) -> int:
+    """The number in an .onnx_adapter file that tells its base: 28 bits of the hash of the source's weights; 1 where that is unknown."""
+    return int((manifest.origin.weights_sha256 or "0000001")[:7], 16)
