@@ -590,7 +590,7 @@ def test_onnx_adapters_that_cannot_be_used_are_refused(refusals: Refusals, lora_
         (f"{Q0}.lora_A.weight", np.full((1, 32, 3), np.inf, np.float32), f"parameter '{Q0}.lora_A.weight' is no LoRA matrix of finite float32; it cannot be used"),
         ("prefix.0.key", np.zeros((1, 2, 5, 8), np.float32), "parameter 'prefix.0.key' is no LoRA matrix of finite float32; it cannot be used"),
         (f"{Q0}.lora_A.weight", np.zeros((1, 32, 3), np.float32), f"{Q0} has lora_A alone; lora_A and lora_B are both needed, save the adapter again"),
-        ("lm_head.lora_A.weight", np.zeros((1, 32, 3), np.float32), "changes 1 layers without branch points (lm_head); export the model with --targets that cover it"),
+        ("lm_head.lora_A.weight", np.zeros((1, 32, 3), np.float32), "its matrices of the head do not fit each other; save the adapter again"),
     ):  # fmt: skip
         file = onnxruntime.AdapterFormat()
         file.set_adapter_version(1)
