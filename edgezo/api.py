@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.config import TASK_SETTINGS, TuneConfig, make_config
 from edgezo.errors import ConfigError, DataError, ExportError
-from edgezo.manifest import FAMILY_WORDS, read_manifest
+from edgezo.manifest import read_manifest
 from edgezo.recipe import task_settings
 from edgezo.runtime.corpus import read_data
 from edgezo.runtime.data import Row, read_rows
@@ -18,8 +18,8 @@ from edgezo.runtime.masked import ModelFacts
 from edgezo.runtime.memory import parse_bytes
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective, add_references
-from edgezo.runtime.predict import Prediction
-from edgezo.runtime.predict import predict as predict_labels
+from edgezo.runtime.predict import Prediction, task_to_predict
+from edgezo.runtime.predict import predict as predict_rows
 from edgezo.runtime.probe import ProbeResult, refuse_rare_labels, require_scikit_learn, run_probe
 from edgezo.runtime.run import StepChoice, read_run
 from edgezo.runtime.scoring import Sequences
@@ -175,22 +175,22 @@ def predict(
     device: str = "cpu",
     **settings: Any,
 ) -> list[Prediction]:
-    """The likeliest label of every text, or of every row of a data file, which needs no label.
+    """The likeliest label or choice, or the answer, of every text or of every row of a data file, which needs neither.
 
     Args:
         directory: edge model made by `export_model`.
-        texts: what the template's only field is filled with; or
+        texts: what the template's only field is filled with, or for a run without template the prompts; or
         data: .jsonl, .csv or .tsv rows with the template's fields.
-        run: run directory whose tuned model, template and labels to use; None for the base.
+        run: run directory whose tuned model and reading of rows to use; None for the base.
         step: of the run: a number, "best" (by validation) or "last".
         adapter: PEFT folder or .onnx_adapter file to use instead of a run.
         task: name or .yaml file of a recipe, in place of the run's own reading of rows.
         threads: cores to use; all of this process when None.
         device: "cpu" or "cuda".
-        settings: template, labels and max_length; those of the run where not given.
+        settings: how rows are read, as `TASK_SETTINGS` of edgezo.config; those of the run where not given.
 
     Raises:
-        EdgezoError: bad data, model or run; no template or labels; a template of several fields for a text.
+        EdgezoError: bad data, model or run; it is not said what to predict; a template of several fields for a text.
     """
     if (texts is None) == (data is None):
         raise ConfigError("predict needs either a text (--text) or a file of rows (--data), and not both")
@@ -198,10 +198,10 @@ def predict(
         raise ConfigError("texts is one string; give a list of texts")
     config = _task_config(run, {**settings, "data": str(data)}, task)
     reader = _reader(directory)
-    if config.template is None or (config.labels is None and reader.family != "classifier"):
-        raise ConfigError("labels are predicted by a classification; give --template and --labels, or the --run of one")
     if texts is not None:
-        names = template_fields(config.template, reader)
+        if config.template is None and run is None:
+            raise ConfigError("a text fills a template; give --template with --labels, --choices or --answer-field, or a --run or --task")
+        names = template_fields(config.template, reader) if config.template is not None else ["prompt"]
         if len(names) != 1:
             raise ConfigError(f"--template {config.template!r}: has {len(names)} fields, a text fills one; give a data file")
         rows = [Row({names[0]: text}, f"text {number}") for number, text in enumerate(texts, 1)]
@@ -209,9 +209,9 @@ def predict(
         rows = read_rows(str(data))
     if not rows:
         return []
-    kind = task_of(rows, config, reader)
+    kind = task_to_predict(rows, config, reader, run is not None)
     model = EdgeModel(directory, threads=threads, device=device, run=run, step=step, adapter=adapter)
-    return predict_labels(model, rows, kind, row_limit(model, config))
+    return predict_rows(model, rows, kind, row_limit(model, config))
 
 
 def probe(
@@ -246,10 +246,6 @@ def probe(
     """
     require_scikit_learn()
     reader = _reader(directory)
-    if reader.family != "causal":
-        raise ConfigError(
-            f"{directory}: is {FAMILY_WORDS[reader.family]}; a probe reads the last token of a prompt, which causal models have"
-        )
     config = _task_config(None, {**settings, "data": str(data)}, task)
     everything = read_rows(data)
     kind = task_of(everything, config, reader)

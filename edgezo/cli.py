@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgezo import __version__, baseline_commands, chat, rate, run_commands, terminal, use_commands
-from edgezo.config import ALL_LINEAR, DEFAULT_STEPS, PREFIX_TOKENS
+from edgezo import __version__, baseline_commands, chat, export_command, rate, run_commands, terminal, use_commands
+from edgezo.config import DEFAULT_STEPS
 from edgezo.errors import EdgezoError
 from edgezo.options import (
     AnswerField,
@@ -25,7 +25,6 @@ from edgezo.options import (
     MaxLength,
     Metrics,
     Objective,
-    Output,
     Replace,
     Stop,
     TaskName,
@@ -56,101 +55,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-@app.command("export")
-def export_command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hub id, Hugging Face folder, .gguf file, or folder with an optimum model.onnx.")
-    ],
-    output: Output,
-    tunable: Annotated[
-        str, typer.Option("--tunable", help="all, or a regular expression over weight names: 'norm', 'self_attn', 'layers\\.2[0-9]\\.'.")
-    ] = "all",
-    adapter: Annotated[
-        str | None,
-        typer.Option(
-            "--adapter",
-            show_default=False,
-            help="Freeze the base and tune an adapter: lora or prefix; or, in place, norms or the weights of a regular expression. [default: no adapter, all weights are tuned]",
-        ),
-    ] = None,
-    targets: Annotated[
-        str, typer.Option("--targets", help="Linear layers of lora: all-linear, names as q_proj,v_proj, or a regular expression.")
-    ] = ALL_LINEAR,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Length of the prefix.")] = PREFIX_TOKENS,
-    weights: Annotated[
-        str, typer.Option("--weights", help="How frozen weights are stored: fp32, int8 or int4 (weights only, activations stay fp32).")
-    ] = "fp32",
-    classes: Annotated[
-        str | None,
-        typer.Option(
-            "--classes",
-            show_default=False,
-            help="Classify with a head on an encoder: how many classes, or their names as negative,positive; a new head where the model has none.",
-        ),
-    ] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Hub revision.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Export a model to an edge model, checked against its source (needs edgezo[export])."""
-    from edgezo.api import export_model
-
-    with terminal.stages() as progress:
-        result = export_model(
-            model,
-            output,
-            tunable=tunable,
-            adapter=adapter,
-            targets=targets,
-            tokens=tokens,
-            weights=weights,
-            classes=classes,
-            revision=revision,
-            progress=progress,
-        )
-    manifest, checked = result.manifest, result.verification
-    size = sum(file.bytes for file in manifest.files.values())
-    if as_json:
-        terminal.print_json(
-            {
-                "directory": str(output),
-                "bytes": size,
-                "tunable_parameters": manifest.tunable_size,
-                "adapter": manifest.adapter.kind if manifest.adapter else None,
-                "weights": manifest.weights,
-                "family": manifest.origin.family,
-                "classes": manifest.classes,
-                "new_weights": manifest.new_weights,
-                "export_seconds": round(result.export_seconds, 1),
-                **checked.model_dump(),
-            }
-        )
-        return
-    lora = manifest.adapter is not None and manifest.adapter.kind == "lora"
-    tuned = f"{manifest.tunable_size:,} tunable parameters in {len(manifest.tunable)} tensors"
-    if lora and manifest.adapter is not None:
-        tuned = f"frozen, {manifest.weights}, with LoRA branch points at {len(manifest.adapter.targets)} linear layers"
-    quantized = checked.quantization_loss_change
-    terminal.print_rows(
-        [
-            ("edge model", f"{output}, {size / 1e6:,.0f} MB, {tuned}"),
-            *([("classes", ", ".join(manifest.classes))] if manifest.classes else []),
-            *(
-                [("new head", f"{', '.join(manifest.new_weights)}; small and random, it knows nothing before tuning")]
-                if manifest.new_weights
-                else []
-            ),
-            (
-                "checked",
-                f"largest log-probability difference {checked.largest_log_prob_difference:.1e}"
-                + (f", {checked.greedy_tokens_equal} greedy tokens equal" if checked.greedy_tokens_equal is not None else "")
-                + (
-                    f"; quantising to {manifest.weights} changed the loss by {quantized:+.4f} nats a token" if quantized is not None else ""
-                ),
-            ),
-            ("took", f"{result.export_seconds:.0f} s"),
-            ("next", f"edgezo tune {output} --data train.jsonl --valid valid.jsonl -o run    (--task or --template for labelled rows)"),
-        ]
-    )
+app.command("export")(export_command.export_command)
 
 
 @app.command("tune")
@@ -249,8 +154,10 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
         rows.append((f"step {result.best_step}", f"{terminal.evaluation_text(result.best)}, kept as best"))
     elif result.best is not None:
         rows.append(("best", f"step 0, the start: no evaluated step was better; --step last uses step {result.steps}"))
-    classifies = read_run(output).config.labels is not None
-    use = "predict DIR --run RUN --text '...'" if classifies else "generate DIR --run RUN --prompt '...'"
+    config = read_run(output).config
+    use = "predict DIR --run RUN --text '...'" if config.labels is not None else "generate DIR --run RUN --prompt '...'"
+    if config.choices is not None or config.answer_field is not None:
+        use = "predict DIR --run RUN --data ROWS"
     more = {"interrupted": "", "finished": " --steps MORE", "out of time": " --minutes MORE"}[result.ended]
     rows.append(("use it", f"edgezo {use}".replace("DIR", str(directory)).replace("RUN", str(output))))
     rows.append(("go on", f"edgezo tune {directory} -o {output} --resume{more}"))

@@ -79,7 +79,7 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
         )
         return True
     _table(before.accuracy or 0.0, after.accuracy or 0.0, before.loss, after.loss, result.best_step, (run / "journal.bin").stat().st_size)
-    terminal.stdout().print(f"\n  {NOTE}\n  -> {sorted_as.label}, {100 * sorted_as.probabilities[sorted_as.label]:.0f} %")
+    terminal.stdout().print(f"\n  {NOTE}\n  -> {sorted_as.label}, {100 * max(sorted_as.probabilities.values()):.0f} %")
     terminal.stdout().print(f"\n  {QUESTION}\n  before: {answers[0]}\n  after:  {answers[1]}\n")
     terminal.print_rows(
         [

@@ -40,6 +40,7 @@ def _edge_model(path: Path) -> dict[str, Any]:
         "family": origin.family,
         "classes": manifest.classes,
         "new_head": manifest.new_weights,
+        "pooling": manifest.pooling,
         "context_length": origin.context_length,
         "vocabulary": origin.vocab_size,
         "parameters": sum(tensor.parameters for tensor in manifest.tensors if tensor.name not in {*scales, PREFIX}),

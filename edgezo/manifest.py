@@ -15,13 +15,14 @@ from edgezo.storage import is_plain_name, sha256_file, write_atomically
 
 FORMAT: Final = "edgezo-edge-model"
 VERSION: Final = 4
-# 2 added adapter, weights, quantized tensors, config; 3 families and classes; 4 rows of the head; what older ones have means the same
+# 2 added adapter, weights, quantized tensors, config; 3 families and classes; 4 pooling, head; what older ones have means the same
 READABLE = (1, 2, 3, 4)
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES_LIMIT = 64 << 20
 ALIGNMENT = 4096  # bytes; every tensor starts on a page, so that any system can map it
 ITEM_BYTES = {"float32": 4, "int64": 8, "bool": 1, "uint8": 1}
 
+Pooling = Literal["mean", "cls"]
 Family = Literal["causal", "masked", "classifier"]
 FAMILY_WORDS: dict[Family, str] = {"causal": "a causal language model", "masked": "a masked language model", "classifier": "a classifier"}
 
@@ -138,7 +139,8 @@ class StoredFile(Record):
 class Manifest(Record):
     """manifest.json of an edge model. See docs/edge-model.md.
 
-    new_weights: those of a head that was made at export. head: weight of the vocabulary projection.
+    new_weights: those of a head that was made at export. pooling: what that head, one linear layer, reads of the last token states; None for
+    the architecture's own head. head: weight of the vocabulary projection.
     """
 
     format: Literal["edgezo-edge-model"] = FORMAT
@@ -154,6 +156,7 @@ class Manifest(Record):
     config: str | None = None
     classes: list[str] = Field(default_factory=list)
     new_weights: list[str] = Field(default_factory=list)
+    pooling: Pooling | None = None
     head: str | None = None
     verification: Verification | None = None
     tuned: list[Tuned] = Field(default_factory=list)
@@ -287,6 +290,8 @@ def _family_problem(manifest: Manifest) -> str | None:
         return f"it is {family}, {'without' if family == 'causal' else 'with'} a generation graph"
     if (family == "masked") != (manifest.tokenizer.mask_token_id is not None):
         return f"it is {family}, {'without' if family == 'masked' else 'with'} a mask token"
+    if family != "classifier" and manifest.pooling is not None:
+        return f"it is {family}, with a pooling"
     if family != "classifier":
         return f"it is {family}, with classes" if classes else None
     if len(classes) < 2 or len(set(classes)) != len(classes) or not all(classes):

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 if TYPE_CHECKING:
     from edgezo.runtime.evaluation import Evaluation
+    from edgezo.runtime.predict import Prediction
     from edgezo.runtime.tune import Reporter, StepReport
 
 LINES_PER_RUN = 20  # progress lines of a run whose output is a file or pipe
@@ -76,6 +77,14 @@ def evaluation_text(evaluation: "Evaluation") -> str:
     if evaluation.perplexity is not None:
         parts.append(f"perplexity {evaluation.perplexity:.2f}")
     return f"{', '.join(parts)} ({evaluation.rows} rows)"
+
+
+def prediction_text(prediction: "Prediction") -> str:
+    """A prediction in one line: labels or choices, the likeliest first, or the answer."""
+    if not prediction.probabilities:
+        return " ".join((prediction.text or "").split())
+    ranked = sorted(prediction.probabilities.items(), key=lambda pair: -pair[1])
+    return "  ".join(f"{label} {100 * probability:.1f} %" for label, probability in ranked)
 
 
 @contextmanager

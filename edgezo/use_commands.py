@@ -121,7 +121,7 @@ def eval_command(
 def predict_command(
     directory: EdgeDir,
     text: Annotated[str | None, typer.Option("--text", help="What the template's field is filled with.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Or rows without label: .jsonl, .csv or .tsv.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Or rows without label or answer: .jsonl, .csv or .tsv.")] = None,
     run: RunDir = None,
     step: Step = None,
     adapter: AdapterPath = None,
@@ -129,33 +129,46 @@ def predict_command(
     template: Template = None,
     labels: Labels = None,
     max_length: MaxLength = None,
+    choices: Choices = None,
+    answer_field: AnswerField = None,
+    replace: Replace = None,
+    stop: Stop = None,
+    calibrate: Calibrate = None,
+    max_tokens: AnswerTokens = None,
     threads: Threads = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Tell the likeliest label of a text or of rows; template and labels are the run's own unless given."""
+    """Tell the likeliest label or choice of a text or of rows, or their answer; how rows are read is the run's own unless given."""
     from edgezo import api
 
-    words = {"template": unescape(template), "labels": labels, "max_length": max_length}
-    chosen = step_of_run(step, run)
     found = api.predict(
         directory,
         texts=None if text is None else [text],
         data=data,
         run=run,
-        step=chosen,
+        step=step_of_run(step, run),
         adapter=adapter,
         task=task,
         threads=threads,
         device=device,
-        **words,
+        **as_typed(
+            template=template,
+            labels=labels,
+            max_length=max_length,
+            choices=choices,
+            answer_field=answer_field,
+            replace=replace,
+            stop=stop,
+            calibrate=calibrate,
+            max_tokens=max_tokens,
+        ),
     )
     if as_json:
-        terminal.print_json({"predictions": [prediction._asdict() for prediction in found]})
+        terminal.print_json({"predictions": [prediction.as_dict() for prediction in found]})
         return
     for prediction in found:
-        ranked = sorted(prediction.probabilities.items(), key=lambda pair: -pair[1])
-        sys.stdout.write("  ".join(f"{label} {100 * probability:.1f} %" for label, probability in ranked) + "\n")
+        sys.stdout.write(f"{terminal.prediction_text(prediction)}\n")
 
 
 def generate_command(

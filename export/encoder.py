@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast, get_args
 
 from onnx import TensorProto, helper
 
@@ -11,19 +11,21 @@ from edgezo.errors import ConfigError, ExportError, first_line
 from edgezo.export.decoder import Decoder
 from edgezo.export.quiet import quiet
 from edgezo.export.surgery import Surgery
-from edgezo.manifest import Family
+from edgezo.manifest import Family, Pooling
 
 HEAD_SEED = 0  # of the weights of a new head
 TOKEN_TYPES = "token_type_ids"
+POOLER = "pooler"  # of --pooling: the own head of an architecture that reads one
 
 
 @dataclass
 class Network:
-    """A loaded torch model; `new_weights` are the names of those that its files lack and a seed made."""
+    """A loaded torch model; `new_weights` are the names of those that its files lack and a seed made; `pooling` is that of a new head."""
 
     model: Any
     classes: list[str] = field(default_factory=list)
     new_weights: list[str] = field(default_factory=list)
+    pooling: Pooling | None = None
 
 
 def parse_classes(given: str | None) -> list[str] | None:
@@ -40,6 +42,20 @@ def parse_classes(given: str | None) -> list[str] | None:
     if len(names) < 2 or not all(names) or len(set(names)) != len(names):
         raise ConfigError(f"--classes {given!r}: give a number of at least 2, or names as negative,positive, each once")
     return names
+
+
+def check_pooling(pooling: str | None, classes: list[str] | None) -> None:
+    """Refuse what is no pooling, or one that no head asks for.
+
+    Raises:
+        ConfigError: it is neither mean, cls nor pooler, or there are no classes.
+    """
+    if pooling is None:
+        return
+    if pooling not in {*get_args(Pooling), POOLER}:
+        raise ConfigError(f"--pooling {pooling}: give mean, cls or pooler")
+    if classes is None:
+        raise ConfigError(f"--pooling {pooling}: says what a new head of classes reads; add --classes or leave it out")
 
 
 def family_of(config: Any, classes: list[str] | None, shown: str) -> Family:
@@ -64,7 +80,15 @@ def family_of(config: Any, classes: list[str] | None, shown: str) -> Family:
     return "causal" if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures) else "masked"
 
 
-def load_encoder(location: str, shown: str, config: Any, family: Family, classes: list[str] | None, where: dict[str, Any]) -> Network:
+def load_encoder(
+    location: str,
+    shown: str,
+    config: Any,
+    family: Family,
+    where: dict[str, Any],
+    classes: list[str] | None = None,
+    pooling: str | None = None,
+) -> Network:
     """Load a masked language model, or an encoder with its own head of classes or a new one.
 
     Args:
@@ -72,40 +96,43 @@ def load_encoder(location: str, shown: str, config: Any, family: Family, classes
         shown: as the user gave it.
         config: of the source.
         family: "masked" or "classifier".
-        classes: names of a new head's classes; or other names for those of the source's own.
         where: further arguments of from_pretrained.
+        classes: names of a new head's classes; or other names for those of the source's own.
+        pooling: what a new head reads: "mean", "cls" or "pooler"; None: what the source's 1_Pooling/config.json says, else the
+            architecture's own.
 
     Raises:
         ExportError: it cannot be loaded, or lacks a head that nothing was said about.
     """
-    from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+    from edgezo.export.pooling import HEAD, PooledClassifier, find_pooling
 
     own = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if family == "classifier":
-        _check_head(shown, config, own, classes)
+        _check_head(shown, config, own, classes, pooling)
         if classes is not None:
             config.id2label, config.label2id = dict(enumerate(classes)), {name: number for number, name in enumerate(classes)}
-    auto = AutoModelForMaskedLM if family == "masked" else AutoModelForSequenceClassification
-    try:
-        with quiet(), _seeded():
-            model, report = auto.from_pretrained(
-                location, config=config, attn_implementation="eager", output_loading_info=True, **_float32(), **where
-            )
-    except Exception as error:
-        raise ExportError(f"{shown}: transformers cannot load it: {first_line(error)}") from error
-    parameters = dict(model.named_parameters())
-    missing = sorted(parameters.keys() & set(report["missing_keys"]))
-    if family == "masked" and missing:
+    if family == "classifier" and not own and pooling is None:
+        pooling = find_pooling(location, shown, where.get("revision"))
+    model, missing = _from_pretrained(location, shown, config, family, where)
+    if pooling == POOLER:
+        _check_pooler(shown, model)
+    pooled = cast(Pooling, pooling) if pooling in get_args(Pooling) else None
+    model.config.architectures = [type(model if pooled is None else model.base_model).__name__]
+    if pooled is not None:
+        missing |= set(HEAD)
+        with _seeded():
+            model = PooledClassifier(model, pooled)
+    new = sorted(dict(model.named_parameters()).keys() & missing)
+    if family == "masked" and new:
         raise ExportError(
-            f"{shown}: an encoder without the head of a masked language model ({', '.join(missing[:2])} are missing); give --classes N to classify with a new head"
+            f"{shown}: an encoder without the head of a masked language model ({', '.join(new[:2])} are missing); give --classes N to classify with a new head"
         )
-    if own and missing:
-        raise ExportError(f"{shown}: its files lack {', '.join(missing[:3])}; download the model again")
-    model.config.architectures = [type(model).__name__]
+    if own and new:
+        raise ExportError(f"{shown}: its files lack {', '.join(new[:3])}; download the model again")
     names = [str(model.config.id2label[number]) for number in range(model.config.num_labels)] if family == "classifier" else []
     if len(set(names)) != len(names):
         raise ExportError(f"{shown}: two of its classes have one name ({', '.join(names[:5])}); name all {len(names)} with --classes")
-    return Network(model.eval(), names, missing)
+    return Network(model.eval(), names, new, pooled)
 
 
 def usable_context(model: Any) -> int | None:
@@ -135,7 +162,29 @@ def fix_token_types(decoder: Decoder) -> None:
     surgery.finish()
 
 
-def _check_head(shown: str, config: Any, own: bool, classes: list[str] | None) -> None:
+def _from_pretrained(location: str, shown: str, config: Any, family: Family, where: dict[str, Any]) -> tuple[Any, set[str]]:
+    """The model, and the names of what its files lack."""
+    from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+    auto = AutoModelForMaskedLM if family == "masked" else AutoModelForSequenceClassification
+    try:
+        with quiet(), _seeded():
+            model, report = auto.from_pretrained(
+                location, config=config, attn_implementation="eager", output_loading_info=True, **_float32(), **where
+            )
+    except Exception as error:
+        raise ExportError(f"{shown}: transformers cannot load it: {first_line(error)}") from error
+    return model, set(report["missing_keys"])
+
+
+def _check_pooler(shown: str, model: Any) -> None:
+    if getattr(model.base_model, POOLER, None) is None:
+        raise ExportError(
+            f"{shown}: --pooling pooler: the head of {model.config.model_type} reads no pooler; give mean or cls, or leave --pooling out for its own"
+        )
+
+
+def _check_head(shown: str, config: Any, own: bool, classes: list[str] | None, pooling: str | None) -> None:
     if own and config.num_labels < 2:
         raise ExportError(
             f"{shown}: its head gives one number, not classes; edgezo tunes classifiers, give a model with two classes or more"
@@ -143,6 +192,10 @@ def _check_head(shown: str, config: Any, own: bool, classes: list[str] | None) -
     if own and config.problem_type not in {None, "single_label_classification"}:
         raise ExportError(
             f"{shown}: its head is for {config.problem_type}; edgezo tunes classifiers with one right class a row, give another model"
+        )
+    if own and pooling is not None:
+        raise ExportError(
+            f"{shown}: --pooling {pooling}: says what a new head reads, this model has a head of its own; leave --pooling out"
         )
     if own and classes is not None and len(classes) != config.num_labels:
         raise ExportError(

@@ -29,8 +29,8 @@ def scoring_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[onn
 
     log_probs[p] = log_softmax(head(hidden[pair_rows[p]]))[pair_targets[p]], hidden[h] = the final hidden state at flat position
     hidden_rows[h] of [batch * sequence]. The vocabulary projection sees the gathered rows alone. A classifier has one row of logits a
-    row of the batch: hidden_rows are rows of [batch], pair_targets classes. Rows of the head can be changed by what is fed
-    (export/head_rows.py). With `adapter` it has the branch points of stacked LoRA, or a
+    row of the batch: hidden_rows are rows of [batch], pair_targets classes, hidden what the last linear layer of its head reads. Rows of
+    the head can be changed by what is fed (export/head_rows.py). With `adapter` it has the branch points of stacked LoRA, or a
     prefix before the first token.
     """
     model = _copy(decoder)
@@ -41,9 +41,8 @@ def scoring_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[onn
         _remove_past(graph, decoder)
     if adapter is not None and adapter.kind == "lora":
         add_lora(model, adapter.targets, stacked=True)
-    logits, hidden = _gather_before_head(graph) if decoder.family != "classifier" else (_gather_logits(graph), None)
-    if hidden is not None:
-        logits = add_head_rows(model, logits, hidden)
+    logits, hidden = _gather_before_head(graph) if decoder.family != "classifier" else _gather_after_head(graph)
+    logits = add_head_rows(model, logits, hidden)
     nodes = [
         helper.make_node("Cast", [logits], ["edgezo/logits32"], to=TensorProto.FLOAT),
         _log_sum_exp(opset(model)),
@@ -55,15 +54,13 @@ def scoring_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[onn
         helper.make_node("Sub", ["edgezo/picked", "edgezo/picked_lse"], [LOG_PROBS]),
     ]
     graph.node.extend(nodes)
-    if hidden is not None:
-        graph.node.append(helper.make_node("Identity", [hidden], [HIDDEN]))
+    graph.node.append(helper.make_node("Identity", [hidden], [HIDDEN]))
     graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "edgezo/axis1"))
     for name in (HIDDEN_ROWS, PAIR_ROWS, PAIR_TARGETS):
         graph.input.append(
             helper.make_tensor_value_info(name, TensorProto.INT64, [name.replace("rows", "count").replace("targets", "count")])
         )
     outputs: list[tuple[str, list[str | None]]] = [(LOG_PROBS, ["pair_count"]), (HIDDEN, ["hidden_count", None])]
-    outputs = outputs if hidden is not None else outputs[:1]
     _set_outputs(graph, outputs)
     _prune(graph)
     merge_equal_nodes(graph)
@@ -204,9 +201,7 @@ def _remove_past(graph: onnx.GraphProto, decoder: Decoder) -> None:
 def _gather_before_head(graph: onnx.GraphProto) -> tuple[str, str]:
     """Insert the gather of hidden rows before the vocabulary projection; returns the names of logits [H, V] and hidden [H, D]."""
     producers = {output: node for node in graph.node for output in node.output}
-    name = LOGITS
-    while (node := producers.get(name)) is not None and node.op_type in ELEMENTWISE:
-        name = next((given for given in node.input if given in producers and producers[given].op_type != "Constant"), "")
+    node = _before_elementwise(producers, LOGITS)
     heads = [node] if node is not None else []
     if node is not None and node.op_type == "Concat":  # a large quantised projection comes in parts
         heads = [producers[given] for given in node.input if given in producers]
@@ -234,12 +229,29 @@ def _gather_before_head(graph: onnx.GraphProto) -> tuple[str, str]:
     return "edgezo/head_logits", "edgezo/hidden"
 
 
-def _gather_logits(graph: onnx.GraphProto) -> str:
-    """Insert the gather of rows after the head of classes, which may hold branch points; returns the name of the logits [H, classes]."""
-    node = next(node for node in graph.node if LOGITS in node.output)
-    node.output[list(node.output).index(LOGITS)] = "edgezo/class_logits"
+def _gather_after_head(graph: onnx.GraphProto) -> tuple[str, str]:
+    """Insert the gather of rows after the head of classes, which may hold branch points, and of what its last linear layer reads.
+
+    Returns the names of logits [H, classes] and hidden [H, D].
+    """
+    producers = {output: node for node in graph.node for output in node.output}
+    head = _before_elementwise(producers, LOGITS)
+    if head is None or head.op_type not in LINEAR:
+        raise ExportError(
+            f"the logits of the classes come from {head.op_type if head else 'nothing'}, not from a linear layer (MatMul or Gemm); this architecture is not supported"
+        )
+    last = producers[LOGITS]
+    last.output[list(last.output).index(LOGITS)] = "edgezo/class_logits"
     graph.node.append(helper.make_node("Gather", ["edgezo/class_logits", HIDDEN_ROWS], ["edgezo/head_logits"], axis=0))
-    return "edgezo/head_logits"
+    graph.node.append(helper.make_node("Gather", [head.input[0], HIDDEN_ROWS], ["edgezo/hidden"], axis=0))
+    return "edgezo/head_logits", "edgezo/hidden"
+
+
+def _before_elementwise(producers: Mapping[str, onnx.NodeProto], name: str) -> onnx.NodeProto | None:
+    """The node that makes `name`, before additions, scalings and caps; the first input of an addition is followed."""
+    while (node := producers.get(name)) is not None and node.op_type in ELEMENTWISE:
+        name = next((given for given in node.input if given in producers and producers[given].op_type != "Constant"), "")
+    return node
 
 
 def _set_outputs(graph: onnx.GraphProto, outputs: list[tuple[str, list[str | None]]]) -> None:

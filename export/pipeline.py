@@ -16,8 +16,7 @@ from edgezo.adapters import Adapter
 from edgezo.config import ALL_LINEAR, PREFIX_TOKENS
 from edgezo.errors import ConfigError, ExportError
 from edgezo.export.adapters import check_targets, find_targets
-from edgezo.export.decoder import Decoder
-from edgezo.export.encoder import parse_classes
+from edgezo.export.encoder import check_pooling, parse_classes
 from edgezo.export.freeze import freeze
 from edgezo.export.graphs import attach_weights, generation_graph, scoring_graph, unconnected
 from edgezo.export.prefix import check_tokens, fill_prefix, prefix_weight
@@ -52,6 +51,7 @@ def export_model(
     tokens: int = PREFIX_TOKENS,
     weights: str = "fp32",
     classes: str | None = None,
+    pooling: str | None = None,
     revision: str | None = None,
     progress: Progress = lambda stage: None,
 ) -> ExportResult:
@@ -66,6 +66,8 @@ def export_model(
         tokens: of a prefix.
         weights: how frozen linear weights and the token embedding are stored.
         classes: how many classes, or their names, of a new head on an encoder; or other names for those of its own head.
+        pooling: what a new head reads: "mean" or "cls" of the last token states, or the architecture's "pooler"; None: as the source's
+            1_Pooling/config.json says, else the architecture's own head.
         revision: hub revision.
         progress: called with the name of each stage as it begins.
 
@@ -78,11 +80,13 @@ def export_model(
     output = Path(output)
     refuse_existing(output, ExportError, "choose another directory or remove it")
     precision = _check_settings(tunable, adapter, targets, tokens, weights)
+    names = parse_classes(classes)
+    check_pooling(pooling, names)
     option = "--tunable"
     if adapter not in {None, "lora", "prefix"}:
         option, tunable, adapter = "--adapter (neither lora nor prefix, so weights in place)", str(adapter), None
     progress(f"loading and tracing {Path(model).name if Path(model).exists() else model}")
-    source = load_source(model, revision, parse_classes(classes))
+    source = load_source(model, revision, names, pooling)
     decoder = source.decoder
     if source.new_weights:
         progress(f"making a new head of {len(source.classes)} classes: {', '.join(source.new_weights)}")
@@ -91,7 +95,7 @@ def export_model(
             f"--adapter prefix: a prefix is put before the text of a causal model, {model} is {FAMILY_WORDS[decoder.family]}; use --adapter lora"
         )
     refuse_non_finite(decoder.weights.values())
-    origin = source.origin.model_copy(update={"weights_sha256": _weights_sha256(decoder)})
+    origin = source.origin.model_copy(update={"weights_sha256": _weights_sha256(source)})
     chosen = set() if adapter is not None else matching(decoder.weights.values(), tunable, option)
     unquantized = None
     if precision != "fp32":
@@ -150,6 +154,7 @@ def export_model(
                 config=CONFIG_FILE,
                 classes=source.classes,
                 new_weights=source.new_weights,
+                pooling=source.pooling,
                 head=decoder.head,
                 verification=checked,
                 files=files,
@@ -184,11 +189,11 @@ def _check_settings(tunable: str, adapter: str | None, targets: str, tokens: int
     return cast(Precision, weights)
 
 
-def _weights_sha256(decoder: Decoder) -> str:
-    """Identity of the source's weights, whatever they are stored as: SHA-256 over names and float32 values as [out, in]."""
-    digest = hashlib.sha256()
-    for name in sorted(decoder.weights):
-        weight = decoder.weights[name]
+def _weights_sha256(source: Source) -> str:
+    """Identity of the source's weights, whatever they are stored as: SHA-256 over names and float32 values as [out, in], and the pooling."""
+    digest = hashlib.sha256((source.pooling or "").encode())  # heads that read otherwise have the same weights
+    for name in sorted(source.decoder.weights):
+        weight = source.decoder.weights[name]
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(weight.array.T if weight.transposed else weight.array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from edgezo.errors import ConfigError, ExportError, first_line
 from edgezo.export.decoder import EXPORTED, Decoder
 from edgezo.export.encoder import Network, family_of, fix_token_types, load_encoder, usable_context
 from edgezo.export.quiet import quiet
-from edgezo.manifest import Origin
+from edgezo.manifest import Origin, Pooling
 
 Logits = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
 
@@ -24,7 +24,8 @@ class Source:
     """A loaded source: the traced model to convert and the reference to check the result against.
 
     `logits(tokens)` runs the source on int64 [batch, sequence] without padding and returns float32 [batch, sequence, vocabulary], of a
-    classifier [batch, 1, classes]. `new_weights` are those of a head that its files lack.
+    classifier [batch, 1, classes]. `new_weights` are those of a head that its files lack, `pooling` is what that head reads, None for the
+    architecture's own.
     `shares_weights` says that it reads the decoder's own arrays, so that a change of these is a change of the source.
     """
 
@@ -37,10 +38,11 @@ class Source:
     shares_weights: bool = False
     classes: list[str] = field(default_factory=list)
     new_weights: list[str] = field(default_factory=list)
+    pooling: Pooling | None = None
 
 
-def load_source(model: str, revision: str | None = None, classes: list[str] | None = None) -> Source:
-    """Load MODEL; `classes` are the names of a head of classes, made new where the model has none.
+def load_source(model: str, revision: str | None = None, classes: list[str] | None = None, pooling: str | None = None) -> Source:
+    """Load MODEL; `classes` are the names of a head of classes, made new where the model has none, `pooling` is what a new one reads.
 
     Raises:
         ExportError: it does not exist, cannot be read, or is neither a decoder-only causal language model nor an encoder.
@@ -53,7 +55,7 @@ def load_source(model: str, revision: str | None = None, classes: list[str] | No
             raise ExportError(
                 f"{model}: a file that is not .gguf; give a .gguf file, a Hugging Face folder, a folder with model.onnx, or a hub id"
             )
-        return _from_torch(str(path.parent.resolve()), model, {"gguf_file": path.name}, None, classes)
+        return _from_torch(str(path.parent.resolve()), model, {"gguf_file": path.name}, None, classes, pooling)
     if path.is_dir():
         if (path / "model.onnx").is_file():
             from edgezo.export.onnx_folder import load_onnx_folder
@@ -67,13 +69,15 @@ def load_source(model: str, revision: str | None = None, classes: list[str] | No
             raise ExportError(f"{model}: is an edge model already; give the Hugging Face model or .gguf file it was exported from")
         if not (path / "config.json").is_file():
             raise ExportError(f"{model}: a folder with neither config.json nor model.onnx; it is no Hugging Face or optimum model")
-        return _from_torch(str(path), model, {}, None, classes)
+        return _from_torch(str(path), model, {}, None, classes, pooling)
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith((".gguf", ".onnx")):
         raise ExportError(f"{model}: no such file or folder")
-    return _from_torch(model, model, {}, revision, classes)
+    return _from_torch(model, model, {}, revision, classes, pooling)
 
 
-def _from_torch(location: str, shown: str, keywords: dict[str, Any], revision: str | None, classes: list[str] | None) -> Source:
+def _from_torch(
+    location: str, shown: str, keywords: dict[str, Any], revision: str | None, classes: list[str] | None, pooling: str | None
+) -> Source:
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
@@ -98,7 +102,10 @@ def _from_torch(location: str, shown: str, keywords: dict[str, Any], revision: s
     except Exception as error:
         reason = f"its tokenizer (tokenizer.json beside the weights) cannot be loaded: {first_line(error)}"
         raise ExportError(f"{shown}: transformers cannot use it: {reason}") from error
-    loaded = _load_causal(location, shown, where) if family == "causal" else load_encoder(location, shown, config, family, classes, where)
+    if family == "causal":
+        loaded = _load_causal(location, shown, where)
+    else:
+        loaded = load_encoder(location, shown, config, family, where, classes, pooling)
     network = loaded.model
     if not tokenizer.is_fast:
         raise ExportError(f"{shown}: its tokenizer has no fast version (tokenizer.json), which the device needs")
@@ -134,6 +141,7 @@ def _from_torch(location: str, shown: str, keywords: dict[str, Any], revision: s
         shares_weights=True,
         classes=loaded.classes,
         new_weights=loaded.new_weights,
+        pooling=loaded.pooling,
     )
 
 

@@ -67,13 +67,16 @@ def trace_decoder(model: Any, family: Family = "causal") -> Decoder:
         raise ExportError(
             f"{model.config.model_type}: {len(lost)} parameters are missing from the traced graph ({', '.join(lost[:3])}); this architecture cannot be exported faithfully"
         )
-    return Decoder(graph, weights, family=family, head=_head(model))
+    return Decoder(graph, weights, family=family, head=_head(model, family))
 
 
-def _head(model: Any) -> str | None:
-    """Name of the weight of the vocabulary projection, when what it gives are the logits."""
+def _head(model: Any, family: Family) -> str | None:
+    """Name of the weight of the vocabulary projection, or of the last layer of classes, when what it gives are the logits."""
     if any(getattr(model.config, name, None) not in {None, 1} for name in LOGIT_SCALES):
         return None
+    if family == "classifier":
+        linear = [name for name, module in model.named_modules() if getattr(module, "out_features", None) == model.config.num_labels]
+        return f"{linear[-1]}.weight" if linear else None
     projection = model.get_output_embeddings()
     return next((f"{name}.weight" for name, module in model.named_modules() if module is projection), None)
 

@@ -78,6 +78,21 @@ def make_candidates(row: Row, task: Task, text: TextCodec, max_length: int) -> t
     return kept, any(len(new[0]) + len(new[1]) < len(old[0]) + len(old[1]) for new, old in zip(kept, pairs, strict=True))
 
 
+def make_prompt(row: Row, task: Task, text: TextCodec, max_length: int) -> list[int]:
+    """Token ids of the prompt of a row whose answer is to be generated, cut so that `task.room` tokens fit after it.
+
+    Raises:
+        DataError: the row lacks a field, or its prompt is empty (file and line).
+    """
+    try:
+        tokens = text.encode(task.prompt(row))
+    except TextError as error:
+        raise DataError(f"{row.place}: {error}") from None
+    if not tokens:
+        raise DataError(f"{row.place}: the prompt is empty; give a --template with some text, or rows with a prompt")
+    return _cut_prompt(tokens, max_length - min(task.room, max_length // 2), text)
+
+
 def _encoder_candidates(row: Row, task: Task, text: TextCodec, max_length: int) -> tuple[Sequence[Masked] | Sequence[Classified], bool]:
     filled = fill_parts(task.template, row, task.replace, task.family)
     try:
@@ -105,7 +120,7 @@ def worked_text(row: Row, task: Task) -> str:
     """
     prompt = task.prompt(row)
     if task.kind in {"classification", "choice"}:
-        return prompt + _spaced(prompt, _candidates(row, task)[gold_of(row, task)])
+        return prompt + _spaced(prompt, candidate_texts(row, task)[gold_of(row, task)])
     return prompt + _completions(row, task)[0]
 
 
@@ -114,7 +129,7 @@ def _pairs(row: Row, task: Task, text: TextCodec) -> list[Pair]:
         prompts = [task.prompt(row), *([task.prefix + task.calibrate] if task.calibrate is not None else [])]
         if not all(prompt.strip() for prompt in prompts):
             raise DataError(f"{row.place}: the prompt is empty; give a --template with some text, or rows with a prompt")
-        return [text.split(prompt, _spaced(prompt, word)) for prompt in prompts for word in _candidates(row, task)]
+        return [text.split(prompt, _spaced(prompt, word)) for prompt in prompts for word in candidate_texts(row, task)]
     if task.kind in {"completion", "answer", "preference"}:
         prompt = task.prompt(row)
         return [_completed(prompt, completion, row, task, text) for completion in _completions(row, task)]
@@ -130,8 +145,12 @@ def _pairs(row: Row, task: Task, text: TextCodec) -> list[Pair]:
     return [_start([], tokens, row, text)]
 
 
-def _candidates(row: Row, task: Task) -> list[str]:
-    """Label words, or the texts of the choices."""
+def candidate_texts(row: Row, task: Task) -> list[str]:
+    """Label words, or the texts of the choices.
+
+    Raises:
+        DataError: the row lists no choices (file and line).
+    """
     if task.kind == "classification":
         return task.words
     if task.choices:
@@ -196,13 +215,21 @@ def _fit(pair: Pair, longest: int, row: Row, task: Task, text: TextCodec, max_le
         return pair
     if task.kind == "text":
         return prompt, completion[: max_length - len(prompt)]
-    special = prompt[:1] if prompt[:1] == [text.facts.bos_token_id] else []
-    room = max_length - longest - len(special)
-    if room < 1:
+    if max_length - longest < (2 if _leads(prompt, text) else 1):
         raise DataError(
             f"{row.place}: the completion alone has {longest} tokens, at most {max_length} fit with its prompt; shorten it or raise --max-length"
         )
-    return special + prompt[-room:], completion
+    return _cut_prompt(prompt, max_length - longest, text), completion
+
+
+def _cut_prompt(prompt: list[int], most: int, text: TextCodec) -> list[int]:
+    """At most so many tokens: the last ones, after a leading special token."""
+    special = prompt[:1] if _leads(prompt, text) else []
+    return prompt if len(prompt) <= most else special + prompt[len(prompt) - most + len(special) :]
+
+
+def _leads(prompt: list[int], text: TextCodec) -> bool:
+    return prompt[:1] == [text.facts.bos_token_id]
 
 
 def _first(row: Row, task: Task) -> int:
@@ -219,7 +246,7 @@ def _gold_label(row: Row, task: Task) -> int:
 
 def _gold_choice(row: Row, task: Task) -> int:
     """The right choice: its text, or its number from 0."""
-    candidates, value = _candidates(row, task), row.fields.get(task.answer_field)
+    candidates, value = candidate_texts(row, task), row.fields.get(task.answer_field)
     answer = "" if value is None or isinstance(value, bool | list | dict) else str(value).strip()
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(candidates):
         return value  # a number is a place, even where the choices are numbers

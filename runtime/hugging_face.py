@@ -80,9 +80,14 @@ def write_hugging_face(model: EdgeModel, folder: Path) -> None:
     """Write config.json, model.safetensors (float32) and the tokenizer into an existing, empty directory.
 
     Raises:
-        AdapterError: the adapter cannot be merged, or the edge model keeps no config.json (made by an older edgezo).
+        AdapterError: the adapter cannot be merged, transformers has no such head, or the edge model keeps no config.json (made by an
+            older edgezo).
     """
     manifest = model.manifest
+    if manifest.pooling is not None:
+        raise AdapterError(
+            f"{model.directory}: its head has pooling {manifest.pooling}, which no model class of transformers has; use --format edge, or peft for LoRA"
+        )
     if manifest.config is None or any("::" in tensor.name for tensor in manifest.tensors):
         raise AdapterError(
             f"{model.directory}: lacks what a Hugging Face folder needs (its configuration, or its own names); export the model again"

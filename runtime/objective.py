@@ -137,11 +137,7 @@ class Objective:
 
     def candidate_scores(self, parts: Scores, examples: Sequence[Example]) -> list[CandidateScores]:
         """Scores of each example's candidates, in nats."""
-        sums, lengths = np.array([part.sum() for part in parts]), np.array([len(part) for part in parts])
-        ends = np.cumsum([len(example.pairs) for example in examples])[:-1]
-        if self.task.calibrate is not None:
-            return [row[: len(row) // 2] - row[len(row) // 2 :] for row in np.split(sums, ends)]
-        return np.split(sums / lengths if self.task.kind == "choice" else sums, ends)
+        return score_candidates(self.task, parts, [len(example.pairs) for example in examples])
 
     def _margins(self, name: str, scores: list[CandidateScores], examples: Sequence[Example]) -> CandidateScores:
         margins = np.array([row[0] - row[1] for row in scores])
@@ -193,6 +189,23 @@ class Objective:
             require_rouge()
         if self.config.metrics and kind != "answer":
             raise ConfigError(f"--metrics {','.join(self.config.metrics)}: compare a generated answer, and rows of kind {kind} have none")
+
+
+def score_candidates(task: Task, parts: Scores, counts: Sequence[int]) -> list[CandidateScores]:
+    """Scores of the candidates of every row, in nats.
+
+    Args:
+        parts: log-probabilities of all pairs, row after row.
+        counts: pairs of each row; with calibration half of them are after the neutral prompt.
+
+    Returns:
+        For each row float64 [candidates].
+    """
+    sums, lengths = np.array([part.sum() for part in parts]), np.array([len(part) for part in parts])
+    ends = np.cumsum(counts)[:-1]
+    if task.calibrate is not None:
+        return [row[: len(row) // 2] - row[len(row) // 2 :] for row in np.split(sums, ends)]
+    return np.split(sums / lengths if task.kind == "choice" else sums, ends)
 
 
 def add_references(sequences: Sequences, examples: Sequence[Example]) -> list[Example]:

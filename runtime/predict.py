@@ -1,49 +1,104 @@
-"""Labels for rows without one: what a tuned classifier is for."""
+"""Labels, choices and answers for rows that have none: what a tuned model is for."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from edgezo.errors import DataError, NonFiniteLossError
+from edgezo.config import TuneConfig
+from edgezo.errors import ConfigError, DataError, NonFiniteLossError
+from edgezo.runtime.batch_generate import generate_batch
 from edgezo.runtime.data import Row
-from edgezo.runtime.examples import make_candidates
+from edgezo.runtime.dataset import task_of
+from edgezo.runtime.examples import candidate_texts, make_candidates, make_prompt
+from edgezo.runtime.masked import ModelFacts
 from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.objective import score_candidates
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.tasks import Task
 
 
 class Prediction(NamedTuple):
-    """The likeliest label of a row, as the data writes it, and the probability of every label: softmax over the candidates' log p."""
+    """What a model makes of one row.
 
-    label: str
-    probabilities: dict[str, float]
+    label: the likeliest label; None unless classification.
+    choice: number of the likeliest choice, from 0; None unless choices.
+    text: that choice, or the answer that the model writes, greedily; None for labels.
+    probabilities: of every label or choice: softmax over the candidates' scores.
+    """
+
+    label: str | None = None
+    choice: int | None = None
+    text: str | None = None
+    probabilities: Mapping[str, float] = MappingProxyType({})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that say something."""
+        given = {name: value for name, value in self._asdict().items() if name != "probabilities" and value is not None}
+        return {**given, **({"probabilities": dict(self.probabilities)} if self.probabilities else {})}
+
+
+def task_to_predict(rows: Sequence[Row], config: TuneConfig, model: ModelFacts, of_run: bool) -> Task:
+    """How rows that need neither label nor answer are read: as settings say, else the field `choices`; other prompts are answered.
+
+    Args:
+        rows: one or more.
+        of_run: whether the settings are those of a run, in which a template without labels and choices is that of answers.
+
+    Raises:
+        ConfigError: it is not said what to predict.
+        DataError: the rows do not fit the settings, or have nothing to predict.
+    """
+    first, answers = rows[0], False
+    if config.labels is None and model.family == "masked":
+        raise ConfigError("a masked language model predicts labels; give --template and --labels, or the --run of a classification")
+    if config.labels is None and model.family == "causal" and not config.choices and "choices" not in first.fields:
+        answers = of_run or config.answer_field is not None or "answer" in first.fields or config.template is None
+        if not answers:
+            raise ConfigError(
+                f"--template {config.template!r}: what continues it is not said; give --labels of classes, --choices, or --answer-field for a generated answer"
+            )
+        config = config.model_copy(update={"answer_field": config.answer_field or "answer"})
+        if config.template is None and "prompt" not in first.fields:
+            raise DataError(
+                f"{first.place}: no field 'prompt'; it has {', '.join(map(repr, first.fields))}, give --template (messages are answered by edgezo generate --chat)"
+            )
+    return task_of(rows, config, model)
 
 
 def predict(model: EdgeModel, rows: Sequence[Row], task: Task, max_length: int) -> list[Prediction]:
-    """Rank the label words of every row; the rows need no label.
+    """Rank the labels or choices of every row, or write its answer; the rows need neither label nor answer.
 
     Args:
         rows: with the template's fields.
-        task: a classification.
+        task: classification, choice or answer.
         max_length: tokens of a row; longer prompts lose their first tokens.
 
     Raises:
-        DataError: a row lacks a field of the template, or a label word does not fit.
+        DataError: a row lacks a field of the template, or a candidate does not fit.
         NonFiniteLossError: the model gives no finite scores.
     """
-    if task.kind != "classification":
-        raise DataError(f"labels are predicted by a classification, this is {task.kind}; give --template and --labels")
-    candidates = [make_candidates(row, task, model.text, max_length)[0] for row in rows]
-    scores = iter(Sequences(model).log_probs([pair for pairs in candidates for pair in pairs]))
+    if task.kind == "answer":
+        prompts = [make_prompt(row, task, model.text, max_length) for row in rows]
+        return [Prediction(text=text) for text in generate_batch(model, prompts, task.room, task.stop)]
     found = []
-    for _ in rows:
-        sums = np.array([next(scores).sum() for _ in task.words])
-        if task.calibrate is not None:
-            sums -= np.array([next(scores).sum() for _ in task.words])
-        if not np.isfinite(sums).all():
-            raise NonFiniteLossError("the model gives no finite scores; export it again, or tune with a smaller --lr")
-        probabilities = np.exp(sums - np.logaddexp.reduce(sums))
-        ranked = dict(zip(task.classes, probabilities.tolist(), strict=True))
-        found.append(Prediction(max(ranked, key=lambda label: ranked[label]), ranked))
+    for row, likely in zip(rows, _rank(model, rows, task, max_length), strict=True):
+        best = int(likely.argmax())
+        if task.kind == "classification":
+            found.append(Prediction(task.classes[best], probabilities=dict(zip(task.classes, likely.tolist(), strict=True))))
+        else:
+            texts = candidate_texts(row, task)
+            found.append(Prediction(choice=best, text=texts[best], probabilities=dict(zip(texts, likely.tolist(), strict=True))))
     return found
+
+
+def _rank(model: EdgeModel, rows: Sequence[Row], task: Task, max_length: int) -> list[npt.NDArray[np.float64]]:
+    """Probabilities of every row's candidates."""
+    candidates = [make_candidates(row, task, model.text, max_length)[0] for row in rows]
+    parts = Sequences(model).log_probs([pair for pairs in candidates for pair in pairs])
+    found = score_candidates(task, parts, [len(pairs) for pairs in candidates])
+    if not all(np.isfinite(scores).all() for scores in found):
+        raise NonFiniteLossError("the model gives no finite scores; export it again, or tune with a smaller --lr")
+    return [np.exp(scores - np.logaddexp.reduce(scores)) for scores in found]

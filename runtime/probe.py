@@ -11,7 +11,7 @@ from edgezo.errors import ConfigError, DataError, NonFiniteLossError
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.examples import Example, Examples
 from edgezo.runtime.objective import macro_f1
-from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.scoring import Classified, Masked, Sequences
 from edgezo.runtime.tasks import Task
 
 STRENGTHS = tuple(10.0**power for power in range(-5, 2))  # C, the inverse of the L2 penalty
@@ -85,7 +85,8 @@ def run_probe(
 ) -> ProbeResult:
     """Fit W and b of p = softmax(W s(h) + b), s the standardisation of the training rows, and evaluate them on the test rows.
 
-    h is the final hidden state at the last token of the prompt. W minimises C * sum of -log p(label) + |W|^2 / 2 over the training rows.
+    h is the final hidden state at the last token of the prompt or at the mask, of a classifier what the last layer of its head reads.
+    W minimises C * sum of -log p(label) + |W|^2 / 2 over the training rows.
 
     Args:
         train, test, valid: classification rows; every label among the training rows, twice without validation rows.
@@ -141,12 +142,18 @@ def held_out(train: Labelled, valid: Labelled | None, strength: float) -> Evalua
 
 
 def _read(sequences: Sequences, examples: Sequence[Example]) -> Labelled:
-    """Candidates share their prompt up to a token that the label word may change: the shortest is what all share."""
-    prompts = [min((candidate[0] for candidate in example.pairs), key=len) for example in examples]
-    features = sequences.hidden_states(prompts)
+    features = sequences.hidden_states([_read_of(example) for example in examples])
     if not np.isfinite(features).all():
         raise NonFiniteLossError("the model gives no finite hidden states; export it again")
     return Labelled(features.astype(np.float64), np.array([example.gold for example in examples]))
+
+
+def _read_of(example: Example) -> list[int] | Masked | Classified:
+    """The text that all candidates share: of prompts the shortest, since a label word may change their last token."""
+    first = example.pairs[0]
+    if isinstance(first, Masked | Classified):
+        return first
+    return min((candidate[0] for candidate in example.pairs if not isinstance(candidate, Masked | Classified)), key=len)
 
 
 def _classifier(strength: float) -> Any:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from edgezo.errors import EdgeModelError
 from edgezo.runtime.model import Array, EdgeModel
 
 BATCH_TOKENS = 2048  # padded tokens of one forward; beyond it a forward gains no speed, only memory
@@ -98,18 +99,24 @@ class Sequences:
         feeds = self.model.feeds()
         return self._run([pairs], (1,), lambda groups, sides: feeds, together=1)[0][0]
 
-    def hidden_states(self, prompts: Sequence[list[int]]) -> npt.NDArray[np.float32]:
-        """The final hidden state at the last token of every prompt, after the last norm; equal prompts run once.
+    def hidden_states(self, texts: Sequence[list[int] | Masked | Classified]) -> npt.NDArray[np.float32]:
+        """What the last projection reads of every text; equal texts run once.
 
         Args:
-            prompts: token ids of one prompt or more, none empty.
+            texts: one or more. Of token ids, none empty, the final hidden state at the last token, after the last norm; of a masked
+                text that at its position, after the transform; of a text to classify what the last layer of the head reads.
 
         Returns:
-            float32 [prompts, width].
+            float32 [texts, width].
+
+        Raises:
+            EdgeModelError: a classifier exported before edge models had this output.
         """
-        return self.log_probs_and_states([(prompt, [self.pad]) for prompt in prompts])[
-            1
-        ]  # a target of no meaning: the graph wants one a row
+        if "hidden" not in self.model.manifest.scoring.outputs:
+            raise EdgeModelError(f"{self.model.directory}: its scoring graph has no output hidden; export the model again")
+        # a target of no meaning: the graph wants one a row
+        pairs = [(text, [self.pad]) if isinstance(text, list) else text._replace(target=0) for text in texts]
+        return self.log_probs_and_states(pairs)[1]
 
     def log_probs_and_states(self, pairs: Sequence[Candidate]) -> tuple[Scores, npt.NDArray[np.float32]]:
         """As `log_probs`, and what the head read to score the first token of every pair: float32 [pairs, width]."""

@@ -1,4 +1,4 @@
-"""How near a generated answer is to the right ones: exact match and F1 as SQuAD defines them, ROUGE-L.
+"""How near a generated answer is to the right ones: exact match and F1 as the script of SQuAD 1.1 defines them, ROUGE-L.
 
     F1 = 2 P R / (P + R), P and R over the words that answer and reference share, counted with repeats
 

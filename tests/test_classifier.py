@@ -132,9 +132,10 @@ def test_the_manifest_says_classifier_and_the_graph_returns_log_probs_of_classes
     assert manifest.generation is None
     assert manifest.classes == ["bad", "fair", "good"]
     assert manifest.new_weights == []
-    assert manifest.scoring.outputs == ["log_probs"]
+    assert manifest.pooling is None
+    assert manifest.scoring.outputs == ["log_probs", "hidden"]
     graph = onnx.load(export(own=True) / manifest.scoring.file, load_external_data=False).graph
-    assert [output.name for output in graph.output] == ["log_probs"]
+    assert [output.name for output in graph.output] == ["log_probs", "hidden"]
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])

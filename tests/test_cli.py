@@ -323,6 +323,7 @@ def test_inspect_of_an_edge_model(command: Command) -> None:
         ("family", "causal"),
         ("classes", "none"),
         ("new head", "none"),
+        ("pooling", "none"),
         ("context length", "128"),
         ("vocabulary", "320"),
         ("parameters", str(320 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32)),
@@ -794,7 +795,11 @@ def test_predictions_of_a_file_are_those_eval_counts(command: Command, write_row
     [
         ([], "predict needs either a text (--text) or a file of rows (--data), and not both"),
         (["--text", "a", "--data", "rows.jsonl"], "predict needs either a text (--text) or a file of rows (--data), and not both"),
-        (["--text", "a"], "labels are predicted by a classification; give --template and --labels, or the --run of one"),
+        (["--text", "a"], "a text fills a template; give --template with --labels, --choices or --answer-field, or a --run or --task"),
+        (
+            ["--text", "a", "--template", "{a} is"],
+            "--template '{a} is': what continues it is not said; give --labels of classes, --choices, or --answer-field for a generated answer",
+        ),
         (
             ["--text", "a", "--template", "{a} {b}", "--labels", "x,y"],
             "--template '{a} {b}': has 2 fields, a text fills one; give a data file",

@@ -71,7 +71,7 @@ def test_a_manifest_of_version_1_is_read(edge_dir: Path) -> None:
     def older(raw: Raw) -> None:
         raw["version"] = 1
         for holder, *names in (
-            (raw, "weights", "adapter", "config", "classes", "new_weights"),
+            (raw, "weights", "adapter", "config", "classes", "new_weights", "pooling"),
             (raw["tokenizer"], "mask_token_id"),
             (raw["origin"], "weights_sha256"),
             (raw["verification"], "quantization_loss_change"),
@@ -89,12 +89,12 @@ def test_a_manifest_of_version_1_is_read(edge_dir: Path) -> None:
 
 
 def test_a_manifest_of_version_2_is_read(edge_dir: Path) -> None:
-    """Without the fields that came with version 3."""
+    """Without the fields that came with versions 3 and 4."""
     expected = EdgeModel(edge_dir, threads=1).log_probs(["the film"], [" is great"])
 
     def older(raw: Raw) -> None:
         raw["version"] = 2
-        del raw["classes"], raw["new_weights"], raw["tokenizer"]["mask_token_id"]
+        del raw["classes"], raw["new_weights"], raw["pooling"], raw["tokenizer"]["mask_token_id"]
 
     edit(edge_dir, older)
     model = EdgeModel(edge_dir, threads=1)

@@ -164,14 +164,29 @@ def test_a_run_that_resumes_takes_no_task(exported_dir: Path, tmp_path: Path) ->
     assert str(caught.value) == "--resume continues with the run's own settings; leave --task sst2 out"
 
 
-def test_predictions_name_a_class_as_the_training_data_does(exported_dir: Path, tmp_path: Path, write_rows: Callable[..., str]) -> None:
-    words = [{"sentence": "a film", "label": label} for label in ("positive", "negative")]
-    numbers = [{"sentence": "a film", "label": label} for label in (1, 0)]
-    for name, rows, classes in (("words", words, ["negative", "positive"]), ("numbers", numbers, ["0", "1"])):
-        edgezo.tune(exported_dir, tmp_path / name, task="sst2", data=write_rows(rows), steps=1, batch=2, threads=1)
-        (found,) = edgezo.predict(exported_dir, texts=["a plot"], run=tmp_path / name, threads=1)
-        assert list(found.probabilities) == classes
-        assert sum(found.probabilities.values()) == pytest.approx(1)
+COARSE = ["abbreviation", "description", "entity", "human", "location", "number"]
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "classes"),
+    [
+        ("sst2", ["positive", "negative"], ["negative", "positive"]),
+        ("sst2", [1, 0], ["negative", "positive"]),
+        ("trec", ["HUM", "NUM"], ["abbreviation", "description", "entity", "HUM", "location", "NUM"]),
+        ("trec", [3, 5], COARSE),
+        ("boolq", ["true", 0], ["False", "true"]),
+    ],
+)
+def test_predictions_name_a_class_as_the_training_data_does_or_in_words(
+    task: str, labels: list[Any], classes: list[str], exported_dir: Path, tmp_path: Path, write_rows: Callable[..., str]
+) -> None:
+    rows = [{**ROWS[task][0], "label": label} for label in labels]
+    edgezo.tune(exported_dir, tmp_path / "run", task=task, data=write_rows(rows), steps=1, batch=2, threads=1)
+    unlabelled = write_rows([{name: value for name, value in rows[0].items() if name != "label"}])
+    (found,) = edgezo.predict(exported_dir, data=unlabelled, run=tmp_path / "run", threads=1)
+    assert sorted(found.probabilities) == sorted(classes)
+    assert sum(found.probabilities.values()) == pytest.approx(1)
+    assert found.label == max(classes, key=lambda name: found.probabilities[name])
 
 
 KNOWN = "agnews, boolq, cb, copa, drop, mnli, multirc, record, rte, snli, squad, sst2, sst5, trec, wic, wsc"

@@ -1,0 +1,209 @@
+"""Predictions of choices and answers are those that evaluations count; rows need neither right choice nor answer."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Command
+
+import edgezo
+from edgezo.errors import ConfigError, DataError, EdgezoError, NonFiniteLossError
+from edgezo.recipe import task_settings
+from edgezo.runtime.batch_generate import generate_batch
+from edgezo.runtime.data import Row
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.predict import Prediction, predict
+from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.tasks import Task
+from edgezo.runtime.text_metrics import best_of, exact_match, f1
+
+CHOICES = [
+    {"prompt": "the film is", "choices": ["great", "terrible and long", "a plot"], "answer": 1},
+    {"prompt": "it was", "choices": ["the end of it", "good"], "answer": "good"},
+    {"prompt": "the plot", "choices": ["is long", "was the film", "great"], "answer": 0},
+]
+COPA = [
+    {"premise": "It rained.", "choice1": "We stayed at home.", "choice2": "We ran.", "question": question, "label": label}
+    for question, label in (("effect", 0), ("cause", 1))
+]
+ANSWERS = [
+    {"prompt": "the film is", "answer": ["great", "long"]},
+    {"prompt": "a much longer prompt about the plot of the film, which is long and terrible, and it was", "answer": "the end"},
+]
+SHORT = {"max_tokens": 6, "threads": 1}
+
+Write = Callable[..., str]
+
+
+def without(rows: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name not in names} for row in rows]
+
+
+def refusal(kind: type[EdgezoError], directory: Path, **settings: Any) -> str:
+    with pytest.raises(kind) as caught:
+        edgezo.predict(directory, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# choices
+
+
+def test_a_choice_is_the_one_of_the_largest_mean_log_probability(exported_dir: Path, write_rows: Write, model: EdgeModel) -> None:
+    found = edgezo.predict(exported_dir, data=write_rows(without(CHOICES, "answer")), threads=1)
+    for prediction, row in zip(found, CHOICES, strict=True):
+        pairs = [model.text.split(row["prompt"], f" {choice}") for choice in row["choices"]]
+        means = np.array([part.mean() for part in Sequences(model).log_probs(pairs)])
+        expected = np.exp(means) / np.exp(means).sum()
+        assert list(prediction.probabilities) == row["choices"]
+        assert list(prediction.probabilities.values()) == pytest.approx(expected.tolist())
+        assert (prediction.choice, prediction.text) == (int(means.argmax()), row["choices"][int(means.argmax())])
+        assert prediction.label is None
+
+
+@pytest.mark.parametrize("calibrate", [None, "N/A"])
+def test_predicted_choices_are_those_eval_counts(calibrate: str | None, exported_dir: Path, write_rows: Write) -> None:
+    rows = write_rows(CHOICES)
+    found = edgezo.predict(exported_dir, data=rows, calibrate=calibrate, threads=1)
+    right = [1, 1, 0]
+    evaluated = edgezo.evaluate(exported_dir, rows, calibrate=calibrate, threads=1).evaluation
+    assert evaluated.accuracy == pytest.approx(np.mean([row.choice == gold for row, gold in zip(found, right, strict=True)]))
+    loss = edgezo.evaluate(exported_dir, rows, calibrate=calibrate, objective="cross-entropy", threads=1).evaluation.loss
+    likely = [list(row.probabilities.values())[gold] for row, gold in zip(found, right, strict=True)]
+    assert loss == pytest.approx(-np.log(likely).mean(), rel=1e-5)
+
+
+def test_choices_of_a_recipe_are_told_on_the_command_line(exported_dir: Path, write_rows: Write, invoke: Command) -> None:
+    data = write_rows(without(COPA, "label"))
+    options = ["predict", str(exported_dir), "--task", "copa", "--data", data, "--threads", "1"]
+    shown = json.loads(invoke(*options, "--json").out)["predictions"]
+    texts = ["We stayed at home.", "We ran."]
+    assert [list(row) for row in shown] == [["choice", "text", "probabilities"]] * 2
+    assert [row["text"] for row in shown] == [texts[row["choice"]] for row in shown]
+    lines = invoke(*options).out.splitlines()
+    for line, row in zip(lines, shown, strict=True):
+        ranked = sorted(texts, key=lambda text: -row["probabilities"][text])
+        assert line == "  ".join(f"{text} {100 * row['probabilities'][text]:.1f} %" for text in ranked)
+    own = ["--template", "{premise} {question}", "--choices", "{choice1}", "--choices", "{choice2}"]
+    replace = ["--replace", "question:effect=so,cause=because"]
+    again = invoke("predict", str(exported_dir), "--data", data, *own, *replace, "--threads", "1", "--json")
+    assert json.loads(again.out)["predictions"] == shown
+
+
+def test_a_run_of_choices_reads_rows_as_it_learned_them(exported_dir: Path, tmp_path: Path, write_rows: Write, invoke: Command) -> None:
+    options = ["--task", "copa", "--data", write_rows(COPA), "--steps", "1", "--batch", "2", "--threads", "1"]
+    told = invoke("tune", str(exported_dir), "-o", str(tmp_path / "run"), *options).out
+    assert f"use it  edgezo predict {exported_dir} --run {tmp_path / 'run'} --data ROWS\n" in told
+    data = write_rows(without(COPA, "label"))
+    found = edgezo.predict(exported_dir, data=data, run=tmp_path / "run", step=0, threads=1)
+    base = edgezo.predict(exported_dir, data=data, task="copa", threads=1)
+    for own, other in zip(found, base, strict=True):  # weights of a run lie on a grid
+        assert (own.choice, own.text) == (other.choice, other.text)
+        assert own.probabilities == pytest.approx(other.probabilities, rel=1e-5)
+
+
+# answers
+
+
+@pytest.mark.parametrize("stop", [None, " "])
+def test_answers_are_those_eval_measures(stop: str | None, exported_dir: Path, write_rows: Write) -> None:
+    found = edgezo.predict(exported_dir, data=write_rows(without(ANSWERS, "answer"), "asked.jsonl"), stop=stop, **SHORT)
+    model = EdgeModel(exported_dir, threads=1)
+    alone = [model.generate(row["prompt"], max_tokens=6) for row in ANSWERS]
+    assert [row.text for row in found] == [(text if stop is None else text.split(stop)[0]).strip() for text in alone]
+    assert [(row.label, row.choice, dict(row.probabilities)) for row in found] == [(None, None, {})] * 2
+    right = [{**row, "answer": [text.text or "none", "it"]} for row, text in zip(ANSWERS, found, strict=True)]
+    evaluated = edgezo.evaluate(exported_dir, write_rows(right), stop=stop, **SHORT).evaluation
+    golds = [row["answer"] for row in right]
+    for name, metric in (("f1", f1), ("exact_match", exact_match)):
+        mean = np.mean([best_of(metric, row.text or "", gold) for row, gold in zip(found, golds, strict=True)])
+        assert evaluated.others[name] == pytest.approx(mean)
+
+
+def test_answers_of_a_recipe_are_told_on_the_command_line(exported_dir: Path, write_rows: Write, invoke: Command) -> None:
+    rows = [{"title": "Rain", "context": "It rained.", "question": question} for question in ("What?", "When?")]
+    options = ["predict", str(exported_dir), "--task", "squad", "--data", write_rows(rows), "--max-tokens", "5", "--threads", "1"]
+    shown = json.loads(invoke(*options, "--json").out)["predictions"]
+    assert [list(row) for row in shown] == [["text"]] * 2
+    assert invoke(*options).out == "".join(" ".join(row["text"].split()) + "\n" for row in shown)
+    model, template = EdgeModel(exported_dir, threads=1), task_settings("squad")["template"]
+    assert shown[0]["text"] == model.generate(template.format(**rows[0]), max_tokens=5).split("\n")[0].strip()
+
+
+def test_a_run_of_answers_answers_prompts(exported_dir: Path, tmp_path: Path, write_rows: Write, invoke: Command) -> None:
+    run = tmp_path / "run"
+    edgezo.tune(exported_dir, run, data=write_rows(ANSWERS), steps=1, batch=2, max_tokens=4, threads=1)
+    data = write_rows(without(ANSWERS, "answer"))
+    found = edgezo.predict(exported_dir, data=data, run=run, threads=1)
+    assert found == edgezo.predict(exported_dir, texts=[row["prompt"] for row in ANSWERS], run=run, threads=1)
+    model = EdgeModel(exported_dir, threads=1, run=run)
+    assert [row.text for row in found] == [model.generate(row["prompt"], max_tokens=4).strip() for row in ANSWERS]
+    told = invoke("predict", str(exported_dir), "--run", str(run), "--text", "the film is", "--threads", "1")
+    assert told == (0, " ".join((found[0].text or "").split()) + "\n", "")
+
+
+def test_a_run_with_a_template_answers_rows_without_answer(exported_dir: Path, tmp_path: Path, write_rows: Write) -> None:
+    rows = [{"question": "who", "answer": "me"}, {"question": "what", "answer": "a film"}]
+    settings = {"template": "Q: {question} A:", "max_tokens": 3, "threads": 1}
+    edgezo.tune(exported_dir, tmp_path / "run", data=write_rows(rows), answer_field="answer", steps=1, batch=2, **settings)
+    found = edgezo.predict(exported_dir, texts=["who"], run=tmp_path / "run", step=0, threads=1)
+    assert found == edgezo.predict(exported_dir, texts=["who"], answer_field="answer", **settings)
+    assert found[0].text is not None
+
+
+def test_completions_and_preferences_are_answered_too(exported_dir: Path, write_rows: Write) -> None:
+    prompts = [row["prompt"] for row in ANSWERS]
+    plain = edgezo.predict(exported_dir, data=write_rows([{"prompt": prompt} for prompt in prompts]), **SHORT)
+    for more in ({"completion": " it"}, {"chosen": "a", "rejected": "b"}):
+        rows = write_rows([{"prompt": prompt, **more} for prompt in prompts])
+        assert edgezo.predict(exported_dir, data=rows, **SHORT) == plain
+
+
+def test_a_long_prompt_leaves_room_for_its_answer(exported_dir: Path, write_rows: Write) -> None:
+    model = EdgeModel(exported_dir, threads=1)
+    text = "the film is long and " * 60
+    (found,) = edgezo.predict(exported_dir, data=write_rows([{"prompt": text}]), max_length=20, **SHORT)
+    tokens = model.text.encode(text)
+    assert len(tokens) > 100
+    kept = [*tokens[:1], *tokens[-13:]] if tokens[0] == model.text.facts.bos_token_id else tokens[-14:]
+    assert found == Prediction(text=generate_batch(model, [kept], 6)[0])
+
+
+# refusals
+
+
+def test_what_is_not_said_is_refused(exported_dir: Path, write_rows: Write) -> None:
+    rows = write_rows([{"question": "who"}])
+    assert refusal(ConfigError, exported_dir, data=rows, template="{question}") == (
+        "--template '{question}': what continues it is not said; give --labels of classes, --choices, or --answer-field for a generated answer"
+    )
+    assert refusal(ConfigError, exported_dir, texts=["a"], labels="x,y") == (
+        "a text fills a template; give --template with --labels, --choices or --answer-field, or a --run or --task"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"role": "user", "content": "a"}]}, "no field 'prompt'; it has 'messages'"),
+        ({"text": "a film", "place": "b"}, "no field 'prompt'; it has 'text', 'place'"),
+    ],
+)
+def test_rows_without_a_prompt_are_refused(row: dict[str, Any], message: str, exported_dir: Path, write_rows: Write) -> None:
+    path = write_rows([row])
+    expected = f"{path}:1: {message}, give --template (messages are answered by edgezo generate --chat)"
+    assert refusal(DataError, exported_dir, data=path) == expected
+
+
+def test_choices_without_a_list_are_refused(exported_dir: Path, write_rows: Write) -> None:
+    path = write_rows([{"prompt": "a", "choices": ["b", "c"]}, {"prompt": "a", "choices": "b"}])
+    assert refusal(DataError, exported_dir, data=path) == f"{path}:2: field 'choices' must be a list of at least two texts"
+
+
+def test_scores_that_are_not_finite_are_refused(model: EdgeModel, write_rows: Write) -> None:
+    model.weights["model.norm.weight"][3] = np.nan
+    with pytest.raises(NonFiniteLossError, match=r"^the model gives no finite scores; export it again, or tune with a smaller --lr$"):
+        predict(model, [Row(CHOICES[0], "row 1")], Task("choice"), 64)
