@@ -11,7 +11,7 @@ from edgezo.adapters import PREFIX, A, B
 from edgezo.config import ALPHA_LIMIT, RANK_LIMIT
 from edgezo.errors import AdapterError
 from edgezo.manifest import Manifest
-from edgezo.runtime.head_rows import head_from_lora, head_module
+from edgezo.runtime.head_rows import NO_ROWS, head_from_lora, head_module
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.onnx_adapter import ONNX_SUFFIX, onnx_matrices
 from edgezo.runtime.peft_folder import CONFIG, OWN_SIZES, PROMPT, is_target, peft_matrices, read_peft_config, read_tensors, within
@@ -44,7 +44,7 @@ def read_adapter(path: Path, manifest: Manifest) -> Lora | Prefix:
     if kind == "prefix":
         return _prefix(path, manifest, tensors)
     modules = peft_matrices(path, tensors)
-    if {A, B} <= modules.get(module, {}).keys():
+    if {A, B} <= modules.get(module, {}).keys() and module not in {target.module for target in manifest.adapter.targets}:
         alpha, rank = ((config.get(pattern) or {}).get(module, config[name]) for pattern, name in OWN_SIZES)
         if not (within(rank, int, RANK_LIMIT) and within(alpha, int | float, ALPHA_LIMIT)):
             raise AdapterError(f"{path / CONFIG}: the head has rank {rank!r:.40} with alpha {alpha!r:.40}; save the adapter again")
@@ -61,9 +61,8 @@ def read_adapter(path: Path, manifest: Manifest) -> Lora | Prefix:
 def _lora(path: Path, manifest: Manifest, modules: dict[str, dict[str, Array]], alpha: float | None, rank: int | None) -> Lora:
     """`alpha` None says that the scaling is in A, `rank` None that any will do."""
     assert manifest.adapter is not None
-    modules = dict(modules)
-    head = head_from_lora(path, modules.pop(head_module(manifest), None))
-    targets = {target.module: target for target in manifest.adapter.targets}
+    targets, modules, module = {target.module: target for target in manifest.adapter.targets}, dict(modules), head_module(manifest)
+    head = head_from_lora(path, modules.pop(module)) if module in modules.keys() - targets.keys() else NO_ROWS
     strange = [module for module in modules if module not in targets]
     if strange or not modules:
         what = f"changes {len(strange)} layers without branch points ({strange[0]})" if strange else "holds no matrices"

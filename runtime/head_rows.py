@@ -73,10 +73,8 @@ def head_as_lora(path: Path, head: HeadRows, manifest: Manifest) -> dict[str, Ar
     return {A: rows, B: ones}
 
 
-def head_from_lora(path: Path, pair: dict[str, Array] | None) -> HeadRows:
+def head_from_lora(path: Path, pair: dict[str, Array]) -> HeadRows:
     """Rows of the head from LoRA at the head whose B reaches few tokens, as `write_peft` writes it."""
-    if pair is None:
-        return NO_ROWS
     if pair.keys() != {A, B} or pair[A].shape[1] != pair[B].shape[0]:
         raise AdapterError(f"{path}: its matrices of the head do not fit each other; save the adapter again")
     tokens = np.flatnonzero(pair[B].any(axis=0))

@@ -396,7 +396,17 @@ def test_peft_loads_the_adapter_of_encoder_and_head_onto_the_source(name: str, e
     labels = "terrible=bad,ok=fair,great=good"
     rows = [{"text": text, "label": "great" if label else "terrible"} for text, label in ROWS]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    api.tune(directory, tmp_path / "run", data=str(tmp_path / "rows.jsonl"), template="{text}", labels=labels, steps=8, rank=2, lr=5e-2)
+    api.tune(
+        directory,
+        tmp_path / "run",
+        data=str(tmp_path / "rows.jsonl"),
+        template="{text}",
+        labels=labels,
+        steps=8,
+        rank=2,
+        lr=5e-2,
+        start="none",
+    )
     model = EdgeModel(directory, threads=1, run=tmp_path / "run", step="last")
     assert isinstance(model.adapter, Lora)
     (tmp_path / "adapter").mkdir()

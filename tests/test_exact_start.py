@@ -24,7 +24,7 @@ from edgezo.runtime.journal import Journal, head_record, read_journal
 from edgezo.runtime.lbfgs import minimize
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.peft_folder import write_peft
-from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.scoring import Classified, Sequences
 from edgezo.runtime.tuned import write_tuned
 
 PLACES = ["the film", "a plot", "the end", "a song", "this book", "the cat", "one meal", "my day", "the sea", "a hat", "the plan", "he"]
@@ -188,6 +188,26 @@ def test_a_masked_model_starts_exactly(tmp_path: Path, rows: str) -> None:
     assert result.before is not None
     assert result.start is not None
     assert result.start.loss < 0.5 * result.before.loss
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_classifier_starts_exactly_and_goes_to_hugging_face(tmp_path: Path, rows: str, name: str) -> None:
+    source = tiny_encoders.save(tmp_path / "source", name, head="")
+    directory = edgezo.export_model(source, tmp_path / "edge", classes="bad,good", adapter="lora").directory
+    result = edgezo.tune(directory, tmp_path / "run", data=rows, valid=rows, steps=1, directions=4, threads=1, template="{text}")
+    assert result.before is not None
+    assert result.start is not None
+    assert result.start.loss < 0.8 * result.before.loss
+    model = EdgeModel(directory, run=tmp_path / "run", step="last", threads=1)
+    text = model.text.encode("the film is great", True)
+    expected = np.concatenate(Sequences(model).log_probs([Classified(text, target) for target in (0, 1)]))
+    write_tuned(directory, [tmp_path / "run"], [1.0], "last", tmp_path / "hf", "hf", threads=1)
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    found = torch.log_softmax(network(torch.tensor([text])).logits[0], 0).detach().numpy()
+    assert np.abs(found - expected).max() < 1e-4
+    message = f"{model.manifest.origin.id}: the run changed rows of the head beside LoRA at the same layer, which a PEFT folder cannot hold; use --format hf or edge, or tune with --start none"
+    with pytest.raises(AdapterError, match=f"^{re.escape(message)}$"):
+        write_tuned(directory, [tmp_path / "run"], [1.0], "last", tmp_path / "peft", "peft", threads=1)
 
 
 def test_what_the_start_did_is_told(lora_dir: Path, rows: str, tmp_path: Path, invoke: Any) -> None:

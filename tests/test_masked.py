@@ -372,7 +372,7 @@ def test_peft_loads_the_adapter_onto_the_source_and_the_edge_model_reads_it_back
     model = EdgeModel(directory, threads=1, run=tmp_path / "run", step="last")
     assert isinstance(model.adapter, Lora)
     (tmp_path / "adapter").mkdir()
-    write_peft(model.adapter, model.manifest, tmp_path / "adapter")
+    write_peft(model.adapter, model.manifest, tmp_path / "adapter", model.head)
     adapted = peft.PeftModel.from_pretrained(tiny_encoders.make_model(name), str(tmp_path / "adapter")).eval()
     pairs, _ = candidates(directory, "the plot is great")
     with torch.no_grad():

@@ -20,10 +20,10 @@ from edgezo import api
 from edgezo.errors import AdapterError, ConfigError, EdgeModelError, ExportError
 from edgezo.export import export_model
 from edgezo.manifest import read_manifest
-from edgezo.runtime.adapter_files import write_peft
 from edgezo.runtime.hugging_face import write_hugging_face
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.peft_folder import write_peft
 from edgezo.runtime.scoring import Classified, Masked, Sequences
 
 TEXTS = ["user", "the plot is terrible and the film is great and the plot is great", "a great film", "user"]
