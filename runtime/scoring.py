@@ -75,6 +75,9 @@ class Sequences:
     Args:
         model: the edge model.
         batch_tokens: padded tokens of one forward at most, unless one row has more.
+
+    Attributes:
+        forward_rows: rows of all forwards so far; a row counts in each copy of the weights.
     """
 
     def __init__(self, model: EdgeModel, batch_tokens: int = BATCH_TOKENS) -> None:
@@ -83,6 +86,7 @@ class Sequences:
         self.pad = model.manifest.tokenizer.pad_token_id
         self.batch_tokens = batch_tokens
         self.whole = model.manifest.origin.family == "classifier"  # hidden rows are rows of the batch
+        self.forward_rows = 0
         self.batch_hidden = max(1, BATCH_LOGITS_BYTES // (4 * model.manifest.origin.vocab_size))
 
     def log_probs(self, pairs: Sequence[Candidate]) -> Scores:
@@ -125,6 +129,7 @@ class Sequences:
         states: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(layout.hidden)
         for tile in self._tiles(0, layout, sides=1):
             own, (wanted,) = self._feeds([layout], [tile], sides=1)
+            self.forward_rows += len(tile.sequences)
             scores[wanted], found = self.model.scoring.run(["log_probs", "hidden"], {**{name: own[name] for name in self.inputs}, **feeds})
             for row, state in zip(tile.hidden, found, strict=True):
                 states[row] = state
@@ -152,6 +157,7 @@ class Sequences:
         tiles = [tile for group, layout in enumerate(layouts) for tile in self._tiles(group, layout, len(sides))]
         for chosen in self._forwards(tiles, len(sides), together):
             feeds, wanted = self._feeds(layouts, chosen, len(sides))
+            self.forward_rows += len(sides) * sum(len(tile.sequences) for tile in chosen)
             given = {**{name: feeds[name] for name in self.inputs}, **copies([tile.group for tile in chosen], sides)}
             found = iter(np.split(session.run(["log_probs"], given)[0], np.cumsum([len(part) for part in wanted])[:-1]))
             parts = iter(wanted)
