@@ -1,0 +1,235 @@
+"""Test accuracy against rows of forward, method by method: a table and a plot. Every cell is a process of its own.
+
+    python -m examples.bench.convergence RESULTS --lora EDGE --full EDGE --source MODEL --data ../shared/data --tasks sst2,trec
+    python -m examples.bench.convergence RESULTS --lora EDGE            # the demo's own notes
+
+Without --full and --source their methods are left out. The data folder has TASK/train.jsonl, TASK/validation.jsonl and TASK/test.jsonl. Settings are those of the methods, and
+of a grid of rates each is a method of its own. A cell that is in RESULTS is not run again, so that the bench can be stopped and go on. Rows of forward are those that learning takes,
+calibration and exact start with it, one for each forward of a row; backpropagation counts three for each row, since a backward pass costs about two forwards. Evaluations are not counted.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import edgezo
+from edgezo.recipe import recipe_names, task_settings
+from edgezo.runtime.corpus import read_data
+from edgezo.runtime.dataset import task_of, tokenize_data
+from edgezo.runtime.masked import ModelFacts
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.objective import Objective
+from edgezo.runtime.run import read_run
+from edgezo.runtime.scoring import Sequences
+
+OWN = Path(__file__).parent
+NOTES: dict[str, Any] = {
+    "template": "Note: {text}\nTopic:",
+    "labels": ",".join(f"{w}={w}" for w in ("family", "health", "money", "travel", "work")),
+}
+STEP_ROWS = 32  # of forward, of every method
+
+
+class Method(NamedTuple):
+    """Which model a method tunes, and its settings; `each_budget`: a run of its own for every number of rows."""
+
+    edge: str
+    settings: dict[str, Any]
+    each_budget: bool = False
+
+
+PLAIN: dict[str, Any] = {"start": "none", "rule": "sgd", "directions": 1, "batch": 16, "schedule": "constant"}
+METHODS = {
+    "edgezo": Method("lora", {}),
+    "exact start alone": Method("lora", {"steps": 0}, each_budget=True),
+    "linear probe": Method("lora", {}, each_budget=True),
+    "edgezo without exact start": Method("lora", {"start": "none"}),
+    "MeZO LoRA, published": Method("lora", {**PLAIN, "eps": 1e-2, "lr": 1e-4, "tune_a": True}),
+    "MeZO, published": Method("full", {**PLAIN, "eps": 1e-3, "lr": 1e-6}),
+    **{f"MeZO, lr {lr:g}": Method("full", {**PLAIN, "eps": 1e-3, "lr": lr}) for lr in (5e-6, 2e-5, 8e-5)},
+    "backpropagation, LoRA, AdamW": Method("source", {}),
+}
+
+
+class Files(NamedTuple):
+    """Of one task: training, validation and test rows, and how they are read."""
+
+    train: Path
+    valid: Path
+    test: Path
+    settings: dict[str, Any]
+
+
+def files_of(options: argparse.Namespace, task: str) -> Files:
+    """The demo's notes, or a task of the data folder."""
+    folder = Path(edgezo.__file__).parent / "demo_data" if task == "notes" else options.data / task
+    names = (folder / f"{name}.jsonl" for name in ("train", "validation", "test"))
+    own = OWN / f"{task}.yaml"
+    settings = NOTES if task == "notes" else task_settings(task if task in recipe_names() else own)
+    return Files(*names, settings)
+
+
+def budgets(most: int) -> list[int]:
+    """Rows of forward at which the test rows are measured."""
+    return [rows for rows in (128 << power for power in range(20)) if rows <= most]
+
+
+def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Learn, and measure the test rows at every number of rows of forward; accuracy by rows, and seconds of learning."""
+    method, files, begun = METHODS[name], files_of(options, task), time.monotonic()
+    edge = getattr(options, method.edge)
+    if method.edge == "source":
+        from examples.bench.backpropagation import learn
+
+        return learn(edge, options.lora, files, budgets(options.rows), options.test_rows, seed)
+    points: dict[int, float] = {}
+    if method.each_budget:
+        available = len(read_data(str(files.train)))
+        for rows in [rows for rows in budgets(options.rows) if rows < 2 * available]:
+            points[min(rows, available)] = _learn_once(options, edge, name, files, min(rows, available), folder / f"{rows}", seed)
+        return {"points": points, "seconds": time.monotonic() - begun}
+    steps = max(1, options.rows // STEP_ROWS)
+    result = edgezo.tune(
+        edge, folder, data=str(files.train), valid=str(files.valid), seed=seed, steps=steps, eval_every=max(1, steps // 8),
+        **files.settings, **method.settings,
+    )  # fmt: skip
+    rows_at = _rows_by_step(folder)
+    places = {rows: max((step for step, spent in rows_at.items() if spent <= rows), default=None) for rows in budgets(options.rows)}
+    chosen = {rows: step for rows, step in places.items() if step is not None}
+    measured = measure(edge, folder, files, options.test_rows, {*chosen.values(), result.best_step, result.steps})
+    points = {rows: measured[step] for rows, step in chosen.items()}
+    return {
+        "points": points,
+        "best": measured[result.best_step],
+        "last": measured[result.steps],
+        "rows": max(rows_at.values()),
+        "seconds": result.seconds,
+    }
+
+
+def _learn_once(options: argparse.Namespace, edge: Path, name: str, files: Files, rows: int, folder: Path, seed: int) -> float:
+    if name == "linear probe":
+        found = edgezo.probe(edge, files.train, _first(files.test, options.test_rows, folder), rows=rows, **files.settings)
+        return float(found.evaluation.accuracy or 0.0)
+    edgezo.tune(edge, folder, data=str(files.train), seed=seed, start_rows=rows, **files.settings, **METHODS[name].settings)
+    return measure(edge, folder, files, options.test_rows, {0})[0]
+
+
+def _first(path: Path, rows: int, folder: Path) -> Path:
+    """A file of the first rows of another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:rows]
+    (folder / path.name).write_text("".join(lines), encoding="utf-8")
+    return folder / path.name
+
+
+def _rows_by_step(folder: Path) -> dict[int, int]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return {line["step"]: line["forward_rows"] for line in lines if "forward_rows" in line}
+
+
+def measure(edge: Path, run: Path, files: Files, test_rows: int, steps: Iterable[int]) -> dict[int, float]:
+    """Test accuracy of steps of a run."""
+    model, config = EdgeModel(edge), read_run(run).config
+    rows = read_data(str(files.test))[:test_rows]
+    task = task_of(rows, config, ModelFacts.of(model.manifest))
+    examples = tokenize_data(model, config, task, str(files.test), rows).examples
+    objective, found = Objective(Sequences(model), task, config), {}
+    for step in sorted(set(steps)):
+        model.use(run=run, step=step)
+        found[step] = float(objective.evaluate(examples).accuracy or 0.0)
+    return found
+
+
+def table(results: Path) -> str:
+    """A row for every task and method, mean over seeds; columns are rows of forward."""
+    cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+    columns = sorted({int(rows) for cell in cells for rows in cell["points"]})
+    lines = ["| task | method | " + " | ".join(f"{rows:,}" for rows in columns) + " | seconds |", "|---" * (len(columns) + 3) + "|"]
+    for task in dict.fromkeys(cell["task"] for cell in cells):
+        for name in METHODS:
+            own = [cell for cell in cells if (cell["task"], cell["method"]) == (task, name)]
+            if own:
+                lines.append(
+                    f"| {task} | {name} | "
+                    + " | ".join(_mean(own, rows) for rows in columns)
+                    + f" | {sum(c['seconds'] for c in own) / len(own):,.0f} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def _mean(cells: list[dict[str, Any]], rows: int) -> str:
+    found = [cell["points"][str(rows)] for cell in cells if str(rows) in cell["points"]]
+    return f"{100 * sum(found) / len(found):.1f}" if found else ""
+
+
+def plot(results: Path, path: Path) -> None:
+    """A panel a task, a line a method with a faint one a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cells = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))]
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    figure, panels = pyplot.subplots(1, len(tasks), figsize=(6 * len(tasks), 4.5), squeeze=False)
+    for panel, task in zip(panels[0], tasks, strict=True):
+        for number, name in enumerate(METHODS):
+            own = [cell for cell in cells if (cell["task"], cell["method"]) == (task, name)]
+            columns = sorted({int(rows) for cell in own for rows in cell["points"]})
+            for cell in own if len(own) > 1 else []:
+                panel.plot(*zip(*((int(r), 100 * a) for r, a in cell["points"].items()), strict=True), color=f"C{number}", alpha=0.25)
+            if own:
+                panel.plot(columns, [float(_mean(own, rows)) for rows in columns], "o-", color=f"C{number}", label=name, markersize=3)
+        panel.set(title=task, xscale="log", xlabel="rows of forward", ylabel="test accuracy, %")
+        panel.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Run what is missing, each cell as a process of its own; print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--lora", type=Path, required=True, help="export with --adapter lora")
+    parser.add_argument("--full", type=Path, help="export without an adapter")
+    parser.add_argument("--source", type=Path, help="what they were exported from, for backpropagation")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--tasks", default="notes")
+    parser.add_argument("--methods", help="names separated by semicolons; all when left out")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--rows", type=int, default=4096, help="of forward, at most")
+    parser.add_argument("--test-rows", type=int, default=1000)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.results.mkdir(parents=True, exist_ok=True)
+    if options.cell:
+        task, name, seed = options.cell
+        key = f"{task}.{name.replace(' ', '-').replace(',', '')}.{seed}"
+        found = run_cell(options, task, name, int(seed), options.results / f"{key}.{time.time():.0f}.run")
+        (options.results / f"{key}.json").write_text(
+            json.dumps({"task": task, "method": name, "seed": int(seed), **found}), encoding="utf-8"
+        )
+        return
+    for task in options.tasks.split(","):
+        for name in options.methods.split(";") if options.methods else METHODS:
+            for seed in options.seeds.split(","):
+                key = f"{task}.{name.replace(' ', '-').replace(',', '')}.{seed}"
+                if getattr(options, METHODS[name].edge) is not None and not (options.results / f"{key}.json").is_file():
+                    subprocess.run(
+                        [sys.executable, "-m", "examples.bench.convergence", *sys.argv[1:], "--cell", task, name, seed], check=True
+                    )
+    sys.stdout.write(table(options.results))
+    if options.plot is not None:
+        plot(options.results, options.plot)
+
+
+if __name__ == "__main__":
+    main()
