@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from edgezo.config import TuneConfig
 from edgezo.errors import DivergenceError, NonFiniteLossError
+from edgezo.runtime import noise
 from edgezo.runtime.dataset import Dataset
 from edgezo.runtime.evaluation import Evaluation, best_step
 from edgezo.runtime.examples import Example
@@ -28,6 +29,7 @@ from edgezo.runtime.theta import Theta, step_directions
 from edgezo.runtime.watch import LEVEL_STEPS, Rise, find_rise, lowest_level, worse_than_start
 
 LAST_BATCHES, MOST_ROWS, CLEARLY = 8, 32, 0.1  # rows that decide whether weights are worse, and by how much of their loss
+GUARD_STEPS, RUINED = (2, 4, 8, 16, 32, 64), 0.5  # when the loss of a few rows is compared with that at the start; evaluations tell later
 SMALLER, MOST_UNDOS = 1 / 4, 8  # after a divergence; 4^8 is 65,536
 
 SETTLE_EVALUATIONS = 2  # in a row without a new best
@@ -54,6 +56,7 @@ class Tuner:
     undos: int = 0
     settles: bool = False  # a measured rate that no schedule lowers
     quiet_until: int = 0  # after a rise that was the rows' alone
+    start_loss: float | None = None  # of the guarded rows
     still: int = 0  # steps in a row that changed nothing
 
     def __post_init__(self) -> None:
@@ -91,10 +94,11 @@ class Tuner:
                 why = f"the validation loss rose from {start.loss:.4g} to {found.loss:.4g}"
                 self._go_back(best, f"step {step}: {why}", metrics, started)
                 return None
-            waited = sum(number > best for number in self.evaluations)
+            # evaluations where an earlier call ended do not count: a run that goes on is the run that never stopped
+            waited = sum(number > best and number % config.eval_every == 0 for number in self.evaluations)
             if 0 < config.allowed_patience <= waited:
                 return "no longer better"
-            if self.settles and waited and waited % SETTLE_EVALUATIONS == 0:
+            if self.settles and step % config.eval_every == 0 and waited and waited % SETTLE_EVALUATIONS == 0:
                 self._settle(step)
         if progress >= 1:
             return "finished" if step == config.total_steps else "out of time"
@@ -104,6 +108,8 @@ class Tuner:
         rise = find_rise([record.loss for record in self.records], config.rows) if self.theta.objective.smooth else None
         if rise is not None and step >= self.quiet_until:
             self._look_back(rise, metrics, started)
+        elif self.theta.objective.smooth and len(self.records) in GUARD_STEPS:
+            self._look_at_start(metrics, started)
         return None
 
     def _step(self, step: int, progress: float, metrics: TextIO, started: float) -> None:
@@ -135,18 +141,37 @@ class Tuner:
         self.reporter.notice(f"step {step}: {SETTLE_EVALUATIONS} evaluations without a new best; on with half the learning rate, {lr:.3g}")
 
     def _look_back(self, rise: Rise, metrics: TextIO, started: float) -> None:
-        """Score the rows of the last steps now and at the last good step: rows may differ more than weights do."""
+        """Score the rows of the last steps now, at the last good step and at the best evaluated one: rows may differ more than weights do."""
         step = len(self.records)
         rows = [example for number in range(max(0, step - LAST_BATCHES), step) for example in self.dataset.batch(self.order, number)]
-        now = self._loss(rows[-MOST_ROWS:])
-        self._rebuild(rise.good_step)
-        good = self._loss(rows[-MOST_ROWS:])
-        if now > good + CLEARLY * abs(good):
-            why = f"step {step}: the loss of the last rows is {now:.4g} and was {good:.4g} at step {rise.good_step}"
-            self._go_back(rise.good_step, why, metrics, started)
+        losses = {place: self._loss_at(place, rows[-MOST_ROWS:]) for place in (step, best_step(self.evaluations, 0), rise.good_step)}
+        good = min(losses, key=lambda place: losses[place])
+        if losses[step] > losses[good] + CLEARLY * abs(losses[good]):
+            why = f"step {step}: the loss of the last rows is {losses[step]:.4g} and was {losses[good]:.4g} at step {good}"
+            self._go_back(good, why, metrics, started)
         else:
             self._rebuild(step)
             self.quiet_until = step + LEVEL_STEPS
+
+    def _look_at_start(self, metrics: TextIO, started: float) -> None:
+        """Score the same few rows as at the start: weights that know nothing any more may have a loss like that of a hard batch."""
+        step, rows = len(self.records), self._guard_rows()
+        if self.start_loss is None:
+            self.start_loss = self._loss_at(0, rows)
+            self._rebuild(step)
+        now = self._loss(rows)
+        if now > self.start_loss + RUINED * abs(self.start_loss):
+            why = f"step {step}: the loss of {len(rows)} training rows is {now:.4g} and was {self.start_loss:.4g} at the start"
+            self._go_back(0, why, metrics, started)
+
+    def _guard_rows(self) -> list[Example]:
+        examples = self.dataset.train.examples
+        return [examples[row] for row in noise.permutation(self.config.seed, len(examples), 0)[:MOST_ROWS]]
+
+    def _loss_at(self, step: int, rows: list[Example]) -> float:
+        if step != len(self.records):
+            self._rebuild(step)
+        return self._loss(rows)
 
     def _loss(self, rows: list[Example]) -> float:
         """Infinite where it is not finite."""

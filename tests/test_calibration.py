@@ -142,7 +142,7 @@ def test_the_measured_rate_is_near_the_best_of_a_grid(most_curved: float, size: 
 
 # on a model
 
-TASK: dict[str, Any] = {"template": "{text} It was", "labels": "terrible,great", "threads": 1}
+TASK: dict[str, Any] = {"template": "{text} It was", "labels": "terrible,great", "start": "none", "threads": 1}
 
 
 @pytest.mark.parametrize("edge", ["exported_dir", "lora_dir", "prefix_dir"])

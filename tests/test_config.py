@@ -85,7 +85,7 @@ def test_a_file_and_options_override_the_defaults_of_an_adapter(write: Write) ->
 
 
 # no default, or one that is said in words
-SHOWN = {"steps", "max_length", "answer_field", "stop", "objective", "metrics", "valid", "lr", "eps", "patience"}
+SHOWN = {"steps", "max_length", "answer_field", "stop", "objective", "metrics", "valid", "lr", "eps", "patience", "start"}
 
 
 @pytest.mark.parametrize("field", [field for field in FIELDS if DEFAULTS[field] is None and field not in SHOWN])
@@ -126,6 +126,8 @@ NEITHER_DEFAULT: dict[str, Any] = {  # a value for every field, none of them its
     "alpha": 8.0,
     "tune_a": True,
     "init": "FOLDER",
+    "start": "none",
+    "start_rows": 100,
     "seed": 7,
     "noise": "gaussian",
     "schedule": "cosine",

@@ -16,7 +16,7 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.reports import Reporter
 from edgezo.runtime.run import read_run
 
-TASK: dict[str, Any] = {"template": "{text} It was", "labels": "terrible,great"}
+TASK: dict[str, Any] = {"template": "{text} It was", "labels": "terrible,great", "start": "none"}
 FAST: dict[str, Any] = {**TASK, "lr": 1e-4, "eps": 1e-3, "batch": 4, "threads": 1}
 
 

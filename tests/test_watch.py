@@ -22,7 +22,7 @@ from edgezo.runtime.tune import tune
 from edgezo.runtime.tuner import MOST_UNDOS, SMALLER
 from edgezo.runtime.watch import LEVEL_STEPS, find_rise, lowest_level, worse_than_start
 
-TASK: dict[str, Any] = {"template": "{text} It was", "labels": "terrible,great"}
+TASK: dict[str, Any] = {"template": "{text} It was", "labels": "terrible,great", "start": "none"}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -156,8 +156,8 @@ def test_a_loss_that_is_not_finite_is_taken_back_until_that_was_too_often(
     model, done = EdgeModel(exported_dir, threads=1), list[int]()
 
     def damage(report: StepReport) -> None:
-        if report.step == 4 and len(done) < times:
-            done.append(4)
+        if report.step == 3 and len(done) < times:
+            done.append(3)
             model.weights["model.norm.weight"][0] = np.nan
 
     notices: list[str] = []
@@ -168,11 +168,11 @@ def test_a_loss_that_is_not_finite_is_taken_back_until_that_was_too_often(
         assert len(read_run(tmp_path / "run").records) == 9
     else:
         message = (
-            r"^\S+run: diverged 8 times, the last time: step 4: the loss at theta \+ eps z is nan; .*; stopped at step \d, the last good one, "
+            r"^\S+run: diverged 8 times, the last time: step 3: the loss at theta \+ eps z is nan; .*; stopped at step \d, the last good one, "
             r"start a new run without --lr and --eps, or with a --lr below 1\.53e-09$"
         )
         with pytest.raises(DivergenceError, match=message):
             tune(model, config, tmp_path / "run", reporter=reporter)
-        assert len(read_run(tmp_path / "run").records) < 4
+        assert len(read_run(tmp_path / "run").records) < 3
     undone = [line for line in notices if "back to step" in line]
     assert len(undone) == (1 if times == 1 else MOST_UNDOS - 1)
