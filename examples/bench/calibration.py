@@ -56,17 +56,17 @@ def overrides(config: dict[str, Any]) -> dict[str, list[str]]:
     lr, eps = config["lr"], config["eps"]
     return {
         "lr x 1000": ["--lr", str(lr * 1000)],
-        "lr / 1000": ["--lr", str(lr / 1000)],
-        "eps x 1000": ["--eps", str(eps * 1000)],
-        "eps / 1000": ["--eps", str(eps / 1000)],
         "one direction of one row": ["--directions", "1", "--batch", "1"],
-        "seed 1": ["--seed", "1"],
-        "seed 2": ["--seed", "2"],
+        "eps x 1000": ["--eps", str(eps * 1000)],
         "sgd with the normalized lr": ["--rule", "sgd", "--lr", str(lr)],
+        "lr x 30": ["--lr", str(lr * 30)],
+        "A and B": ["--tune-a"],
         "constant schedule with the cosine's lr": ["--schedule", "constant", "--lr", str(lr)],
         "rank 1": ["--rank", "1"],
-        "A and B": ["--tune-a"],
-        "lr x 30": ["--lr", str(lr * 30)],
+        "lr / 1000": ["--lr", str(lr / 1000)],
+        "eps / 1000": ["--eps", str(eps / 1000)],
+        "seed 1": ["--seed", "1"],
+        "seed 2": ["--seed", "2"],
     }
 
 
