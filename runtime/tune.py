@@ -91,7 +91,7 @@ def tune(
         measuring = measuring_config(model, config)
         weights = mutable_weights(model, measuring, start)
         if measuring is not config:
-            weights.eps = config.eps or first_scale(model)  # the proof perturbs by it
+            weights.eps = max(config.eps or 0.0, first_scale(model))  # the proof perturbs by it
         theta = Theta(model, measuring, weights, Objective(Sequences(model), dataset.task, config))
         reporter.stage("checking that the engine sees changes of every tunable tensor")
         prove_live(model, weights, generates=theta.objective.writes_text)
