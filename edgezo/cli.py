@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgezo import __version__, baseline_commands, chat, export_command, rate, run_commands, terminal, use_commands
-from edgezo.config import DEFAULT_STEPS
+from edgezo.config import DEFAULT_PATIENCE, DEFAULT_STEPS
 from edgezo.errors import EdgezoError
 from edgezo.options import (
     AnswerField,
@@ -63,7 +63,12 @@ def tune_command(
     directory: EdgeDir,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Run directory to make, or with --resume to continue.")],
     data: Annotated[str | None, setting("data")] = None,
-    valid: Annotated[str | None, setting("valid")] = None,
+    valid: Annotated[
+        str | None, setting("valid", text="validation rows; the best state by these is kept.", shown="some of the training rows")
+    ] = None,
+    valid_share: Annotated[
+        float | None, setting("valid_share", text="share of the training rows set aside for validation without --valid; 0 sets none aside.")
+    ] = None,
     task: TaskName = None,
     template: Template = None,
     labels: Labels = None,
@@ -82,8 +87,8 @@ def tune_command(
     minutes: Annotated[
         float | None, setting("minutes", text="time budget, evaluation included; with --steps whichever ends first.")
     ] = None,
-    lr: Annotated[float | None, setting("lr")] = None,
-    eps: Annotated[float | None, setting("eps")] = None,
+    lr: Annotated[float | None, setting("lr", text="learning rate.", shown="measured at the start")] = None,
+    eps: Annotated[float | None, setting("eps", text="perturbation scale.", shown="measured at the start")] = None,
     directions: Annotated[int | None, setting("directions")] = None,
     batch: Annotated[int | None, setting("batch")] = None,
     rule: Annotated[
@@ -106,6 +111,14 @@ def tune_command(
     warmup: Annotated[float | None, setting("warmup")] = None,
     weight_decay: Annotated[float | None, setting("weight_decay")] = None,
     eval_every: Annotated[int | None, setting("eval_every")] = None,
+    patience: Annotated[
+        int | None,
+        setting(
+            "patience",
+            text="evaluations in a row without a new best that end the run, 0 for never.",
+            shown=f"{DEFAULT_PATIENCE} when neither --steps nor --minutes is given, else 0",
+        ),
+    ] = None,
     eval_rows: Annotated[int | None, setting("eval_rows")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML or JSON file of these settings; options override it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue RUN; more --steps or --minutes may be given.")] = False,
@@ -120,13 +133,13 @@ def tune_command(
     from edgezo import api
 
     settings = as_typed(
-        data=data, valid=valid, template=template, labels=labels, label_field=label_field, max_length=max_length,
+        data=data, valid=valid, valid_share=valid_share, template=template, labels=labels, label_field=label_field, max_length=max_length,
         choices=choices, answer_field=answer_field, replace=replace, stop=stop, calibrate=calibrate, objective=objective,
         beta=beta, metrics=metrics, max_tokens=max_tokens,
         steps=steps, minutes=minutes, lr=lr, eps=eps, directions=directions,
         batch=batch, rule=rule, rank=rank, alpha=alpha, tune_a=tune_a, init=init, start=start,
         start_rows=start_rows, seed=seed, noise=noise, schedule=schedule,
-        warmup=warmup, weight_decay=weight_decay, eval_every=eval_every, eval_rows=eval_rows,
+        warmup=warmup, weight_decay=weight_decay, eval_every=eval_every, patience=patience, eval_rows=eval_rows,
     )  # fmt: skip
     how: dict[str, Any] = {"resume": resume, "config": config, "task": task, "threads": threads, "device": device, "memory": memory}
     with terminal.tuning() as reporter:
@@ -158,7 +171,9 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
     use = "predict DIR --run RUN --text '...'" if config.labels is not None else "generate DIR --run RUN --prompt '...'"
     if config.choices is not None or config.answer_field is not None:
         use = "predict DIR --run RUN --data ROWS"
-    more = {"interrupted": "", "finished": " --steps MORE", "out of time": " --minutes MORE"}[result.ended]
+    more = {"interrupted": "", "finished": " --steps MORE", "out of time": " --minutes MORE", "no longer better": " --patience 0"}[
+        result.ended
+    ]
     rows.append(("use it", f"edgezo {use}".replace("DIR", str(directory)).replace("RUN", str(output))))
     rows.append(("go on", f"edgezo tune {directory} -o {output} --resume{more}"))
     return rows

@@ -19,6 +19,7 @@ PREFIX_TOKENS = 5
 RANK_LIMIT, ALPHA_LIMIT = 4096, 1e6
 CONFIG_BYTES_LIMIT = 1 << 20
 DEFAULT_STEPS = 500
+DEFAULT_PATIENCE = 3
 ANSWER_METRICS = ("f1", "exact-match")  # of generated answers, unless --metrics says otherwise
 OBJECTIVES = ("likelihood", "cross-entropy", "accuracy", "f1", "exact-match", "rouge-l", "preference", "dpo")
 
@@ -42,7 +43,10 @@ class TuneConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: str = Field(description="training rows: .jsonl, .csv or .tsv; or plain text: a .txt or .md file, or a folder of them")
-    valid: str | None = Field(None, description="validation rows; the best state by these is kept")
+    valid: str | None = Field(None, description="validation rows; the best state by these is kept; when unset some of the training rows")
+    valid_share: float = Field(
+        0.15, ge=0, lt=1, description="share of the training rows set aside for validation when valid is unset; 0 sets none aside"
+    )
     template: str | None = Field(
         None, description="classification prompt with {field} names; the label word continues it, or stands at the {mask} of a masked model"
     )
@@ -68,8 +72,8 @@ class TuneConfig(BaseModel):
     )
     steps: int | None = Field(None, gt=0, description=f"steps in all; {DEFAULT_STEPS} when neither steps nor minutes is given")
     minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time budget in minutes, evaluation included")
-    lr: float = Field(2e-5, gt=0, le=1e6, allow_inf_nan=False, description="learning rate")
-    eps: float = Field(1e-3, gt=0, le=1e6, allow_inf_nan=False, description="perturbation scale")
+    lr: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False, description="learning rate; measured at the start when unset")
+    eps: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False, description="perturbation scale; measured at the start when unset")
     directions: int = Field(1, gt=0, le=1024, description="directions of a step, each with rows of its own")
     batch: int = Field(16, gt=0, description="rows of a direction")
     rule: Literal["sgd", "normalized"] = Field("sgd", description="of the update; normalized has root mean square lr in every weight")
@@ -87,13 +91,18 @@ class TuneConfig(BaseModel):
     warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the run with a rising learning rate")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="decoupled, on matrices alone")
     eval_every: int = Field(100, gt=0, description="steps between evaluations")
+    patience: int | None = Field(
+        None,
+        ge=0,
+        description=f"evaluations in a row without a new best that end a run, 0 for never; {DEFAULT_PATIENCE} when neither steps nor minutes is given, else 0",
+    )
     eval_rows: int = Field(256, gt=0, description="validation rows used for these; all when fewer")
 
     @model_validator(mode="after")
     def _bounded(self) -> "TuneConfig":
         if self.objective is not None and self.objective not in OBJECTIVES and not re.fullmatch(r"[\w.]+:\w+", self.objective):
             raise ValueError(f"--objective {self.objective}: give {', '.join(OBJECTIVES)}, or package.module:function")
-        if self.lr * self.weight_decay >= 1:
+        if self.lr is not None and self.lr * self.weight_decay >= 1:
             raise ValueError("lr * weight_decay must be below 1")
         return self
 
@@ -107,6 +116,13 @@ class TuneConfig(BaseModel):
         """Steps of the whole run; None when time alone ends it."""
         return self.steps if self.steps is not None or self.minutes is not None else DEFAULT_STEPS
 
+    @property
+    def allowed_patience(self) -> int:
+        """Evaluations in a row without a new best that end the run; 0: none do."""
+        if self.patience is not None:
+            return self.patience
+        return DEFAULT_PATIENCE if self.steps is None and self.minutes is None else 0
+
 
 # how rows are read and measured: what an evaluation takes from the run
 TASK_SETTINGS = (
@@ -116,8 +132,8 @@ TASK_SETTINGS = (
 
 # what differs from the fields' defaults where an adapter is tuned: measured in docs/adapters.md
 ADAPTER_DEFAULTS: dict[AdapterKind, dict[str, Any]] = {
-    "lora": {"lr": 1.2e-2, "eps": 1e-2, "directions": 16, "batch": 1, "rule": "normalized", "schedule": "cosine"},
-    "prefix": {"lr": 1e-2, "eps": 1e-1, "directions": 16, "batch": 1, "rule": "normalized", "schedule": "cosine"},
+    "lora": {"directions": 16, "batch": 1, "rule": "normalized", "schedule": "cosine"},
+    "prefix": {"directions": 16, "batch": 1, "rule": "normalized", "schedule": "cosine"},
 }
 
 

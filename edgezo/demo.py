@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEMPLATE = "Note: {text}\nTopic:"
 TOPICS = ("family", "health", "money", "travel", "work")
-SETTINGS: dict[str, Any] = {"steps": 500, "lr": 1e-2, "directions": 16, "batch": 1, "eval_every": 100, "seed": 0}
+SETTINGS: dict[str, Any] = {"steps": 500, "lr": 1e-2, "eps": 1e-2, "directions": 16, "batch": 1, "eval_every": 100, "seed": 0}
 QUESTION = "What is the capital of France?"
 NOTE = "Grandma's blood pressure pills are running out, call the pharmacy before Friday."
 

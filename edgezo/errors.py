@@ -8,6 +8,7 @@
     ├── RunError               a run directory that cannot be read, resumed or written
     ├── AdapterError           an adapter file that cannot be read, or does not fit the edge model
     ├── DeadTensorError        a tunable tensor whose change the engine does not see
+    ├── DivergenceError        a run whose loss keeps rising, whatever its step size; it stands at its last good step
     └── NonFiniteLossError     a loss that is NaN or infinite; the weights are as before the step
 
 Every message says what was asked, what was found, and what to do.
@@ -49,6 +50,10 @@ class AdapterError(EdgezoError):
 
 class DeadTensorError(EdgezoError):
     """The engine does not see a change of a tunable tensor."""
+
+
+class DivergenceError(EdgezoError):
+    """A run's loss rose too often; the steps that made it rise were taken back."""
 
 
 class NonFiniteLossError(EdgezoError):

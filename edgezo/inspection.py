@@ -74,6 +74,8 @@ def _run(path: Path) -> dict[str, Any]:
         "seconds": round(run.seconds, 1),
         "base": run.header.get("base"),
     }
+    if run.journal.undos:
+        facts["times_gone_back"], facts["lr_scale"] = run.journal.undos, run.journal.lr_scale
     facts["journal_bytes"] = run.journal.whole_bytes
     for step in dict.fromkeys([0, run.best_step, len(run.records)]):
         if step in run.evaluations:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from edgezo.config import ADAPTER_DEFAULTS, TuneConfig
 from edgezo.errors import DataError
+from edgezo.runtime import noise
 from edgezo.runtime.corpus import is_corpus, pack, packs, read_data
 from edgezo.runtime.data import Row
 from edgezo.runtime.examples import Example, Examples, make_examples
@@ -14,6 +15,9 @@ from edgezo.runtime.objective import add_references
 from edgezo.runtime.order import DataOrder
 from edgezo.runtime.scoring import Sequences, forward_tokens
 from edgezo.runtime.tasks import OPTIONS, Task, find_task, seen_labels
+
+LEAST_TO_SHARE = 100  # training rows; the validation of fewer would tell little and cost them much
+ASIDE_EPOCH = (1 << 64) - 2  # no run has this epoch
 
 
 class Dataset(NamedTuple):
@@ -57,14 +61,14 @@ def read_dataset(model: EdgeModel, config: TuneConfig, notice: Callable[[str], N
     if task.labels:  # they are the run's from now on: another file may lack one
         config = config.model_copy(update={"labels": seen_labels(task.labels, task.label_field, [*rows, *chosen])})
     if not packs(config.data, task):
-        config = _fit_directions(config, len(rows), model, notice)
+        config = _fit_directions(config, len(rows) - _aside(config, len(rows)), model, notice)
     train = tokenize_data(model, config, task, config.data, rows, notice, "training")
     if packs(config.data, task):
-        config = _fit_directions(config, len(train.examples), model, notice)
+        config = _fit_directions(config, len(train.examples) - _aside(config, len(train.examples)), model, notice)
         if config.max_length is None:  # evaluations of the run are to cut text alike
             config = config.model_copy(update={"max_length": _length(train.examples[0]) + 1})
     if config.valid is None:
-        return Dataset(config, task, train, None)
+        return Dataset(config, task, *_set_aside(train, config, notice))
     if not packs(config.valid, task):
         chosen = spread(chosen, config.eval_rows)
     valid = tokenize_data(model, config, task, config.valid, chosen, notice, "validation")
@@ -99,6 +103,27 @@ def tokenize_data(
     if made.truncated:
         notice(f"{made.truncated} of {len(rows)} {shown} rows were cut to {limit} tokens")
     return made
+
+
+def _aside(config: TuneConfig, rows: int) -> int:
+    """How many of so many training rows are set aside for validation; of a small file none."""
+    if config.valid is not None or rows < LEAST_TO_SHARE:
+        return 0
+    return min(round(config.valid_share * rows), config.eval_rows)
+
+
+def _set_aside(train: Examples, config: TuneConfig, notice: Callable[[str], None]) -> tuple[Examples, Examples | None]:
+    """Training and validation rows of one file, drawn by the seed; none for validation where there are few or none were asked for."""
+    made = train.examples
+    count = _aside(config, len(made))
+    if not count:
+        return train, None
+    chosen = {int(row) for row in noise.permutation(config.seed, len(made), ASIDE_EPOCH)[:count]}
+    notice(
+        f"validation: {count} of the {len(made)} rows of {config.data} set aside, drawn by the seed; --valid FILE takes others, --valid-share 0 tunes on all"
+    )
+    parts = [[example for row, example in enumerate(made) if (row in chosen) is inside] for inside in (False, True)]
+    return train._replace(examples=parts[0]), Examples(parts[1], 0)
 
 
 def _fit_directions(config: TuneConfig, rows: int, model: EdgeModel, notice: Callable[[str], None]) -> TuneConfig:

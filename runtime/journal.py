@@ -21,26 +21,32 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edgezo.errors import RunError
-from edgezo.runtime.evaluation import Evaluation
+from edgezo.runtime.evaluation import Evaluation, best_step
 from edgezo.runtime.head_rows import HeadRows
 from edgezo.storage import write_atomically
 
 MAGIC = b"EDGEZOJ3"
-READABLE = (b"EDGEZOJ1", b"EDGEZOJ2", MAGIC)  # 2 added the record of other metrics, 3 that of the head; what older ones have means the same
+READABLE = (
+    b"EDGEZOJ1",
+    b"EDGEZOJ2",
+    MAGIC,
+)  # 2 added the record of other metrics, 3 those of the head and of an undo; what older ones have means the same
 JOURNAL_BYTES_LIMIT = 1 << 30  # 63 million steps
 HEADER_BYTES_LIMIT = 1 << 20
 SETTINGS_BYTES_LIMIT = 1 << 16
-STEP, DIRECTIONS, EVALUATION, METRICS, SETTINGS, HEAD = b"S", b"D", b"E", b"M", b"C", b"H"
+STEP, DIRECTIONS, EVALUATION, METRICS, SETTINGS, HEAD, UNDO = b"S", b"D", b"E", b"M", b"C", b"H", b"U"
 STEP_PAYLOAD = struct.Struct("<fff")
 DIRECTIONS_PAYLOAD = struct.Struct("<Hff")  # how many projected gradients follow, learning rate, loss
 DIRECTIONS_LIMIT = (1 << 16) - 1
 EVALUATION_PAYLOAD = struct.Struct("<IIddd?")
 HEAD_SIZES = struct.Struct("<II")  # width, tokens
 HEAD_NUMBERS_LIMIT = 1 << 26
+UNDO_PAYLOAD = struct.Struct("<If")  # steps that stay, factor on the learning rate from here on
 LENGTH = struct.Struct("<I")
 CHECKSUM = struct.Struct("<I")
 STEP_BYTES = 1 + STEP_PAYLOAD.size + CHECKSUM.size
 EVALUATION_BYTES = 1 + EVALUATION_PAYLOAD.size + CHECKSUM.size
+UNDO_BYTES = 1 + UNDO_PAYLOAD.size + CHECKSUM.size
 Record = tuple[bytes, bytes]  # kind and payload
 SYNC_SECONDS = 5.0  # at most this much work is lost with the power; one sync takes 1 to 100 ms by the disk
 
@@ -56,10 +62,11 @@ class StepRecord(NamedTuple):
 class JournalContents(NamedTuple):
     """What a journal file holds.
 
-    header: as written at the start. records: the steps. evaluations: by step. best_step: the last one marked as best, None without marks.
-    settings: those changed since the start. heads: rows of the head by the steps done before they were set. untuned: the evaluation before the
-    first of them. others: metrics of the evaluation that comes next. whole_bytes: bytes up to the last whole record; torn_bytes: what follows.
-    checksum: of the last whole record, where the next one goes on.
+    header: as written at the start. records: the steps that stand. evaluations: of these, by step. best_step: the last one marked as best,
+    None without marks. settings: those changed since the start. heads: rows of the head by the steps done before they were set. untuned: the
+    evaluation before the first of them. others: metrics of the evaluation that comes next. lr_scale: factor on the learning rate that holds at
+    the end; undos: how often steps were taken back. whole_bytes: bytes up to the last whole record; torn_bytes: what follows. checksum: of the
+    last whole record, where the next one goes on.
     """
 
     header: dict[str, Any]
@@ -73,6 +80,8 @@ class JournalContents(NamedTuple):
     others: dict[str, float]
     heads: dict[int, HeadRows]
     untuned: Evaluation | None
+    lr_scale: float = 1.0
+    undos: int = 0
 
     def head_at(self, step: int) -> HeadRows | None:
         """The rows of the head that hold after `step` steps; None for those of the base."""
@@ -132,6 +141,13 @@ class Journal:
         """Append settings that hold from here on; synced."""
         self._write(*_json_record(SETTINGS, settings))
         self.sync()
+
+    def undo(self, step: int, lr_scale: float) -> float:
+        """Append that the steps after the first `step` are taken back, and the factor on the learning rate from here on, returned as stored; synced."""
+        payload = UNDO_PAYLOAD.pack(step, lr_scale)
+        self._write(UNDO, payload)
+        self.sync()
+        return float(UNDO_PAYLOAD.unpack(payload)[1])
 
     def sync(self) -> None:
         """Make all records survive a loss of power."""
@@ -244,6 +260,8 @@ def _record_bytes(data: bytes, position: int, directions: int) -> int:
         sizes = data[position + 1 : position + 1 + HEAD_SIZES.size]
         width, count = HEAD_SIZES.unpack(sizes) if len(sizes) == HEAD_SIZES.size else (HEAD_NUMBERS_LIMIT, 1)
         return 1 + HEAD_SIZES.size + 4 * count * (width + 1) + CHECKSUM.size if 0 < width * count <= HEAD_NUMBERS_LIMIT else 0
+    if kind == UNDO:
+        return UNDO_BYTES
     if kind in (SETTINGS, METRICS):
         body = data[position + 1 : position + 1 + LENGTH.size]
         length = LENGTH.unpack(body)[0] if len(body) == LENGTH.size else SETTINGS_BYTES_LIMIT
@@ -270,6 +288,8 @@ def _with_record(path: Path, contents: JournalContents, record: bytes, end: int,
         return contents._replace(untuned=contents.evaluations.get(0)) if first else contents
     if kind == METRICS:
         return contents._replace(others=_metrics(path, payload[LENGTH.size :]))
+    if kind == UNDO:
+        return _undone(path, contents, *UNDO_PAYLOAD.unpack(payload))
     step, rows, loss, accuracy, macro_f1, best = EVALUATION_PAYLOAD.unpack(payload)
     if step > len(contents.records):
         raise RunError(f"{path}: evaluates step {step} after step {len(contents.records)}; restore the file from a copy")
@@ -278,6 +298,25 @@ def _with_record(path: Path, contents: JournalContents, record: bytes, end: int,
         raise RunError(f"{path}: the evaluation of step {step} holds values that none can have; the run cannot be used")
     contents.evaluations[step] = Evaluation(rows, loss, one, other, contents.others)
     return contents._replace(others={}, best_step=step if best else contents.best_step)
+
+
+def _undone(path: Path, contents: JournalContents, step: int, lr_scale: float) -> JournalContents:
+    """`contents` without the steps after the first `step`, and without what was found of them."""
+    made = len(contents.records)
+    if step > made or not (math.isfinite(lr_scale) and lr_scale > 0):
+        raise RunError(
+            f"{path}: goes back to step {step} of {made} with {lr_scale:g} of the learning rate, which no run does; the run cannot be used"
+        )
+    kept = {number: evaluation for number, evaluation in contents.evaluations.items() if number <= step}
+    del contents.records[step:]
+    return contents._replace(
+        evaluations=kept,
+        best_step=best_step(kept, 0) if kept else None,
+        heads={place: head for place, head in contents.heads.items() if place <= step},
+        others={},
+        lr_scale=lr_scale,
+        undos=contents.undos + (step < made),
+    )
 
 
 def _step_record(kind: bytes, payload: bytes) -> StepRecord:

@@ -136,6 +136,11 @@ class EdgeModel:
             self.head = other.head if isinstance(other, Lora) and len(other.head.tokens) else self.head
         return self.step
 
+    def reset(self) -> None:
+        """The base again, whatever was changed."""
+        self.changed = True
+        self._restore()
+
     def _restore(self) -> None:
         """The base again: tunable weights as in their files, no adapter but the prefix that is stored."""
         if self.changed:
@@ -143,7 +148,7 @@ class EdgeModel:
                 verify_file(self.directory, name, self.manifest.files[name])
             self._upload()
             for name, buffer in self.buffers.items():
-                buffer[...] = _load(self.directory, name, self.manifest.files[name])
+                _load(self.directory, name, self.manifest.files[name], buffer)
         if isinstance(self.adapter, Lora):
             self.adapter = None
         self.head = self._stored_head
@@ -307,11 +312,11 @@ class EdgeModel:
         return session
 
 
-def _load(directory: Path, name: str, stored: StoredFile) -> npt.NDArray[np.uint8]:
-    """Read a weight file into memory, hashing the very bytes that are used."""
+def _load(directory: Path, name: str, stored: StoredFile, into: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
+    """Read a weight file into memory, that of `into` when given, hashing the very bytes that are used."""
     path = directory / name
     try:
-        buffer = np.empty(stored.bytes, np.uint8)
+        buffer = np.empty(stored.bytes, np.uint8) if into is None else into
     except MemoryError:
         raise EdgeModelError(f"{path}: {stored.bytes / 1e9:.1f} GB of weights do not fit into memory; export a smaller model") from None
     digest = hashlib.sha256()

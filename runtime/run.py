@@ -27,8 +27,9 @@ from edgezo.storage import PART, refuse_existing, sha256_file, write_atomically
 
 LOCK = ".lock"
 METRICS_LINE_LIMIT = 1 << 16  # characters
-MAY_CHANGE = {"data", "valid", "steps", "minutes", "eval_every"}  # on resume; data files are compared by their content
+MAY_CHANGE = {"data", "valid", "steps", "minutes", "eval_every", "patience"}  # on resume; data files are compared by their content
 CONFIG, JOURNAL, METRICS, SUMMARY = "config.json", "journal.bin", "metrics.jsonl", "summary.json"
+BEFORE = {"valid_share": 0.0, "patience": 0}  # what held before there were these settings
 INIT = "init.safetensors"  # the adapter a run started from, when it was given one
 REPLAY_GROUP = 8  # steps added to a block while it lies in cache; each holds a 1.3 MB table
 StepChoice = int | Literal["best", "last"]
@@ -133,7 +134,8 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     if strange := sorted(contents.settings.keys() - MAY_CHANGE):
         raise RunError(f"{directory / JOURNAL}: changes {', '.join(strange)} on the way, which no run may")
     try:
-        started = TuneConfig.model_validate(header.get("config"))
+        written = header.get("config")
+        started = TuneConfig.model_validate({**BEFORE, **written} if isinstance(written, dict) else written)
         config = TuneConfig.model_validate({**started.model_dump(), **contents.settings})
     except ValidationError as error:
         raise RunError(f"{directory}: {describe(error, JOURNAL)}") from None
@@ -154,9 +156,14 @@ def replay(run: Run, model: EdgeModel, weights: MutableWeights, steps: int) -> N
     head = run.journal.head_at(steps)
     if head is not None:
         model.head = head
-    for step, record in enumerate(run.records[:steps]):
-        directions = step_directions(run.config, step)
-        zo_step(weights, directions, record.projected_grads, record.learning_rate, run.config.rule, run.config.weight_decay)
+    apply_records(run.config, run.records[:steps], weights)
+
+
+def apply_records(config: TuneConfig, records: Sequence[StepRecord], weights: MutableWeights) -> None:
+    """Apply the steps of a run from its first one on to weights at their start."""
+    for step, record in enumerate(records):
+        directions = step_directions(config, step)
+        zo_step(weights, directions, record.projected_grads, record.learning_rate, config.rule, config.weight_decay)
         if (step + 1) % REPLAY_GROUP == 0:
             weights.flush()
     weights.flush()

@@ -41,6 +41,7 @@ def mutable_weights(model: EdgeModel, config: TuneConfig, start: Path | None = N
     Raises:
         EdgezoError: the configuration does not fit the model.
     """
+    assert config.eps is not None  # given, or measured before the run began
     described = model.manifest.adapter
     if described is not None and described.kind == "lora":
         if config.noise != "rademacher":
@@ -91,6 +92,13 @@ class Theta:
     def __init__(self, model: EdgeModel, config: TuneConfig, weights: MutableWeights, objective: Objective) -> None:
         self.model, self.config, self.weights, self.objective = model, config, weights, objective
         self.sequences = objective.sequences
+
+    def anew(self, config: TuneConfig, start: Path | None) -> "Theta":
+        """theta at the start of a run of `config`, over the same model, rows of the head and objective; this one is not to be used any more."""
+        head = self.model.head
+        self.model.reset()
+        self.model.head = head
+        return Theta(self.model, config, mutable_weights(self.model, config, start), self.objective)
 
     def groups(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
         """The examples of a step shared out, `batch` to every direction."""

@@ -66,7 +66,7 @@ def make_theta(directory: Path, start: Path, batch_tokens: int = BATCH_TOKENS, *
     assert model.manifest.adapter is not None
     write_start(randomise(model, rank=RANK, alpha=ALPHA), start)
     kind = model.manifest.adapter.kind
-    shape = {"rank": RANK, "alpha": ALPHA} if kind == "lora" else {}
+    shape = {"rank": RANK, "alpha": ALPHA, "lr": 1.2e-2, "eps": 1e-2} if kind == "lora" else {"lr": 1e-2, "eps": 1e-1}
     config = make_config(None, {"data": "no file", **shape, **settings}, kind)
     model = EdgeModel(directory, threads=1)
     return Theta(model, config, mutable_weights(model, config, start), make_objective(Sequences(model, batch_tokens)))
@@ -153,7 +153,7 @@ def test_a_prefix_of_another_length(export_tiny: ExportTiny, tmp_path: Path) -> 
 def test_lora_starts_as_the_base(lora_dir: Path) -> None:
     model = EdgeModel(lora_dir, threads=1)
     base = edge_log_probs(model, make_pairs())
-    mutable_weights(model, make_config(None, {"data": "no file", "rank": RANK, "seed": 4}, "lora"))
+    mutable_weights(model, make_config(None, {"data": "no file", "eps": 1e-2, "rank": RANK, "seed": 4}, "lora"))
     lora = model.adapter
     assert isinstance(lora, Lora)
     assert not lora.b.any()
@@ -517,7 +517,7 @@ def rewrite_scoring(directory: Path, change: Callable[[onnx.GraphProto], object]
 def test_every_part_of_an_adapter_is_live(directories: dict[str, Path]) -> None:
     for directory in directories.values():
         model = EdgeModel(directory, threads=1)
-        weights = mutable_weights(model, make_config(None, {"data": "no file"}, "lora"))
+        weights = mutable_weights(model, make_config(None, {"data": "no file", "eps": 1e-2}, "lora"))
         before = digest(model)
         prove_live(model, weights)
         assert digest(model) == before

@@ -123,7 +123,8 @@ def test_tune_shows_its_progress_on_standard_error(command: Command) -> None:
     found = command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "3", "--eval-every", "2", "--lr", "1e-4")
     step = r"loss \d+\.\d{4}  \d+\.\d\d s/step  \d+:\d\d left\n"
     matches(
-        "  reading data\n  checking that the engine sees changes of every tunable tensor\n"
+        "  reading data\n  checking that the engine sees changes of every tunable tensor\n  measuring the loss around the start\n"
+        r"  eps \S+, measured on 16 rows: projected gradients there and at a quarter of it differ by \d+ %\n"
         rf"  step 0: {MEASURED}\n  step 1  {step}  step 2  {step}  step 2: {MEASURED}(?:  best so far)?\n"
         rf"  step 3  {step}  step 3: {MEASURED}(?:  best so far)?\n",
         found.err,
@@ -368,14 +369,15 @@ def test_inspect_of_a_run(command: Command) -> None:
         ("last loss", f"{state.records[-1].loss:.6g}"),
         ("data", "rows.jsonl"),
         ("valid", "rows.jsonl"),
+        ("valid share", "0.15"),
         ("template", "{text} It was"),
         ("labels", "0 terrible, 1 great"),
         ("label field", "label"),
         ("beta", "0.1"),
         ("max tokens", "50"),
         ("minutes", "0.01"),
-        ("lr", "2e-05"),
-        ("eps", "0.001"),
+        ("lr", f"{state.config.lr:.6g}"),
+        ("eps", f"{state.config.eps:.6g}"),
         ("directions", "1"),
         ("batch", "16"),
         ("rule", "sgd"),

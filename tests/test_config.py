@@ -85,7 +85,7 @@ def test_a_file_and_options_override_the_defaults_of_an_adapter(write: Write) ->
 
 
 # no default, or one that is said in words
-SHOWN = {"steps", "max_length", "answer_field", "stop", "objective", "metrics"}
+SHOWN = {"steps", "max_length", "answer_field", "stop", "objective", "metrics", "valid", "lr", "eps", "patience", "start"}
 
 
 @pytest.mark.parametrize("field", [field for field in FIELDS if DEFAULTS[field] is None and field not in SHOWN])
@@ -101,6 +101,7 @@ def test_help_says_the_steps_of_a_run_without_steps_and_minutes(option_help: dic
 NEITHER_DEFAULT: dict[str, Any] = {  # a value for every field, none of them its default
     "data": "DATA",
     "valid": "DATA",
+    "valid_share": 0.25,
     "template": "{body} It was",
     "labels": {"0": "terrible", "1": "great"},
     "label_field": "sentiment",
@@ -125,12 +126,15 @@ NEITHER_DEFAULT: dict[str, Any] = {  # a value for every field, none of them its
     "alpha": 8.0,
     "tune_a": True,
     "init": "FOLDER",
+    "start": "none",
+    "start_rows": 100,
     "seed": 7,
     "noise": "gaussian",
     "schedule": "cosine",
     "warmup": 0.25,
     "weight_decay": 0.125,
     "eval_every": 2,
+    "patience": 5,
     "eval_rows": 3,
 }
 

@@ -1,6 +1,7 @@
 """The journal keeps whole steps, and says what happened to others."""
 
 import math
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from edgezo.errors import RunError
 from edgezo.runtime.evaluation import Evaluation
-from edgezo.runtime.journal import JOURNAL_BYTES_LIMIT, MAGIC, STEP_BYTES, Journal, StepRecord, read_journal
+from edgezo.runtime.journal import JOURNAL_BYTES_LIMIT, MAGIC, STEP_BYTES, UNDO_BYTES, Journal, StepRecord, read_journal
 
 HEADER = {"base": "0" * 64, "config": {"lr": 0.5}}
 THREE_BYTES = 1 + 2 + 4 + 4 + 3 * 4 + 4  # kind D: count, learning rate, loss, three projected gradients, checksum
@@ -74,6 +75,35 @@ def test_marks_and_changes_of_settings_are_read(tmp_path: Path) -> None:
     assert contents.best_step == 1
     assert contents.settings == {"steps": 12, "eval_every": 2}
     assert [record.projected_grads for record in contents.records] == [(1.0,), (2.0,)]
+
+
+def test_an_undo_takes_back_steps_and_what_was_found_of_them(tmp_path: Path) -> None:
+    with Journal.create(tmp_path / "j", HEADER) as journal:
+        kept = [journal.append(StepRecord((1.0,), 1.0, 1.0)) for _ in range(2)]
+        journal.mark(2, Evaluation(9, 1.5), best=True)
+        journal.append(StepRecord((2.0,), 1.0, 1.0))
+        journal.mark(3, Evaluation(9, 1.25), best=True)
+        start = (tmp_path / "j").stat().st_size
+        assert journal.undo(2, 0.25) == 0.25
+        size = (tmp_path / "j").stat().st_size - start
+        again = journal.append(StepRecord((3.0,), 0.25, 1.0))
+    contents = read_journal(tmp_path / "j")
+    assert size == UNDO_BYTES == 13
+    assert contents.records == [*kept, again]
+    assert contents.evaluations == {2: Evaluation(9, 1.5)}
+    assert (contents.best_step, contents.lr_scale, contents.undos) == (2, 0.25, 1)
+
+
+@pytest.mark.parametrize(("step", "lr_scale"), [(3, 0.5), (1, 0.0), (1, math.nan), (1, -1.0), (1, math.inf)])
+def test_an_undo_that_no_run_writes_is_refused(tmp_path: Path, step: int, lr_scale: float) -> None:
+    write(tmp_path / "j", 2)
+    with Journal.reopen(tmp_path / "j", read_journal(tmp_path / "j")) as journal:
+        journal.undo(step, lr_scale)
+    message = (
+        f"{tmp_path / 'j'}: goes back to step {step} of 2 with {lr_scale:g} of the learning rate, which no run does; the run cannot be used"
+    )
+    with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
+        read_journal(tmp_path / "j")
 
 
 def test_an_evaluation_of_a_step_to_come_is_refused(tmp_path: Path) -> None:

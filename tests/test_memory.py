@@ -98,7 +98,11 @@ def test_the_peak_of_a_process_grows_with_what_it_takes_and_stays() -> None:
 def make_theta(exported_dir: Path, lora_dir: Path, prefix_dir: Path) -> Callable[..., Theta]:
     def make(kind: str, **settings: Any) -> Theta:
         model = EdgeModel({"full": exported_dir, "lora": lora_dir, "prefix": prefix_dir}[kind], threads=1)
-        defaults: dict[str, Any] = {"data": "no file", "rank": 2} if kind == "lora" else {"data": "no file"}
+        defaults: dict[str, Any] = {
+            "data": "no file",
+            "eps": 1e-2 if kind == "lora" else 1e-1 if kind == "prefix" else 1e-3,
+            **({"rank": 2} if kind == "lora" else {}),
+        }
         config = make_config(None, {**defaults, **settings}, None if kind == "full" else kind)  # type: ignore[arg-type]
         return Theta(model, config, mutable_weights(model, config), make_objective(Sequences(model)))
 

@@ -132,7 +132,7 @@ def test_defaults_then_adapter_then_task_then_file_then_options(own: Callable[..
     task = {"template": "of the task", "max_length": 20, "max_tokens": 9, "label_field": "of the task"}
     config = make_config(file, {"max_length": 10}, "lora", task)
     assert (config.label_field, config.template, config.max_length, config.max_tokens) == ("of the task", "{text} of the file", 10, 9)
-    assert (config.lr, config.eps, config.seed) == (ADAPTER_DEFAULTS["lora"]["lr"], 0.5, TuneConfig.model_fields["seed"].default)
+    assert (config.batch, config.eps, config.seed) == (ADAPTER_DEFAULTS["lora"]["batch"], 0.5, TuneConfig.model_fields["seed"].default)
 
 
 def test_options_override_a_task_on_the_command_line(

@@ -25,7 +25,7 @@ from edgezo.runtime.passes import Additions, GridTensor, NumPyPasses, sign_value
 from edgezo.runtime.weights import MutableWeights
 
 NOTES = Path(__file__).parents[1] / "notes"
-SETTINGS = {"lr": 4e-5, "batch": 8}
+SETTINGS = {"lr": 4e-5, "eps": 1e-3, "batch": 8}
 FRESH = 9  # key word of a stream that nothing else draws from
 CHUNK = 1 << 16
 

@@ -1,0 +1,135 @@
+"""What a run that was given no eps or no lr takes instead: measured before its first step, told in a few lines, and kept in its journal."""
+
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from edgezo.config import TuneConfig
+from edgezo.errors import ConfigError
+from edgezo.runtime import noise
+from edgezo.runtime.dataset import Dataset
+from edgezo.runtime.landscape import FULL_ROWS, UNRELIABLE, Landscape, Scale, learning_rate, survey
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.noise import Direction
+from edgezo.runtime.objective import Objective
+from edgezo.runtime.smoothness import PROBE_STEP
+from edgezo.runtime.theta import Theta
+
+LARGEST = {"lora": 4, "prefix": 4, None: 0}  # k of the largest scale 2^k; tensors of a base have values below 1
+FIRST = {"lora": -6, "prefix": -4, None: -10}  # where to begin: near what models of 100M to 1B parameters have
+LEAST = -20
+IN_PLACE_DIRECTIONS = 8  # one after the other, of two rows each
+COARSE_EPS = 0.25  # of the reach, where the objective changes in steps
+FAR = 10.0  # times the measured rate: told when a given one is so far from it
+
+
+class Calibration(NamedTuple):
+    """A configuration with eps and lr, what a person is told, and the numbers for the journal."""
+
+    config: TuneConfig
+    told: list[str]
+    facts: dict[str, Any]
+
+
+def measuring_config(model: EdgeModel, config: TuneConfig) -> TuneConfig:
+    """The configuration to measure under, whose eps leaves room for the largest scale; `config` itself where there is nothing to measure."""
+    if config.eps is not None and config.lr is not None:
+        return config
+    return config.model_copy(update={"eps": max(config.eps or 0.0, 2.0 ** LARGEST[_kind(model)] / 4)})
+
+
+def first_scale(model: EdgeModel) -> float:
+    """Where measuring begins: a perturbation that a model of this kind stands."""
+    return float(2.0 ** FIRST[_kind(model)])
+
+
+def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset) -> Calibration:
+    """Measure what `config` leaves open; a given eps or lr is kept.
+
+    Args:
+        theta: at the start, of `measuring_config`; to be made anew afterwards, its grid is coarse.
+        config: of the run.
+        dataset: rows to measure on.
+
+    Raises:
+        NonFiniteLossError: the loss is not finite near the start.
+        ConfigError: weight decay at the measured lr would undo every step.
+    """
+    kind = _kind(theta.model)
+    probe = _Probe(theta, dataset)
+    found = survey(probe, FIRST[kind], LEAST, LARGEST[kind])
+    theta.weights.flush()
+    steps = _expected_steps(config, probe.row_seconds, dataset)
+    eps = config.eps or (found.eps if theta.objective.smooth else COARSE_EPS * found.reach)
+    measured = learning_rate(found, config.rule, config.schedule, config.warmup, steps, config.directions, config.batch)
+    lr = config.lr or measured
+    if lr * config.weight_decay >= 1:
+        raise ConfigError(
+            f"--weight-decay {config.weight_decay:g}: times the measured lr {lr:.3g} is not below 1; give a smaller one, or --lr"
+        )
+    resolved = config.model_copy(update={"eps": eps, "lr": lr})
+    facts = {**found.as_dict(), "lr": measured, "steps": steps, "rows": probe.rows}
+    return Calibration(resolved, _told(config, resolved, found, measured, steps, probe.rows), facts)
+
+
+class _Probe:
+    """c and losses at a scale, along the same directions on the same rows, of the smooth objective for the kind of rows."""
+
+    def __init__(self, theta: Theta, dataset: Dataset) -> None:
+        config = theta.config.model_copy(update={} if theta.objective.smooth else {"objective": None})
+        self.theta = Theta(theta.model, config, theta.weights, Objective(theta.sequences, dataset.task, config))
+        examples = dataset.train.examples
+        chosen = [examples[row] for row in noise.permutation(config.seed, len(examples), 0)[:FULL_ROWS]]
+        count = FULL_ROWS if theta.model.adapter is not None else IN_PLACE_DIRECTIONS
+        size = FULL_ROWS // count
+        self.groups = [[chosen[(place * size + row) % len(chosen)] for row in range(size)] for place in range(count)]
+        self.directions = [Direction(config.seed, PROBE_STEP, number) for number in range(count)]
+        self.rows = len(chosen)
+        self.row_seconds = float("inf")
+
+    def __call__(self, scale: float) -> Scale:
+        begun = time.monotonic()
+        estimates = self.theta.estimates(self.directions, self.groups, scale)
+        self.row_seconds = min(self.row_seconds, (time.monotonic() - begun) / (2 * FULL_ROWS))
+        return Scale(np.array([estimate.projected_grad for estimate in estimates]), np.array([estimate.loss for estimate in estimates]))
+
+
+def _expected_steps(config: TuneConfig, row_seconds: float, dataset: Dataset) -> int:
+    """Steps of the whole run, by the time of a row where minutes alone end it."""
+    steps = config.total_steps
+    if config.minutes is not None:
+        evaluated = len(dataset.valid.examples) / config.eval_every if dataset.valid is not None else 0.0
+        fitting = max(1, round(60 * config.minutes / (row_seconds * (2 * config.rows + evaluated))))
+        steps = min(steps or fitting, fitting)
+    assert steps is not None
+    return steps
+
+
+def _told(config: TuneConfig, resolved: TuneConfig, found: Landscape, measured: float, steps: int, rows: int) -> list[str]:
+    """What was chosen and why; what was given and does not fit."""
+    lines = []
+    if found.change > UNRELIABLE:
+        lines.append(
+            f"warning: projected gradients change by {100 * found.change:.0f} % between eps {found.eps / 4:.3g} and {found.eps:.3g}, and more elsewhere: rounding or curvature drowns the slope; the run will learn little"
+        )
+    if config.eps is None:
+        lines.append(
+            f"eps {resolved.eps:.3g}, measured on {rows} rows: projected gradients there and at a quarter of it differ by {100 * found.change:.0f} %"
+        )
+    if config.lr is None:
+        lines.append(
+            f"lr {resolved.lr:.3g} ({config.rule}, {config.schedule}, about {steps} steps of {config.directions} x {config.batch} rows): random steps reach {found.reach:.3g} in all, where half of a projected gradient is left"
+        )
+    elif not 1 / FAR <= config.lr / measured <= FAR:
+        direction = "diverge" if config.lr > measured else "learn little"
+        lines.append(
+            f"warning: --lr {config.lr:.3g} is kept, {measured:.3g} was measured for {steps} steps; the run may {direction}, leave --lr out"
+        )
+    return lines
+
+
+def _kind(model: EdgeModel) -> Any:
+    """Key of the tables above: the adapter that is fed, None where weights are tuned in place."""
+    adapter = model.manifest.adapter
+    return adapter.kind if adapter is not None and adapter.kind in LARGEST else None

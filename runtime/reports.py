@@ -1,0 +1,66 @@
+"""What a run tells while it goes: to whoever listens, and to metrics.jsonl."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+from edgezo.runtime.evaluation import Evaluation
+
+
+class StepReport(NamedTuple):
+    """One finished step. `step` counts from 1; `progress` is the finished fraction of the run."""
+
+    step: int
+    loss: float
+    projected_grads: tuple[float, ...]
+    learning_rate: float
+    step_seconds: float
+    seconds: float
+    progress: float
+
+
+class TuneResult(NamedTuple):
+    """How a run ended: finished, out of time, no longer better, or interrupted.
+
+    before: the validation of the untuned model. start: that after an exact start, None without one. best: that of `best_step`.
+    peak_bytes: the most memory that the last process had.
+    """
+
+    directory: Path
+    steps: int
+    ended: str
+    best_step: int
+    before: Evaluation | None
+    start: Evaluation | None
+    best: Evaluation | None
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass
+class Reporter:
+    """What the loop tells as it goes; every callback may be left out."""
+
+    stage: Callable[[str], None] = lambda text: None
+    notice: Callable[[str], None] = lambda text: None
+    begin: Callable[[int, int | None], None] = lambda step, total_steps: None
+    step: Callable[[StepReport], None] = lambda report: None
+    evaluation: Callable[[int, Evaluation, bool], None] = lambda step, evaluation, best: None
+
+
+def write_step(metrics: TextIO, report: StepReport) -> None:
+    """A line of metrics.jsonl."""
+    size = math.sqrt(sum(grad * grad for grad in report.projected_grads) / len(report.projected_grads))
+    line = {"step": report.step, "loss": report.loss, "projected_grad_rms": size, "lr": report.learning_rate}
+    metrics.write(json.dumps({**line, "step_seconds": round(report.step_seconds, 4), "seconds": round(report.seconds, 3)}) + "\n")
+
+
+def append_lines(path: Path) -> TextIO:
+    """Open for whole lines, each written at once; a torn last line of an earlier process is ended first."""
+    file = open(path, "a+", encoding="utf-8", buffering=1)  # noqa: SIM115  the caller closes it
+    if file.tell() and path.read_bytes()[-1:] != b"\n":
+        file.write("\n")
+    return file

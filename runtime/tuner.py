@@ -1,0 +1,242 @@
+"""The loop of a run: evaluate, step, notice a rise of the loss and take it back."""
+
+import json
+import math
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from edgezo.config import TuneConfig
+from edgezo.errors import DivergenceError, NonFiniteLossError
+from edgezo.runtime import noise
+from edgezo.runtime.dataset import Dataset
+from edgezo.runtime.evaluation import Evaluation, best_step
+from edgezo.runtime.examples import Example
+from edgezo.runtime.journal import Journal, StepRecord
+from edgezo.runtime.machine import peak_bytes
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.optimizer import schedule_factor
+from edgezo.runtime.reports import Reporter, StepReport, TuneResult, append_lines, write_step
+from edgezo.runtime.run import (
+    METRICS,
+    apply_records,
+    write_summary,
+)
+from edgezo.runtime.signals import stop_signals
+from edgezo.runtime.theta import Theta, step_directions
+from edgezo.runtime.watch import LEVEL_STEPS, Rise, find_rise, lowest_level, worse_than_start
+
+LAST_BATCHES, MOST_ROWS, CLEARLY = 8, 32, 0.1  # rows that decide whether weights are worse, and by how much of their loss
+GUARD_STEPS, RUINED = (2, 4, 8, 16, 32, 64), 0.5  # when the loss of a few rows is compared with that at the start; evaluations tell later
+SMALLER, MOST_UNDOS = 1 / 4, 8  # after a divergence; 4^8 is 65,536
+
+SETTLE_EVALUATIONS = 2  # in a row without a new best
+STILL_STEPS = 5  # in a row without any change of the loss before it is said
+
+
+@dataclass
+class Tuner:
+    """Everything the loop works with, opened and checked."""
+
+    model: EdgeModel
+    config: TuneConfig
+    directory: Path
+    dataset: Dataset
+    theta: Theta
+    journal: Journal
+    reporter: Reporter
+    start: Path | None = None
+    records: list[StepRecord] = field(default_factory=list)
+    spent_seconds: float = 0.0
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    untuned: Evaluation | None = None  # before an exact start
+    lr_scale: float = 1.0
+    undos: int = 0
+    settles: bool = False  # a measured rate that no schedule lowers
+    quiet_until: int = 0  # after a rise that was the rows' alone
+    start_loss: float | None = None  # of the guarded rows
+    still: int = 0  # steps in a row that changed nothing
+
+    def __post_init__(self) -> None:
+        self.order = self.dataset.order()
+
+    def loop(self) -> TuneResult:
+        """Forwards at theta + eps z and theta - eps z and one update a step, until the steps or the minutes are used up or a signal asks to stop."""
+        started = time.monotonic() - self.spent_seconds
+        step = len(self.records)
+        if self._progress(step, self.spent_seconds) >= 1:
+            self.reporter.notice(f"nothing to tune: {step} steps are done, as many as were asked for; give more --steps or --minutes")
+        with stop_signals() as stopping, append_lines(self.directory / METRICS) as metrics:
+            self.reporter.begin(step, self.config.total_steps)
+            ended = None
+            while ended is None:
+                try:
+                    ended = self._turn(stopping, metrics, started)
+                except NonFiniteLossError as error:
+                    if not self.records:
+                        raise
+                    _, good_step, _ = lowest_level([record.loss for record in self.records])
+                    self._go_back(good_step, str(error), metrics, started)
+        self.theta.weights.flush()
+        step = len(self.records)
+        self.model.step, self.model.changed = step, True
+        return self._finish(step, ended, time.monotonic() - started)
+
+    def _turn(self, stopping: threading.Event, metrics: TextIO, started: float) -> str | None:
+        """An evaluation where one is due, then a step, or the reason why there is none."""
+        step, config = len(self.records), self.config
+        progress = self._progress(step, time.monotonic() - started)
+        if step not in self.evaluations and (step % config.eval_every == 0 or progress >= 1) and self._evaluate(step, metrics, started):
+            start, found, best = self.evaluations[min(self.evaluations)], self.evaluations[step], best_step(self.evaluations, step)
+            if worse_than_start(start, found):
+                why = f"the validation loss rose from {start.loss:.4g} to {found.loss:.4g}"
+                self._go_back(best, f"step {step}: {why}", metrics, started)
+                return None
+            # evaluations where an earlier call ended do not count: a run that goes on is the run that never stopped
+            waited = sum(number > best and number % config.eval_every == 0 for number in self.evaluations)
+            if 0 < config.allowed_patience <= waited:
+                return "no longer better"
+            if self.settles and step % config.eval_every == 0 and waited and waited % SETTLE_EVALUATIONS == 0:
+                self._settle(step)
+        if progress >= 1:
+            return "finished" if step == config.total_steps else "out of time"
+        if stopping.is_set():
+            return "interrupted"
+        self._step(step, progress, metrics, started)
+        rise = find_rise([record.loss for record in self.records], config.rows) if self.theta.objective.smooth else None
+        if rise is not None and step >= self.quiet_until:
+            self._look_back(rise, metrics, started)
+        elif self.theta.objective.smooth and len(self.records) in GUARD_STEPS:
+            self._look_at_start(metrics, started)
+        return None
+
+    def _step(self, step: int, progress: float, metrics: TextIO, started: float) -> None:
+        config, begun = self.config, time.monotonic()
+        directions = step_directions(config, step)
+        estimates = self.theta.estimates(directions, self.theta.groups(self.dataset.batch(self.order, step)))
+        assert config.lr is not None  # given, or measured before the run began
+        lr = config.lr * self.lr_scale * schedule_factor(config.schedule, progress, config.warmup)
+        loss = sum(estimate.loss for estimate in estimates) / len(estimates)
+        record = self.journal.append(StepRecord(tuple(estimate.projected_grad for estimate in estimates), lr, loss))
+        self.records.append(record)
+        self.theta.step(directions, record.projected_grads, record.learning_rate)
+        now = time.monotonic()
+        done = self._progress(step + 1, now - started)
+        report = StepReport(step + 1, loss, record.projected_grads, record.learning_rate, now - begun, now - started, done)
+        write_step(metrics, report)
+        self.reporter.step(report)
+        self.still = 0 if any(record.projected_grads) else self.still + 1
+        if self.still == STILL_STEPS:
+            self.reporter.notice(
+                f"warning: in {STILL_STEPS} steps no direction changed the objective, so nothing was learned; give more rows (--batch), a larger --eps or a smoother --objective"
+            )
+
+    def _settle(self, step: int) -> None:
+        """Half the learning rate from here on: at this one the noise of the steps undoes what they learn."""
+        assert self.config.lr is not None
+        self.lr_scale = self.journal.undo(step, self.lr_scale / 2)
+        lr = self.config.lr * self.lr_scale
+        self.reporter.notice(f"step {step}: {SETTLE_EVALUATIONS} evaluations without a new best; on with half the learning rate, {lr:.3g}")
+
+    def _look_back(self, rise: Rise, metrics: TextIO, started: float) -> None:
+        """Score the rows of the last steps now, at the last good step and at the best evaluated one: rows may differ more than weights do."""
+        step = len(self.records)
+        rows = [example for number in range(max(0, step - LAST_BATCHES), step) for example in self.dataset.batch(self.order, number)]
+        losses = {place: self._loss_at(place, rows[-MOST_ROWS:]) for place in (step, best_step(self.evaluations, 0), rise.good_step)}
+        good = min(losses, key=lambda place: losses[place])
+        if losses[step] > losses[good] + CLEARLY * abs(losses[good]):
+            why = f"step {step}: the loss of the last rows is {losses[step]:.4g} and was {losses[good]:.4g} at step {good}"
+            self._go_back(good, why, metrics, started)
+        else:
+            self._rebuild(step)
+            self.quiet_until = step + LEVEL_STEPS
+
+    def _look_at_start(self, metrics: TextIO, started: float) -> None:
+        """Score the same few rows as at the start: weights that know nothing any more may have a loss like that of a hard batch."""
+        step, rows = len(self.records), self._guard_rows()
+        if self.start_loss is None:
+            self.start_loss = self._loss_at(0, rows)
+            self._rebuild(step)
+        now = self._loss(rows)
+        if now > self.start_loss + RUINED * abs(self.start_loss):
+            why = f"step {step}: the loss of {len(rows)} training rows is {now:.4g} and was {self.start_loss:.4g} at the start"
+            self._go_back(0, why, metrics, started)
+
+    def _guard_rows(self) -> list[Example]:
+        examples = self.dataset.train.examples
+        return [examples[row] for row in noise.permutation(self.config.seed, len(examples), 0)[:MOST_ROWS]]
+
+    def _loss_at(self, step: int, rows: list[Example]) -> float:
+        if step != len(self.records):
+            self._rebuild(step)
+        return self._loss(rows)
+
+    def _loss(self, rows: list[Example]) -> float:
+        """Infinite where it is not finite."""
+        self.theta.weights.flush()
+        loss = self.theta.objective.loss(rows)
+        return loss if math.isfinite(loss) else math.inf
+
+    def _rebuild(self, step: int) -> None:
+        """theta after the first `step` steps, from the base."""
+        self.theta = self.theta.anew(self.config, self.start)
+        apply_records(self.config, self.records[:step], self.theta.weights)
+
+    def _go_back(self, step: int, why: str, metrics: TextIO, started: float) -> None:
+        """Take back the steps after the first `step`, and go on from there with a smaller learning rate.
+
+        Raises:
+            DivergenceError: that has been done too often; the run stands at this step.
+        """
+        assert self.config.lr is not None
+        self.undos += 1
+        self.lr_scale = self.journal.undo(step, self.lr_scale * SMALLER)
+        del self.records[step:]
+        self.evaluations = {number: found for number, found in self.evaluations.items() if number <= step}
+        metrics.write(json.dumps({"undone_to": step, "lr_scale": self.lr_scale, "seconds": round(time.monotonic() - started, 3)}) + "\n")
+        lr = self.config.lr * self.lr_scale
+        if self.undos >= MOST_UNDOS:
+            raise DivergenceError(
+                f"{self.directory}: diverged {self.undos} times, the last time: {why}; stopped at step {step}, the last good one, start a new run without --lr and --eps, or with a --lr below {lr:.3g}"
+            )
+        self._rebuild(step)
+        self.reporter.notice(f"{why}; back to step {step}, on from there with a quarter of the learning rate, {lr:.3g}")
+
+    def _progress(self, step: int, seconds: float) -> float:
+        """Finished fraction of the run: of its steps or of its minutes, whichever is further."""
+        total, minutes = self.config.total_steps, self.config.minutes
+        return max(step / total if total else 0.0, seconds / (60 * minutes) if minutes else 0.0)
+
+    def _evaluate(self, step: int, metrics: TextIO, started: float) -> bool:
+        """Whether there are rows to evaluate on; what was found is kept."""
+        if self.dataset.valid is None:
+            return False
+        self.theta.weights.flush()
+        self.reporter.stage("evaluating")
+        found = self.theta.objective.evaluate(self.dataset.valid.examples)
+        self.evaluations[step] = found
+        best = best_step(self.evaluations, step) == step
+        self.journal.mark(step, found, best)
+        metrics.write(json.dumps({"step": step, "valid": found.as_dict(), "seconds": round(time.monotonic() - started, 3)}) + "\n")
+        self.reporter.evaluation(step, found, best)
+        return True
+
+    def _finish(self, step: int, ended: str, seconds: float) -> TuneResult:
+        best = best_step(self.evaluations, step)
+        first = self.evaluations.get(0)
+        before, start = (first, None) if self.untuned is None else (self.untuned, first)
+        result = TuneResult(self.directory, step, ended, best, before, start, self.evaluations.get(best), seconds, peak_bytes())
+        summary: dict[str, Any] = {
+            "steps": step,
+            "ended": ended,
+            "best_step": best,
+            "seconds": round(seconds, 1),
+            "peak_bytes": result.peak_bytes,
+        }
+        for name, evaluation in (("before", result.before), ("start", result.start), ("best", result.best)):
+            if evaluation is not None:
+                summary[name] = evaluation.as_dict()
+        write_summary(self.directory, summary)
+        return result

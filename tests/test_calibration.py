@@ -1,0 +1,224 @@
+"""eps and lr measured at the start: right on known functions, told in whole lines, kept in the journal, obeyed when given."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import edgezo
+from edgezo.errors import ConfigError, NonFiniteLossError
+from edgezo.runtime.journal import read_journal
+from edgezo.runtime.landscape import LEAST_STEPS, WORSENS, Landscape, Probe, Scale, learning_rate, survey
+from edgezo.runtime.optimizer import Schedule, scales, schedule_factor
+from edgezo.runtime.reports import Reporter
+from edgezo.runtime.run import read_run
+
+Floats = npt.NDArray[np.float64]
+Function = Callable[[Floats], float]
+SIZE = 64
+
+
+def probe_of(function: Function, start: Floats, directions: int = 16, noise: float = 0.0) -> Probe:
+    """Along the same signs at every scale; `noise` is of every loss, as rounding makes it."""
+    random = np.random.default_rng(0)
+    z = random.choice([-1.0, 1.0], (directions, len(start)))
+
+    def probe(scale: float) -> Scale:
+        losses = np.array([[function(start + side * scale * row) for side in (1, -1)] for row in z])
+        losses = losses + noise * random.standard_normal(losses.shape)
+        if not np.isfinite(losses).all():
+            raise NonFiniteLossError("not finite")
+        return Scale((losses[:, 0] - losses[:, 1]) / (2 * scale), losses.mean(axis=1))
+
+    return probe
+
+
+def quadratic(curvatures: Floats, lowest: float = 0.0) -> Function:
+    """lowest + sum h_i x_i^2 / 2."""
+    return lambda x: lowest + float(curvatures @ x**2) / 2
+
+
+def test_of_a_quadratic_the_gradient_and_the_trace_of_the_hessian_are_measured() -> None:
+    curvatures, start = np.linspace(0.1, 4, SIZE), np.linspace(-1, 1, SIZE)
+    found = survey(probe_of(quadratic(curvatures), start), -10, -20, 0)
+    assert found.curvature == pytest.approx(curvatures.sum(), rel=1e-3)  # exact for signs and a diagonal Hessian
+    assert found.grad_rms == pytest.approx(float(np.linalg.norm(curvatures * start)), rel=0.5)  # over 16 directions
+    assert found.loss == pytest.approx(quadratic(curvatures)(start), rel=0.01)
+    assert found.change < 1e-6
+    assert found.reach == pytest.approx(math.sqrt(2 * WORSENS * found.loss / found.curvature), rel=1e-6)
+
+
+@pytest.mark.parametrize("width", [0.01, 0.1, 1.0])
+def test_reach_is_where_half_of_a_slope_is_lost(width: float) -> None:
+    """L = sum sin(x_i / w): c(s) / c(0) = sin(s / w) / (s / w), one half at s = 1.895 w."""
+
+    def function(x: Floats) -> float:
+        return 10.0 + float(np.sin(x / width).sum())
+
+    found = survey(probe_of(function, np.zeros(SIZE)), -8, -20, 4)
+    assert found.reach == pytest.approx(1.895 * width, rel=0.1)
+    assert width / 8 < found.eps < width
+    assert found.change <= 0.05
+
+
+def test_eps_keeps_above_the_rounding_of_losses() -> None:
+    noise = 1e-4
+    found = survey(probe_of(lambda x: 1.0 + float(np.sin(x).sum()), np.zeros(SIZE), noise=noise), -16, -20, 4)
+    assert found.change <= 0.05
+    assert noise / found.eps < 0.05 * found.grad_rms
+
+
+def test_where_no_eps_is_good_the_least_bad_is_taken_and_said() -> None:
+    found = survey(probe_of(lambda x: 1.0, np.zeros(SIZE), noise=0.1), -8, -20, 4)
+    assert found.change > 0.5
+
+
+def test_a_loss_that_is_not_finite_far_out_bounds_the_reach() -> None:
+    def function(x: Floats) -> float:
+        return 1.0 + float(x.sum()) if np.abs(x).max() < 0.1 else math.inf
+
+    found = survey(probe_of(function, np.zeros(SIZE)), -8, -20, 4)
+    assert found.eps <= found.reach < 0.1
+
+
+def test_a_loss_that_is_finite_nowhere_is_refused() -> None:
+    with pytest.raises(
+        NonFiniteLossError, match=r"^the loss is not finite at perturbations of [0-9.e-]+; export the model again, or give --eps$"
+    ):
+        survey(probe_of(lambda x: math.nan, np.zeros(SIZE)), -8, -20, 4)
+
+
+LANDSCAPE = Landscape(eps=0.01, reach=0.12, change=0.01, grad_rms=6.0, loss=1.0, curvature=0.0, probes=5)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_random_steps_at_the_rate_end_at_the_reach(schedule: Schedule) -> None:
+    for steps in (LEAST_STEPS, 100, 1000):
+        lr = learning_rate(LANDSCAPE, "normalized", schedule, 0.1, steps, 16, 1)
+        walked = math.sqrt(sum((lr * schedule_factor(schedule, step / steps, 0.1)) ** 2 for step in range(steps)))
+        assert walked == pytest.approx(LANDSCAPE.reach)
+
+
+def test_the_rate_of_sgd_moves_weights_as_far_as_that_of_normalized_updates() -> None:
+    grads = [LANDSCAPE.grad_rms, -LANDSCAPE.grad_rms] * 4
+    rates = {rule: learning_rate(LANDSCAPE, rule, "cosine", 0.0, 100, 8, 2) for rule in ("sgd", "normalized")}  # type: ignore[arg-type]
+    moved = {rule: math.sqrt(sum(scale**2 for scale in scales(rule, grads, lr))) for rule, lr in rates.items()}  # type: ignore[arg-type]
+    assert moved["sgd"] == pytest.approx(moved["normalized"])
+
+
+def test_fewer_rows_take_smaller_steps_and_more_rows_do_not_take_larger_ones() -> None:
+    rates = [learning_rate(LANDSCAPE, "normalized", "cosine", 0.0, 100, *rows) for rows in ((1, 1), (4, 1), (1, 16), (64, 2))]
+    assert rates[1] == pytest.approx(2 * rates[0])
+    assert rates[2] == rates[3] == pytest.approx(4 * rates[0])
+
+
+def descend(function: Function, start: Floats, lr: float, steps: int) -> float:
+    """The loss after normalized steps of 16 directions with a cosine."""
+    random, x = np.random.default_rng(1), start.copy()
+    for step in range(steps):
+        z = random.choice([-1.0, 1.0], (16, len(x)))
+        grads = [(function(x + 1e-4 * row) - function(x - 1e-4 * row)) / 2e-4 for row in z]
+        x += np.array(scales("normalized", grads, lr * schedule_factor("cosine", step / steps))) @ z
+    return function(x)
+
+
+@pytest.mark.parametrize("most_curved", [1.0, 30.0])
+@pytest.mark.parametrize("size", [1e-2, 1.0, 1e2])
+def test_the_measured_rate_is_near_the_best_of_a_grid(most_curved: float, size: float) -> None:
+    """Whatever the scale of weights and of curvature: within a factor of four of the best rate, and far below the start."""
+    curvatures, start = np.linspace(0.1, most_curved, SIZE), size * np.random.default_rng(2).standard_normal(SIZE)
+    function = quadratic(curvatures)
+    lr = learning_rate(survey(probe_of(function, start), -10, -20, 8), "normalized", "cosine", 0.0, 60, 16, 1)
+    losses = {factor: descend(function, start, lr * factor, 60) for factor in (1 / 16, 1 / 4, 1.0, 4.0, 16.0)}
+    assert min(losses, key=lambda factor: losses[factor]) in (1 / 4, 1.0, 4.0)
+    assert losses[1.0] < 0.5 * function(start)
+
+
+# on a model
+
+TASK: dict[str, Any] = {"template": "{text} It was", "labels": "terrible,great", "start": "none", "threads": 1}
+
+
+@pytest.mark.parametrize("edge", ["exported_dir", "lora_dir", "prefix_dir"])
+def test_a_run_without_eps_and_lr_measures_them_tells_them_and_keeps_them(
+    request: pytest.FixtureRequest, edge: str, reviews: str, tmp_path: Path
+) -> None:
+    notices: list[str] = []
+    directory = request.getfixturevalue(edge)
+    result = edgezo.tune(
+        directory, tmp_path / "run", data=reviews, valid=reviews, steps=30, eval_every=10, reporter=Reporter(notice=notices.append), **TASK
+    )
+    config, header = read_run(tmp_path / "run").config, read_run(tmp_path / "run").header
+    assert config.eps is not None
+    assert config.lr is not None
+    rows = f"{config.directions} x {config.batch} rows"
+    expected = [
+        rf"eps {config.eps:.3g}, measured on 16 rows: projected gradients there and at a quarter of it differ by [0-9]+ %",
+        rf"lr {config.lr:.3g} \({config.rule}, {config.schedule}, about 30 steps of {rows}\): random steps reach [0-9.e-]+ in all, where half of a projected gradient is left",
+    ]
+    for line, pattern in zip(notices, expected, strict=True):
+        assert re.fullmatch(pattern, line)
+    kept = header["calibration"]
+    assert kept.keys() == {*Landscape._fields, "lr", "steps", "rows"}
+    assert (kept["eps"], kept["lr"], kept["steps"]) == (config.eps, config.lr, 30)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == config.lr
+    assert result.before is not None
+    assert result.best is not None
+    assert result.best.loss < 0.9 * result.before.loss
+
+
+def test_a_run_that_goes_on_measures_nothing_again(lora_dir: Path, reviews: str, tmp_path: Path) -> None:
+    edgezo.tune(lora_dir, tmp_path / "whole", data=reviews, steps=6, schedule="constant", **TASK)
+    edgezo.tune(lora_dir, tmp_path / "run", data=reviews, steps=6, schedule="constant", minutes=60, **TASK, reporter=Reporter())
+    notices: list[str] = []
+    edgezo.tune(lora_dir, tmp_path / "whole", resume=True, steps=9, threads=1, reporter=Reporter(notice=notices.append))
+    assert not notices
+    run = read_run(tmp_path / "whole")
+    rates = {record.learning_rate for record in run.records}
+    assert (len(run.records), len(rates)) == (9, 1)
+    assert rates.pop() == pytest.approx(run.config.lr)
+    assert read_run(tmp_path / "run").config.lr == run.config.lr  # steps end before the hour does
+
+
+def test_what_is_given_is_kept_and_told_when_it_is_far_off(lora_dir: Path, reviews: str, tmp_path: Path) -> None:
+    notices: list[str] = []
+    settings = {"data": reviews, "steps": 2, "reporter": Reporter(notice=notices.append), **TASK}
+    edgezo.tune(lora_dir, tmp_path / "both", lr=1e-3, eps=2**-8, **settings)
+    assert not notices
+    assert "calibration" not in read_journal(tmp_path / "both" / "journal.bin").header
+    edgezo.tune(lora_dir, tmp_path / "lr", lr=1e-7, **settings)
+    assert read_run(tmp_path / "lr").config.lr == 1e-7
+    pattern = r"warning: --lr 1e-07 is kept, [0-9.e-]+ was measured for 2 steps; the run may learn little, leave --lr out"
+    assert [bool(re.fullmatch(pattern, line)) for line in notices] == [False, True]
+    notices.clear()
+    edgezo.tune(lora_dir, tmp_path / "eps", eps=2**-9, **settings)
+    assert read_run(tmp_path / "eps").config.eps == 2**-9
+    assert [line[:3] for line in notices] == ["lr "]
+
+
+def test_a_weight_decay_that_undoes_every_step_is_refused(lora_dir: Path, reviews: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^--weight-decay 1e\+06: times the measured lr [0-9.e-]+ is not below 1; give a smaller one, or --lr$"
+    ):
+        edgezo.tune(lora_dir, tmp_path / "run", data=reviews, steps=2, weight_decay=1e6, **TASK)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_objective_that_changes_in_steps_is_measured_by_its_smooth_one(lora_dir: Path, reviews: str, tmp_path: Path) -> None:
+    edgezo.tune(lora_dir, tmp_path / "smooth", data=reviews, steps=2, **TASK)
+    edgezo.tune(lora_dir, tmp_path / "steps", data=reviews, steps=2, objective="accuracy", **TASK)
+    one, other = (read_run(tmp_path / name).header["calibration"] for name in ("smooth", "steps"))
+    assert one == other
+    assert read_run(tmp_path / "steps").config.eps == pytest.approx(one["reach"] / 4)
+
+
+def test_minutes_alone_give_the_rate_of_as_many_steps_as_fit(lora_dir: Path, reviews: str, tmp_path: Path) -> None:
+    edgezo.tune(lora_dir, tmp_path / "run", data=reviews, minutes=0.02, **TASK)
+    run = read_run(tmp_path / "run")
+    assert run.header["calibration"]["steps"] == pytest.approx(len(run.records), rel=0.9)

@@ -1,0 +1,128 @@
+"""Validation rows set aside from the training file: seeded, told, the same when a run goes on, and none of a small file; and patience."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import edgezo
+from edgezo.config import DEFAULT_PATIENCE, make_config
+from edgezo.runtime.check import check_run
+from edgezo.runtime.dataset import LEAST_TO_SHARE, Dataset, read_dataset
+from edgezo.runtime.journal import Journal, read_journal
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.reports import Reporter
+from edgezo.runtime.run import read_run
+
+TASK: dict[str, Any] = {"template": "{text} It was", "labels": "terrible,great", "start": "none"}
+FAST: dict[str, Any] = {**TASK, "lr": 1e-4, "eps": 1e-3, "batch": 4, "threads": 1}
+
+
+@pytest.fixture
+def many(write_rows: Callable[..., str]) -> str:
+    """A file of 200 rows, all of them different."""
+    return write_rows([{"text": f"film {number} is {'great' if number % 2 else 'long'}", "label": number % 2} for number in range(200)])
+
+
+def split(model: EdgeModel, data: str, **settings: Any) -> tuple[Dataset, list[str]]:
+    notices: list[str] = []
+    return read_dataset(model, make_config(None, {"data": data, **TASK, **settings}), notices.append), notices
+
+
+def prompts(dataset: Dataset) -> tuple[set[Any], set[Any]]:
+    assert dataset.valid is not None
+    kept, aside = ({tuple(example.pairs[0][0]) for example in part.examples} for part in (dataset.train, dataset.valid))
+    return kept, aside
+
+
+def test_rows_are_set_aside_by_the_seed_and_told(model: EdgeModel, many: str) -> None:
+    dataset, notices = split(model, many)
+    kept, aside = prompts(dataset)
+    assert (len(kept), len(aside), kept & aside) == (170, 30, set())
+    assert notices == [
+        f"validation: 30 of the 200 rows of {many} set aside, drawn by the seed; --valid FILE takes others, --valid-share 0 tunes on all"
+    ]
+    assert prompts(split(model, many)[0]) == (kept, aside)
+    assert prompts(split(model, many, seed=1)[0]) != (kept, aside)
+
+
+def test_no_more_are_set_aside_than_an_evaluation_uses(model: EdgeModel, many: str) -> None:
+    assert len(prompts(split(model, many, eval_rows=12)[0])[1]) == 12
+    assert len(prompts(split(model, many, valid_share=0.5)[0])[1]) == 100
+
+
+def test_none_are_set_aside_when_refused_or_given_or_of_a_small_file(model: EdgeModel, many: str, write_rows: Callable[..., str]) -> None:
+    for data, settings in (
+        (many, {"valid_share": 0.0}),
+        (write_rows([{"text": str(number), "label": number % 2} for number in range(LEAST_TO_SHARE - 1)], "few.jsonl"), {}),
+    ):
+        dataset, notices = split(model, data, **settings)
+        assert dataset.valid is None
+        assert notices == []
+    dataset, notices = split(model, many, valid=many)
+    assert dataset.valid is not None
+    assert (len(dataset.train.examples), len(dataset.valid.examples), notices) == (200, 200, [])
+
+
+def test_plain_text_is_set_aside_in_rows(model: EdgeModel, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("the film is great and the plot is terrible " * 200, encoding="utf-8")
+    notices: list[str] = []
+    dataset = read_dataset(model, make_config(None, {"data": str(tmp_path / "book.txt"), "max_length": 16}), notices.append)
+    assert dataset.valid is not None
+    count = len(dataset.train.examples) + len(dataset.valid.examples)
+    assert len(dataset.valid.examples) == round(0.15 * count)
+    assert f"validation: {len(dataset.valid.examples)} of the {count} rows of {tmp_path / 'book.txt'} set aside" in notices[-1]
+
+
+def test_a_run_that_goes_on_and_a_check_use_the_same_rows(exported_dir: Path, many: str, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    edgezo.tune(exported_dir, whole, data=many, steps=6, eval_every=2, schedule="constant", **FAST)
+    edgezo.tune(exported_dir, parts, data=many, steps=3, eval_every=2, schedule="constant", **FAST)
+    edgezo.tune(exported_dir, parts, resume=True, steps=6, threads=1)
+    one, other = (read_journal(run / "journal.bin") for run in (whole, parts))
+    assert [record.projected_grads for record in one.records] == [record.projected_grads for record in other.records]
+    assert one.evaluations.items() <= other.evaluations.items()
+    assert check_run(parts, EdgeModel(exported_dir, threads=1), every=1).problems == []
+
+
+def test_a_run_of_before_goes_on_with_all_its_rows(exported_dir: Path, many: str, tmp_path: Path) -> None:
+    """The header of an earlier version knows neither valid_share nor patience."""
+    edgezo.tune(exported_dir, tmp_path / "run", data=many, valid_share=0.0, steps=4, **FAST)
+    path = tmp_path / "run" / "journal.bin"
+    contents = read_journal(path)
+    config = {name: value for name, value in contents.header["config"].items() if name not in {"valid_share", "patience"}}
+    path.unlink()
+    with Journal.create(path, {**contents.header, "config": config}) as journal:
+        for record in contents.records[:2]:
+            journal.append(record)
+    edgezo.tune(exported_dir, tmp_path / "run", resume=True, threads=1)
+    assert read_journal(path).records == contents.records
+    assert (read_run(tmp_path / "run").config.valid_share, read_run(tmp_path / "run").config.patience) == (0.0, 0)
+
+
+def test_patience_ends_a_run_that_gets_no_better_and_resume_goes_on(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    settings = {**FAST, "lr": 1e-12, "valid": reviews, "data": reviews, "eval_every": 2}
+    result = edgezo.tune(exported_dir, tmp_path / "run", steps=20, patience=3, **settings)
+    assert (result.ended, result.best_step) == ("no longer better", 0)
+    assert result.steps == 6
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["ended"] == "no longer better"
+    assert edgezo.tune(exported_dir, tmp_path / "run", resume=True, threads=1).steps == 8
+    result = edgezo.tune(exported_dir, tmp_path / "run", resume=True, patience=0, threads=1)
+    assert (result.steps, result.ended) == (20, "finished")
+
+
+@pytest.mark.parametrize(
+    ("given", "patience"), [({}, DEFAULT_PATIENCE), ({"steps": 5}, 0), ({"minutes": 5}, 0), ({"steps": 5, "patience": 2}, 2)]
+)
+def test_patience_is_off_where_a_length_was_given(given: dict[str, Any], patience: int) -> None:
+    assert make_config(None, {"data": "x", **given}).allowed_patience == patience
+
+
+def test_the_notice_reaches_whoever_listens(exported_dir: Path, many: str, tmp_path: Path) -> None:
+    notices: list[str] = []
+    result = edgezo.tune(exported_dir, tmp_path / "run", data=many, steps=1, reporter=Reporter(notice=notices.append), **FAST)
+    assert result.before is not None
+    assert result.before.rows == 30
+    assert notices[0].startswith("validation: 30 of the 200 rows of ")

@@ -1,0 +1,178 @@
+"""Divergence: noticed beyond noise and beyond differences of rows, taken back exactly, told in whole lines, and ended when it will not stop."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import edgezo
+from edgezo.config import make_config
+from edgezo.errors import DivergenceError
+from edgezo.runtime.evaluation import Evaluation
+from edgezo.runtime.journal import read_journal
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.reports import Reporter, StepReport
+from edgezo.runtime.run import read_run
+from edgezo.runtime.tune import tune
+from edgezo.runtime.tuner import MOST_UNDOS, SMALLER
+from edgezo.runtime.watch import LEVEL_STEPS, find_rise, lowest_level, worse_than_start
+
+TASK: dict[str, Any] = {"template": "{text} It was", "labels": "terrible,great", "start": "none"}
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("drop", [0.0, 1.0])
+def test_noise_and_a_falling_loss_are_no_rise(seed: int, drop: float) -> None:
+    losses = 1.0 + drop * np.exp(-np.arange(300) / 50) + 0.2 * np.random.default_rng(seed).standard_normal(300)
+    assert not any(find_rise(losses[:count].tolist(), 16) for count in range(1, 301))
+
+
+def test_an_explosion_is_seen_after_two_steps_and_a_rise_after_some() -> None:
+    noise = 0.1 * np.random.default_rng(0).standard_normal(100)
+    calm = (1.0 + noise[:40]).tolist()
+    assert find_rise([1.0], 16) is find_rise([1.0, 9.0], 16) is None
+    found = find_rise([1.0, 9.0, 9.0], 16)
+    assert found is not None
+    assert (found.loss, found.level, found.good_step) == (9.0, 1.0, 0)
+    assert find_rise([*calm, 1.3], 16) is None
+    assert find_rise([*calm, 4.0, 4.0], 16) is not None
+    slow = [*calm, *(1.4 + noise[40:60]).tolist()]
+    first = next(count for count in range(41, 61) if find_rise(slow[:count], 16))
+    assert 42 <= first <= 52
+    found = find_rise(slow[:first], 16)
+    assert found is not None
+    assert found.good_step < 40
+
+
+def test_losses_of_a_single_row_scatter_by_their_own_size() -> None:
+    assert find_rise([1.0, 3.0, 3.0], 1) is None
+    assert find_rise([1.0, 9.0, 9.0], 1) is not None
+
+
+def test_the_lowest_level_is_a_mean_and_ends_at_its_last_step() -> None:
+    losses = [3.0] * 10 + [1.0] * LEVEL_STEPS + [2.0] * 5
+    assert lowest_level(losses) == (pytest.approx(1.0), 9 + LEVEL_STEPS, LEVEL_STEPS)
+    assert lowest_level([3.0, 1.0]) == (2.0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "worse"), [(0.5, 1.2, True), (0.5, 1.05, False), (0.6, 1.2, False), (0.4, 1.05, False), (0.4, 1.2, True)]
+)
+def test_a_state_is_worse_than_the_start_by_metric_and_loss(accuracy: float, loss: float, worse: bool) -> None:
+    assert worse_than_start(Evaluation(100, 1.0, 0.5), Evaluation(100, loss, accuracy)) is worse
+
+
+def digest(model: EdgeModel) -> str:
+    """SHA-256 over the weights and the adapter."""
+    arrays = [*model.weights.values(), *([model.adapter.b] if hasattr(model.adapter, "b") else [])]
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+
+@pytest.mark.parametrize("edge", ["exported_dir", "lora_dir"])
+def test_a_rate_far_too_large_recovers_and_the_run_is_its_journal(
+    request: pytest.FixtureRequest, edge: str, reviews: str, tmp_path: Path
+) -> None:
+    directory, notices = request.getfixturevalue(edge), list[str]()
+    settings = {
+        "data": reviews,
+        "valid": reviews,
+        "steps": 60,
+        "eval_every": 20,
+        "lr": 3.0,
+        "eps": 2**-8,
+        "rule": "normalized",
+        "batch": 2,
+        **TASK,
+    }
+    kind = "lora" if edge == "lora_dir" else None
+    model = EdgeModel(directory, threads=1)
+    result = tune(model, make_config(None, settings, kind), tmp_path / "run", reporter=Reporter(notice=notices.append))
+    told = [line for line in notices if "back to step" in line]
+    pattern = r"step \d+: .+; back to step \d+, on from there with a quarter of the learning rate, [0-9.e-]+"
+    assert all(re.fullmatch(pattern, line) for line in told)
+    contents = read_journal(tmp_path / "run" / "journal.bin")
+    assert contents.undos == len(told) > 0
+    assert contents.lr_scale == SMALLER ** len(told)
+    assert len(contents.records) == result.steps == 60
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr_scale"] for line in lines if "undone_to" in line] == [SMALLER**count for count in range(1, len(told) + 1)]
+    assert result.before is not None
+    assert result.best is not None
+    assert result.best.score() >= result.before.score()
+    assert digest(EdgeModel(directory, run=tmp_path / "run", step="last", threads=1)) == digest(model)
+
+
+def test_a_run_that_was_stopped_after_an_undo_goes_on_with_its_rate(lora_dir: Path, reviews: str, tmp_path: Path) -> None:
+    settings = {"data": reviews, "lr": 3.0, "eps": 2**-8, "schedule": "constant", "threads": 1, **TASK}
+    edgezo.tune(lora_dir, tmp_path / "run", steps=12, **settings)
+    scale = read_journal(tmp_path / "run" / "journal.bin").lr_scale
+    assert scale < 1
+    edgezo.tune(lora_dir, tmp_path / "run", resume=True, steps=14, threads=1)
+    contents = read_journal(tmp_path / "run" / "journal.bin")
+    assert contents.records[-1].learning_rate == pytest.approx(3.0 * contents.lr_scale)
+    assert contents.lr_scale <= scale
+
+
+@pytest.mark.parametrize("lr", [None, 1e-9])
+def test_a_measured_rate_that_no_schedule_lowers_is_halved_where_nothing_gets_better(
+    lora_dir: Path, reviews: str, tmp_path: Path, write_rows: Callable[..., str], lr: float | None
+) -> None:
+    """Validation rows with the other label: every step makes them worse."""
+    rows = [json.loads(line) for line in Path(reviews).read_text().splitlines()]
+    valid = write_rows([{**row, "label": 1 - row["label"]} for row in rows], "valid.jsonl")
+    notices: list[str] = []
+    settings = {"data": reviews, "valid": valid, "schedule": "constant", "eval_every": 1, "eps": 2**-8, "lr": lr, **TASK}
+    edgezo.tune(lora_dir, tmp_path / "run", steps=5, threads=1, reporter=Reporter(notice=notices.append), **settings)
+    contents = read_journal(tmp_path / "run" / "journal.bin")
+    told = [line for line in notices if "half the learning rate" in line]
+    if lr is not None:
+        assert (told, contents.lr_scale) == ([], 1.0)
+        return
+    assert all(re.fullmatch(r"step \d: 2 evaluations without a new best; on with half the learning rate, [0-9.e-]+", line) for line in told)
+    taken_back = [line for line in notices if "back to step" in line]
+    assert contents.lr_scale == 0.5 ** len(told) * SMALLER ** len(taken_back)
+    assert contents.undos == len(taken_back)
+    assert len(told) >= 1
+
+
+def test_rows_that_differ_are_not_a_divergence(exported_dir: Path, write_rows: Callable[..., str], tmp_path: Path) -> None:
+    """A rate too small to change anything, on batches of like length of which some are much harder than others."""
+    rows = [{"text": "a film", "label": 1}, {"text": "a film that is long and a plot", "label": 0}]
+    edgezo.tune(exported_dir, tmp_path / "run", data=write_rows(rows * 16), steps=16, lr=1e-9, eps=1e-3, batch=4, threads=1, **TASK)
+    contents = read_journal(tmp_path / "run" / "journal.bin")
+    assert any(find_rise([record.loss for record in contents.records[:count]], 4) for count in range(1, 17))
+    assert (contents.undos, len(contents.records)) == (0, 16)
+
+
+@pytest.mark.parametrize("times", [1, MOST_UNDOS])
+def test_a_loss_that_is_not_finite_is_taken_back_until_that_was_too_often(
+    exported_dir: Path, reviews: str, tmp_path: Path, times: int
+) -> None:
+    model, done = EdgeModel(exported_dir, threads=1), list[int]()
+
+    def damage(report: StepReport) -> None:
+        if report.step == 3 and len(done) < times:
+            done.append(3)
+            model.weights["model.norm.weight"][0] = np.nan
+
+    notices: list[str] = []
+    config = make_config(None, {"data": reviews, "steps": 9, "lr": 1e-4, "eps": 1e-3, "batch": 4, **TASK})
+    reporter = Reporter(step=damage, notice=notices.append)
+    if times == 1:
+        tune(model, config, tmp_path / "run", reporter=reporter)
+        assert len(read_run(tmp_path / "run").records) == 9
+    else:
+        message = (
+            r"^\S+run: diverged 8 times, the last time: step 3: the loss at theta \+ eps z is nan; .*; stopped at step \d, the last good one, "
+            r"start a new run without --lr and --eps, or with a --lr below 1\.53e-09$"
+        )
+        with pytest.raises(DivergenceError, match=message):
+            tune(model, config, tmp_path / "run", reporter=reporter)
+        assert len(read_run(tmp_path / "run").records) < 3
+    undone = [line for line in notices if "back to step" in line]
+    assert len(undone) == (1 if times == 1 else MOST_UNDOS - 1)
