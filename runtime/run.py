@@ -21,10 +21,17 @@ from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.journal import Journal, JournalContents, Record, StepRecord, read_journal
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.optimizer import zo_step
+from edgezo.runtime.rules import make_rule
+from edgezo.runtime.rules.rule import Rule
 from edgezo.runtime.theta import mutable_weights, step_directions
 from edgezo.runtime.weights import MutableWeights
 from edgezo.storage import PART, refuse_existing, sha256_file, write_atomically
 
+# what the weights depend on, with the base, the start, the noise and the records
+DECISIVE = (
+    "seed", "eps", "noise", "weight_decay", "directions", "rule", "beta1", "beta2", "anchor_every", "sampler", "share", "z_rank",
+    "redraw_every", "rank", "alpha", "tune_a",
+)  # fmt: skip
 LOCK = ".lock"
 METRICS_LINE_LIMIT = 1 << 16  # characters
 MAY_CHANGE = {"data", "valid", "steps", "minutes", "eval_every"}  # on resume; data files are compared by their content
@@ -99,8 +106,7 @@ def base_id(manifest: Manifest) -> str:
 def journal_header(manifest: Manifest, config: TuneConfig, start: Path | None = None) -> dict[str, Any]:
     """The header of a run's journal: what the run was made from.
 
-    The weights depend on `base`, `init`, `noise`, the records, and of `config` on seed, eps, noise, weight_decay, directions, rule, rank,
-    alpha and tune_a.
+    The weights depend on `base`, `init`, `noise`, the records, and of `config` on `DECISIVE`.
 
     Args:
         start: file of the tensors that the run starts from.
@@ -149,14 +155,19 @@ def check_base(run: Run, model: EdgeModel) -> None:
         )
 
 
-def replay(run: Run, model: EdgeModel, weights: MutableWeights, steps: int) -> None:
-    """Bring the base to the state after `steps` steps, without a forward pass."""
+def replay(run: Run, model: EdgeModel, weights: MutableWeights, steps: int, rule: Rule | None = None) -> None:
+    """Bring the base to the state after `steps` steps, without a forward pass.
+
+    Args:
+        rule: at its start; afterwards as after the last step.
+    """
     head = run.journal.head_at(steps)
     if head is not None:
         model.head = head
+    rule = rule or make_rule(run.config, weights.sizes)
     for step, record in enumerate(run.records[:steps]):
         directions = step_directions(run.config, step)
-        zo_step(weights, directions, record.projected_grads, record.learning_rate, run.config.rule, run.config.weight_decay)
+        zo_step(weights, directions, record.projected_grads, record.learning_rate, rule, run.config.weight_decay)
         if (step + 1) % REPLAY_GROUP == 0:
             weights.flush()
     weights.flush()

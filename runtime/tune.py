@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TextIO
 
+import numpy as np
 from pydantic import ValidationError
 
 from edgezo.config import TuneConfig, describe
@@ -105,7 +107,7 @@ class Tuner:
     untuned: Evaluation | None = None  # before an exact start
 
     def loop(self) -> TuneResult:
-        """Forwards at theta + eps z and theta - eps z and one update a step, until the steps or the minutes are used up or a signal asks to stop."""
+        """The forwards of the estimator and one update a step, until the steps or the minutes are used up or a signal asks to stop."""
         config, order = self.config, self.dataset.order()
         started = time.monotonic() - self.spent_seconds
         step = self.first_step
@@ -126,8 +128,8 @@ class Tuner:
                     break
                 begun = time.monotonic()
                 directions = step_directions(config, step)
-                estimates = self.theta.estimates(directions, self.theta.groups(self.dataset.batch(order, step)))
-                lr = config.lr * schedule_factor(config.schedule, progress, config.warmup)
+                lr = float(np.float32(config.lr * schedule_factor(config.schedule, progress, config.warmup)))  # as the journal holds it
+                estimates = self.theta.measure(partial(self.dataset.batch, order), step, lr)
                 loss = sum(estimate.loss for estimate in estimates) / len(estimates)
                 record = self.journal.append(StepRecord(tuple(estimate.projected_grad for estimate in estimates), lr, loss))
                 self.theta.step(directions, record.projected_grads, record.learning_rate)
@@ -144,7 +146,7 @@ class Tuner:
                 )
                 _write_step(metrics, report)
                 self.reporter.step(report)
-                still = 0 if any(record.projected_grads) else still + 1
+                still = 0 if any(record.projected_grads) or self.theta.rule.rests else still + 1
                 if still == STILL_STEPS:
                     self.reporter.notice(
                         f"warning: in {STILL_STEPS} steps no direction changed the objective, so nothing was learned; give more rows (--batch), a larger --eps or a smoother --objective"
@@ -240,6 +242,8 @@ def tune(
             reporter.notice(WARNING)
         weights = mutable_weights(model, config, start)
         theta = Theta(model, config, weights, Objective(Sequences(model), dataset.task, config))
+        if theta.rule.state_bytes:
+            reporter.notice(f"--rule {config.rule} keeps {theta.rule.state_bytes / 1e6:.0f} MB of averages in memory")
         reporter.stage("checking that the engine sees changes of every tunable tensor")
         prove_live(model, weights, generates=theta.objective.writes_text)
         if theta.objective.name == "dpo":
@@ -263,7 +267,7 @@ def tune(
             tuner.spent_seconds, tuner.untuned = time.monotonic() - begun, exact.untuned
             if previous is not None:
                 reporter.stage(f"rebuilding step {len(previous.records)} from the journal")
-                replay(previous, model, weights, len(previous.records))
+                replay(previous, model, weights, len(previous.records), theta.rule)
                 tuner.first_step, tuner.spent_seconds = len(previous.records), previous.seconds
                 tuner.evaluations, tuner.untuned = dict(previous.evaluations), previous.journal.untuned
             return tuner.loop()
