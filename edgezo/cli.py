@@ -91,8 +91,8 @@ def tune_command(
         str | None,
         setting("rule", text=f"of the update: {', '.join(choices_of('rule'))}; normalized has root mean square lr in every weight."),
     ] = None,
-    beta1: Annotated[float | None, setting("beta1")] = None,
-    beta2: Annotated[float | None, setting("beta2")] = None,
+    beta_m: Annotated[float | None, setting("beta_m")] = None,
+    beta_v: Annotated[float | None, setting("beta_v")] = None,
     anchor_every: Annotated[int | None, setting("anchor_every")] = None,
     anchor_batches: Annotated[int | None, setting("anchor_batches")] = None,
     sampler: Annotated[str | None, setting("sampler", text=f"which weights a direction moves: {', '.join(choices_of('sampler'))}.")] = None,
@@ -134,9 +134,9 @@ def tune_command(
         choices=choices, answer_field=answer_field, replace=replace, stop=stop, calibrate=calibrate, objective=objective,
         beta=beta, metrics=metrics, max_tokens=max_tokens,
         steps=steps, minutes=minutes, lr=lr, eps=eps, directions=directions,
-        batch=batch, estimator=estimator, rule=rule, beta1=beta1, beta2=beta2, anchor_every=anchor_every,
-        anchor_batches=anchor_batches, sampler=sampler, share=share, z_rank=z_rank, redraw_every=redraw_every, rank=rank, alpha=alpha, tune_a=tune_a, init=init,
-        start=start, start_rows=start_rows, seed=seed, noise=noise, schedule=schedule,
+        batch=batch, estimator=estimator, rule=rule, beta_m=beta_m, beta_v=beta_v, anchor_every=anchor_every,
+        anchor_batches=anchor_batches, sampler=sampler, share=share, z_rank=z_rank, redraw_every=redraw_every, rank=rank,
+        alpha=alpha, tune_a=tune_a, init=init, start=start, start_rows=start_rows, seed=seed, noise=noise, schedule=schedule,
         warmup=warmup, weight_decay=weight_decay, eval_every=eval_every, eval_rows=eval_rows,
     )  # fmt: skip
     how: dict[str, Any] = {"resume": resume, "config": config, "task": task, "threads": threads, "device": device, "memory": memory}

@@ -79,8 +79,8 @@ class TuneConfig(BaseModel):
     rule: Literal["sgd", "normalized", "sign", "fzoo", "meazo", "momentum", "adam", "conservative", "svrg"] = Field(
         "sgd", description="of the update; normalized has root mean square lr in every weight"
     )
-    beta1: float = Field(0.9, ge=0, lt=1, description="of rules momentum and adam: average of gradients")
-    beta2: float = Field(0.99, ge=0, lt=1, description="of rules adam and meazo: average of squares")
+    beta_m: float = Field(0.9, ge=0, lt=1, description="of rules momentum and adam: average of gradients")
+    beta_v: float = Field(0.99, ge=0, lt=1, description="of rules adam and meazo: average of squares")
     anchor_every: int = Field(5, gt=0, description="of rule svrg: steps between estimates over many rows")
     anchor_batches: int = Field(8, gt=0, le=1024, description="of rule svrg: steps whose rows such an estimate has")
     sampler: Literal["full", "layers", "magnitude", "lozo", "subzero", "tezo"] = Field(

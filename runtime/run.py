@@ -29,7 +29,7 @@ from edgezo.storage import PART, refuse_existing, sha256_file, write_atomically
 
 # what the weights depend on, with the base, the start, the noise and the records
 DECISIVE = (
-    "seed", "eps", "noise", "weight_decay", "directions", "rule", "beta1", "beta2", "anchor_every", "sampler", "share", "z_rank",
+    "seed", "eps", "noise", "weight_decay", "directions", "rule", "beta_m", "beta_v", "anchor_every", "sampler", "share", "z_rank",
     "redraw_every", "rank", "alpha", "tune_a",
 )  # fmt: skip
 LOCK = ".lock"

@@ -380,8 +380,8 @@ def test_inspect_of_a_run(command: Command) -> None:
         ("batch", "16"),
         ("estimator", "two-sided"),
         ("rule", "sgd"),
-        ("beta1", "0.9"),
-        ("beta2", "0.99"),
+        ("beta m", "0.9"),
+        ("beta v", "0.99"),
         ("anchor every", "5"),
         ("anchor batches", "8"),
         ("sampler", "full"),
@@ -623,7 +623,7 @@ def test_export_without_the_workstation_half_says_how_to_get_it(refusal: Callabl
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--noise", "uniform", "--noise 'uniform': input should be 'rademacher' or 'gaussian'"),
+        ("--noise", "uniform", "--noise 'uniform': input should be 'rademacher', 'gaussian' or 'sphere'"),
         ("--schedule", "step", "--schedule 'step': input should be 'constant', 'linear' or 'cosine'"),
         ("--lr", "0", "--lr 0.0: input should be greater than 0"),
         ("--lr", "nan", "--lr nan: input should be "),

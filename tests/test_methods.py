@@ -190,8 +190,17 @@ def test_the_factors_of_a_rule(rule: str, expected: list[float]) -> None:
     assert not any(made.scales([0.0, -0.0, 0.0], 0.1))
 
 
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "momentum"])
+def test_steps_at_the_rate_for_a_move_have_its_length(rule: str) -> None:
+    problem = Quadratic(configure(rule, directions=16), shapes={"layers.0.w": (200, 300)})
+    before, grads = problem.theta, np.float32(5 * np.random.default_rng(0).standard_normal(16))
+    rms = float(np.sqrt(np.mean(grads**2)))
+    problem.replay([(grads.tolist(), problem.rule.rate(3e-3, rms, 16))])
+    assert np.sqrt(np.mean((problem.theta - before) ** 2)) == pytest.approx(3e-3, rel=0.05)
+
+
 def test_meazo_follows_the_size_of_the_gradients() -> None:
-    made = RULES["meazo"](configure(beta2=0.5), {})
+    made = RULES["meazo"](configure(beta_v=0.5), {})
     assert isinstance(made, ScalarRule)
     assert made.scales([2.0], 1.0) == pytest.approx([-1.0])
     assert made.scales([8.0], 1.0) == pytest.approx([-8 / ((0.25 * 4 + 0.5 * 64) / 0.75) ** 0.5])
@@ -199,7 +208,7 @@ def test_meazo_follows_the_size_of_the_gradients() -> None:
 
 @pytest.mark.parametrize("rule", ["momentum", "adam"])
 def test_averages_follow_a_float64_reference(rule: str) -> None:
-    problem = Quadratic(configure(rule, beta1=0.5, beta2=0.75))
+    problem = Quadratic(configure(rule, beta_m=0.5, beta_v=0.75))
     expected, m, v = problem.theta, np.zeros(problem.size), np.zeros(problem.size)
     random, names = np.random.default_rng(3), list(problem.arrays)
     for step in range(1, 7):
@@ -221,7 +230,7 @@ def test_averages_take_the_memory_that_is_told(rule: str) -> None:
 
 
 def test_updates_far_below_the_grid_are_right_on_average() -> None:
-    problem = Quadratic(configure("momentum", beta1=0.0, directions=1))
+    problem = Quadratic(configure("momentum", beta_m=0.0, directions=1))
     (first, *_), start = problem.weights.tensors, problem.theta
     lr, expected = 0.2 * first.quantum, np.zeros(problem.size)
     for step in range(2000):

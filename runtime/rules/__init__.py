@@ -19,9 +19,9 @@ RULES: dict[str, Callable[[TuneConfig, Mapping[str, int]], Rule]] = {
     "normalized": lambda config, sizes: Normalized(),
     "sign": lambda config, sizes: Sign(),
     "fzoo": lambda config, sizes: Fzoo(),
-    "meazo": lambda config, sizes: Meazo(config.beta2),
-    "momentum": lambda config, sizes: Momentum(sizes, config.beta1),
-    "adam": lambda config, sizes: Adam(sizes, config.beta1, config.beta2),
+    "meazo": lambda config, sizes: Meazo(config.beta_v),
+    "momentum": lambda config, sizes: Momentum(sizes, config.beta_m),
+    "adam": lambda config, sizes: Adam(sizes, config.beta_m, config.beta_v),
     "conservative": lambda config, sizes: Conservative(),
     "svrg": lambda config, sizes: Svrg(config.anchor_every, config.anchor_batches),
 }

@@ -21,3 +21,7 @@ class Fzoo(ScalarRule):
         mean = math.fsum(projected_grads) / count
         spread = math.sqrt(math.fsum((grad - mean) ** 2 for grad in projected_grads) / (count - 1))
         return [-lr * (grad / spread) / count if spread else 0.0 for grad in projected_grads]
+
+    def rate(self, move: float, grad_rms: float, directions: int) -> float:
+        """As `Rule`."""
+        return move * math.sqrt(directions)

@@ -19,3 +19,7 @@ class Normalized(ScalarRule):
         """As `ScalarRule`."""
         norm = math.sqrt(math.fsum(grad * grad for grad in projected_grads))
         return [-lr * (grad / norm) if norm else 0.0 for grad in projected_grads]
+
+    def rate(self, move: float, grad_rms: float, directions: int) -> float:
+        """As `Rule`."""
+        return move

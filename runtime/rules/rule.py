@@ -1,5 +1,6 @@
 """What an update rule is: it turns the scalars of a step into a change of theta."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -67,6 +68,17 @@ class Rule(ABC):
     def measure(self, problem: Problem, directions: Sequence[Direction], lr: float) -> list[Estimate]:
         """The scalars of a step, as the journal will hold them; needs forward passes, so a replay never calls it."""
         return problem.estimates()
+
+    def rate(self, move: float, grad_rms: float, directions: int) -> float:
+        """The learning rate whose updates walk like steps that move every weight by `move` in root mean square.
+
+        Averages make single steps shorter and as much longer the way that several go together. For z of signs.
+
+        Args:
+            grad_rms: root mean square of the projected gradients.
+            directions: of a step.
+        """
+        return move * math.sqrt(directions) / grad_rms
 
 
 class ScalarRule(Rule):

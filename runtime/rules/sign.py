@@ -17,3 +17,7 @@ class Sign(ScalarRule):
     def scales(self, projected_grads: Sequence[float], lr: float) -> list[float]:
         """As `ScalarRule`."""
         return [-lr * math.copysign(1, grad) / len(projected_grads) if grad else 0.0 for grad in projected_grads]
+
+    def rate(self, move: float, grad_rms: float, directions: int) -> float:
+        """As `Rule`."""
+        return move * math.sqrt(directions)
