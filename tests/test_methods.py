@@ -1,26 +1,30 @@
 """One contract for every estimator, rule and sampler, and for all that compose: a new method is a row of a table and nothing here."""
 
+import hashlib
 import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from quadratic import EPS, SHAPES, Quadratic
+from quadratic import EPS, LAYERS, SHAPES, Quadratic
 
 import edgezo
 from edgezo.config import TuneConfig, choices_of, make_config
 from edgezo.errors import ConfigError, NonFiniteLossError
+from edgezo.runtime import noise
 from edgezo.runtime import passes as passes_module
 from edgezo.runtime.check import check_run
 from edgezo.runtime.estimators import ESTIMATORS
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import BLOCK, Direction
+from edgezo.runtime.optimizer import zo_step
 from edgezo.runtime.rules import RULES
 from edgezo.runtime.rules.rule import DenseRule, ScalarRule
 from edgezo.runtime.samplers import SAMPLERS, Tunables, make_sampler
 from edgezo.runtime.samplers.layers import LayerSubset
 from edgezo.runtime.samplers.outer import Layout, Outer
+from edgezo.runtime.weights import MutableWeights
 
 DOCS = Path(__file__).parent.parent / "docs" / "methods.md"
 # learning rates for the quadratic, whose curvature is about 1 and whose gradient about 10 long
@@ -352,6 +356,20 @@ def test_directions_of_low_rank_have_it_and_keep_what_they_say(sampler: str, ran
     assert both == (rank if sampler == "tezo" else 2 * rank)
 
 
+@pytest.mark.parametrize("sampler", ["lozo", "subzero", "tezo"])
+def test_factors_are_the_documented_streams(sampler: str) -> None:
+    made = make_sampler(configure(sampler=sampler, redraw_every=4, z_rank=3), Tunables({"w": (9, 8)}, {}, {}))
+
+    def factor(domain: int, step: int, rows: int, columns: int) -> np.ndarray:
+        return noise.signs(Direction(5, step, 1), noise.tensor_id("w"), rows * columns, domain).reshape(rows, columns).astype(np.float64)
+
+    u = {"lozo": factor(noise.LEFT, 6, 9, 3), "subzero": factor(noise.LEFT, 4, 9, 3), "tezo": factor(noise.LEFT, 0, 9, 3)}[sampler]
+    v = factor(noise.RIGHT, 0 if sampler == "tezo" else 4, 3, 8)
+    core = {"lozo": np.eye(3), "subzero": factor(noise.CORE, 6, 3, 3), "tezo": np.diag(factor(noise.CORE, 6, 1, 3)[0])}[sampler]
+    scale = 3 if sampler == "subzero" else 3**0.5
+    assert made.draw(Direction(5, 6, 1), "w", 72).reshape(9, 8) == pytest.approx(u @ core @ v / scale, abs=1e-5)
+
+
 def test_layers_of_lora_that_rest_have_no_signs() -> None:
     layout, modules = Layout([2, 2, 2, 2], [3, 3, 5, 5]), ["layers.0.a", "layers.0.b", "layers.1.a", "layers.1.b"]
     subset = LayerSubset({"layers.0.a": 0, "layers.0.b": 0, "layers.1.a": 1, "layers.1.b": 1}, 0.5)
@@ -390,6 +408,48 @@ def test_noise_and_sampler_that_do_not_compose_are_refused(settings: dict[str, s
     with pytest.raises(ConfigError) as caught:
         configure(**settings)
     assert str(caught.value) == message
+
+
+# the bits, for ever: they are docs/noise.md and docs/journal.md as of noise version 1
+
+BITS = {
+    "sgd full rademacher": "6c10731b21ea9318",
+    "normalized full rademacher": "cd1b51be44653b88",
+    "sign full rademacher": "356588ba11dc5b99",
+    "fzoo full rademacher": "3f1b8dbdce667254",
+    "meazo full rademacher": "f06b4e7864b7f03e",
+    "momentum full rademacher": "46bde18c57285ca5",
+    "adam full rademacher": "6d9d734007e20cf1",
+    "conservative full rademacher": "6c10731b21ea9318",
+    "svrg full rademacher": "050c6d6fbb809ad3",
+    "sgd full gaussian": "7861fbcb8cd40e7b",
+    "sgd full sphere": "c2193db228e79a0e",
+    "sgd layers rademacher": "471ab44c185c2358",
+    "sgd magnitude rademacher": "5681194ee35170e0",
+    "sgd lozo rademacher": "b96264821d103be2",
+    "sgd subzero rademacher": "9b23300a1fb72740",
+    "sgd tezo rademacher": "731cb74249d0f2ba",
+}
+
+
+def bits_of(rule: str, sampler: str, noise: str) -> str:
+    """SHA-256 of what three steps make of known values."""
+    shapes = {"layers.0.w": (30, 50), "layers.1.w": (50, 20), "norm": (40,)}
+    problem = Quadratic(configure(rule, sampler=sampler, noise=noise, directions=3, redraw_every=2, seed=7), shapes=shapes)
+    arrays = {name: np.linspace(-1, 1, int(np.prod(shape)), dtype=np.float32).reshape(shape) for name, shape in shapes.items()}
+    sampler_made = make_sampler(problem.config, Tunables(shapes, LAYERS, arrays))
+    weights = MutableWeights(arrays, eps=EPS, sampler=sampler_made)
+    for step, grads in enumerate(([1.5, -2.0, 0.25], [0.5, 3.0, -1.0], [-0.125, 0.75, 2.0])):
+        zo_step(weights, [Direction(7, step, number) for number in range(3)], grads, 2.0**-6, problem.rule, 0.125)
+    weights.flush()
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays.values())).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("rule", "sampler", "noise"), [*((rule, "full", "rademacher") for rule in RULES), *(("sgd", *pair) for pair in NOISY[1:])]
+)
+def test_three_steps_give_the_same_bits_for_ever(rule: str, sampler: str, noise: str) -> None:
+    assert bits_of(rule, sampler, noise) == BITS[f"{rule} {sampler} {noise}"]
 
 
 # runs
