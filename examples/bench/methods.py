@@ -33,6 +33,8 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora layers": ("lora", {**LORA, "rule": "normalized", "lr": 0.012, "sampler": "layers"}),
     **{f"full {name}": ("full", {**FULL, "sampler": name}) for name in ("full", "layers", "magnitude", "lozo", "subzero", "tezo")},
     **{f"full {name}": ("full", {**FULL, "noise": name}) for name in ("gaussian", "sphere")},
+    "full momentum": ("full", {**FULL, "rule": "momentum"}),
+    "full adam": ("full", {**FULL, "rule": "adam", "lr": 1e-4}),
 }  # fmt: skip
 
 
@@ -59,7 +61,8 @@ def run_cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     before, after = (line["valid"] for line in found if "valid" in line)
     steps = [line["step_seconds"] for line in found if "step_seconds" in line]
-    return {"before": before, "after": after, "rows_per_step": forward_rows(settings), "step_seconds": sorted(steps)[len(steps) // 2]}
+    seconds, peak = sorted(steps)[len(steps) // 2], json.loads(done.stdout)["peak_bytes"]
+    return {"before": before, "after": after, "rows_per_step": forward_rows(settings), "step_seconds": seconds, "peak_bytes": peak}
 
 
 def main() -> None:
