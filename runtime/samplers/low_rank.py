@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgezo.runtime import noise
-from edgezo.runtime.grid import Additions, GridTensor, level
+from edgezo.runtime.grid import SIGNIFICAND_BITS, Additions, GridTensor, level
 from edgezo.runtime.noise import BLOCK, Direction, Floats
 from edgezo.runtime.samplers.full import Full
 from edgezo.runtime.samplers.sampler import Adder
@@ -20,7 +20,7 @@ Integers = npt.NDArray[Any]
 class LowRank(Full):
     """z = c L R of every matrix [rows, columns]; c makes E[z z^T] = I over all draws.
 
-    theta += d m L R with one integer m a direction: products of integers in float64, exact in any order.
+    theta += d m L R with one integer m a direction: products of integers, exact in any order.
 
     Args:
         shapes: of every tensor; those of two dimensions are matrices.
@@ -53,18 +53,18 @@ class LowRank(Full):
             width, begin = right.shape[1], first * BLOCK
             top, bottom = begin // width, -(-(begin + part.size) // width)
             total = (left[top:bottom] @ right).reshape(-1)[begin - top * width :][: part.size]
-            part[...] = part + total * tensor.quantum  # float64: exact on the grid, so the cast is too
+            total *= tensor.quantum
+            part[...] = part + total  # exact on the grid
 
         return add
 
     def _stack(self, tensor: GridTensor, additions: Additions) -> tuple[Integers, Integers]:
-        """m_q L_q side by side and R_q below each other, float64."""
-        lefts, rights = [], []
-        for direction, scales in additions.items():
-            left, right = self.factors(direction, tensor.name)
-            lefts.append(left * float(level(direction, scales, tensor.quantum, self.factor)))
-            rights.append(right.astype(np.float64))
-        return np.concatenate(lefts, axis=1), np.concatenate(rights)
+        """m_q L_q side by side and R_q below each other, in float32 where all sums are below 2^24 and so exact, else in float64."""
+        levels = [level(direction, scales, tensor.quantum, self.factor) for direction, scales in additions.items()]
+        kind = np.float32 if self.entries * sum(map(abs, levels)) < 2**SIGNIFICAND_BITS else np.float64
+        factors = [self.factors(direction, tensor.name) for direction in additions]
+        lefts = [left.astype(kind) * kind(m) for (left, _), m in zip(factors, levels, strict=True)]
+        return np.concatenate(lefts, axis=1), np.concatenate([right.astype(kind) for _, right in factors])
 
     def signs(self, domain: int, direction: Direction, name: str, *shape: int) -> npt.NDArray[np.int8]:
         """Signs of one factor, those of the direction's step."""
