@@ -12,7 +12,7 @@ from quadratic import EPS, LAYERS, SHAPES, Quadratic
 import edgezo
 from edgezo.config import TuneConfig, choices_of, make_config
 from edgezo.errors import ConfigError, NonFiniteLossError
-from edgezo.runtime import noise
+from edgezo.runtime import liveness, noise
 from edgezo.runtime import passes as passes_module
 from edgezo.runtime.check import check_run
 from edgezo.runtime.estimators import ESTIMATORS
@@ -513,6 +513,15 @@ def test_a_prefix_has_neither_layers_nor_matrices(prefix_dir: Path, reviews: str
         with pytest.raises(ConfigError) as caught:
             edgezo.tune(prefix_dir, tmp_path / "run", data=reviews, steps=1, sampler=sampler, **TUNING)
         assert str(caught.value) == f"--sampler {sampler}: none of the tunable tensors {what}; leave it out"
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_proof_that_tensors_are_live_moves_all_of_them(sampler: str) -> None:
+    problem = Quadratic(configure(sampler=sampler, share=0.01))
+    before = {name: array.copy() for name, array in problem.arrays.items()}
+    with liveness._perturbed(problem.weights):
+        assert all((array != before[name]).all() for name, array in problem.arrays.items())
+    assert all(np.array_equal(array, before[name]) for name, array in problem.arrays.items())
 
 
 def test_eps_of_the_quadratic_is_on_every_grid() -> None:
