@@ -17,8 +17,8 @@ from typing import Any
 from edgezo.runtime.estimators import ESTIMATORS
 
 STEPS, EVAL_ROWS = 30, 128
-LORA = {"directions": 16, "batch": 1, "eps": 1e-2, "schedule": "cosine"}
-FULL = {"directions": 1, "batch": 16, "eps": 1e-3, "lr": 2e-5, "schedule": "linear"}
+LORA = {"start": "none", "directions": 16, "batch": 1, "eps": 1e-2, "schedule": "cosine"}
+FULL = {"start": "none", "directions": 1, "batch": 16, "eps": 1e-3, "lr": 2e-5, "schedule": "linear"}
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         f"lora {rule}": ("lora", {**LORA, "rule": rule, "lr": lr})
