@@ -16,19 +16,19 @@ from typing import Any
 
 from edgezo.runtime.estimators import ESTIMATORS
 
-STEPS, EVAL_ROWS = 30, 128
-LORA = {"start": "none", "directions": 16, "batch": 1, "eps": 1e-2, "schedule": "cosine"}
-FULL = {"start": "none", "directions": 1, "batch": 16, "eps": 1e-3, "lr": 2e-5, "schedule": "linear"}
+STEPS, EVAL_ROWS = 20, 64
+LORA = {"start": "none", "directions": 8, "batch": 1, "eps": 1e-2, "schedule": "cosine"}
+FULL = {"start": "none", "directions": 1, "batch": 8, "eps": 1e-3, "lr": 2e-5, "schedule": "linear"}
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         f"lora {rule}": ("lora", {**LORA, "rule": rule, "lr": lr})
         for rule, lr in {
-            "normalized": 0.012, "sgd": 0.007, "sign": 0.048, "fzoo": 0.048, "meazo": 0.012, "momentum": 0.007, "adam": 0.012,
-            "conservative": 0.007, "svrg": 0.007,
+            "normalized": 0.012, "sgd": 0.005, "sign": 0.034, "fzoo": 0.034, "meazo": 0.012, "momentum": 0.005, "adam": 0.012,
+            "conservative": 0.005, "svrg": 0.005,
         }.items()
     },
     "lora one-sided": ("lora", {**LORA, "rule": "normalized", "lr": 0.012, "estimator": "one-sided", "batch": 2}),
-    "lora one-sided fzoo": ("lora", {**LORA, "rule": "fzoo", "lr": 0.048, "estimator": "one-sided", "batch": 2}),
+    "lora one-sided fzoo": ("lora", {**LORA, "rule": "fzoo", "lr": 0.034, "estimator": "one-sided", "batch": 2}),
     "lora curvature": ("lora", {**LORA, "rule": "normalized", "lr": 0.012, "estimator": "curvature"}),
     "lora layers": ("lora", {**LORA, "rule": "normalized", "lr": 0.012, "sampler": "layers"}),
     **{f"full {name}": ("full", {**FULL, "sampler": name}) for name in ("full", "layers", "magnitude", "lozo", "subzero", "tezo")},
