@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgezo import __version__, baseline_commands, chat, export_command, rate, run_commands, terminal, use_commands
-from edgezo.config import DEFAULT_PATIENCE, DEFAULT_STEPS
+from edgezo.config import DEFAULT_PATIENCE, DEFAULT_STEPS, choices_of
 from edgezo.errors import EdgezoError
 from edgezo.options import (
     AnswerField,
@@ -91,9 +91,19 @@ def tune_command(
     eps: Annotated[float | None, setting("eps", text="perturbation scale.", shown="measured at the start")] = None,
     directions: Annotated[int | None, setting("directions")] = None,
     batch: Annotated[int | None, setting("batch")] = None,
+    estimator: Annotated[str | None, setting("estimator", text=f"of projected gradients: {', '.join(choices_of('estimator'))}.")] = None,
     rule: Annotated[
-        str | None, setting("rule", text="of the update: sgd, or normalized, which has root mean square lr in every weight.")
+        str | None,
+        setting("rule", text=f"of the update: {', '.join(choices_of('rule'))}; normalized has root mean square lr in every weight."),
     ] = None,
+    beta_m: Annotated[float | None, setting("beta_m")] = None,
+    beta_v: Annotated[float | None, setting("beta_v")] = None,
+    anchor_every: Annotated[int | None, setting("anchor_every")] = None,
+    anchor_batches: Annotated[int | None, setting("anchor_batches")] = None,
+    sampler: Annotated[str | None, setting("sampler", text=f"which weights a direction moves: {', '.join(choices_of('sampler'))}.")] = None,
+    share: Annotated[float | None, setting("share")] = None,
+    z_rank: Annotated[int | None, setting("z_rank")] = None,
+    redraw_every: Annotated[int | None, setting("redraw_every")] = None,
     rank: Annotated[int | None, setting("rank")] = None,
     alpha: Annotated[float | None, setting("alpha")] = None,
     tune_a: Annotated[bool | None, setting("tune_a")] = None,
@@ -106,7 +116,7 @@ def tune_command(
     ] = None,
     start_rows: Annotated[int | None, setting("start_rows")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
-    noise: Annotated[str | None, setting("noise", text="distribution of z: rademacher or gaussian.")] = None,
+    noise: Annotated[str | None, setting("noise", text=f"distribution of z: {', '.join(choices_of('noise'))}.")] = None,
     schedule: Annotated[str | None, setting("schedule", text="of the learning rate: constant, linear or cosine.")] = None,
     warmup: Annotated[float | None, setting("warmup")] = None,
     weight_decay: Annotated[float | None, setting("weight_decay")] = None,
@@ -137,8 +147,9 @@ def tune_command(
         choices=choices, answer_field=answer_field, replace=replace, stop=stop, calibrate=calibrate, objective=objective,
         beta=beta, metrics=metrics, max_tokens=max_tokens,
         steps=steps, minutes=minutes, lr=lr, eps=eps, directions=directions,
-        batch=batch, rule=rule, rank=rank, alpha=alpha, tune_a=tune_a, init=init, start=start,
-        start_rows=start_rows, seed=seed, noise=noise, schedule=schedule,
+        batch=batch, estimator=estimator, rule=rule, beta_m=beta_m, beta_v=beta_v, anchor_every=anchor_every,
+        anchor_batches=anchor_batches, sampler=sampler, share=share, z_rank=z_rank, redraw_every=redraw_every, rank=rank,
+        alpha=alpha, tune_a=tune_a, init=init, start=start, start_rows=start_rows, seed=seed, noise=noise, schedule=schedule,
         warmup=warmup, weight_decay=weight_decay, eval_every=eval_every, patience=patience, eval_rows=eval_rows,
     )  # fmt: skip
     how: dict[str, Any] = {"resume": resume, "config": config, "task": task, "threads": threads, "device": device, "memory": memory}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +20,7 @@ RANK_LIMIT, ALPHA_LIMIT = 4096, 1e6
 CONFIG_BYTES_LIMIT = 1 << 20
 DEFAULT_STEPS = 500
 DEFAULT_PATIENCE = 3
+SHARING = ("one-sided", "curvature")  # estimators whose directions all see the same rows
 ANSWER_METRICS = ("f1", "exact-match")  # of generated answers, unless --metrics says otherwise
 OBJECTIVES = ("likelihood", "cross-entropy", "accuracy", "f1", "exact-match", "rouge-l", "preference", "dpo")
 
@@ -70,13 +71,32 @@ class TuneConfig(BaseModel):
     max_length: int | None = Field(
         None, gt=1, description="tokens of a row at most; when unset the model's context, and 256 for plain text files"
     )
-    steps: int | None = Field(None, gt=0, description=f"steps in all; {DEFAULT_STEPS} when neither steps nor minutes is given")
+    steps: int | None = Field(
+        None, ge=0, description=f"steps in all, 0 for an exact start alone; {DEFAULT_STEPS} when neither steps nor minutes is given"
+    )
     minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time budget in minutes, evaluation included")
     lr: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False, description="learning rate; measured at the start when unset")
     eps: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False, description="perturbation scale; measured at the start when unset")
     directions: int = Field(1, gt=0, le=1024, description="directions of a step, each with rows of its own")
     batch: int = Field(16, gt=0, description="rows of a direction")
-    rule: Literal["sgd", "normalized"] = Field("sgd", description="of the update; normalized has root mean square lr in every weight")
+    estimator: Literal["two-sided", "one-sided", "curvature"] = Field(
+        "two-sided", description="of projected gradients; with one-sided and curvature all directions share the rows of one"
+    )
+    rule: Literal["sgd", "normalized", "sign", "fzoo", "meazo", "momentum", "adam", "conservative", "svrg"] = Field(
+        "sgd", description="of the update; normalized has root mean square lr in every weight"
+    )
+    beta_m: float = Field(0.9, ge=0, lt=1, description="of rules momentum and adam: average of gradients")
+    beta_v: float = Field(0.99, ge=0, lt=1, description="of rules adam and meazo: average of squares")
+    anchor_every: int = Field(5, gt=0, description="of rule svrg: steps between estimates over many rows")
+    anchor_batches: int = Field(8, gt=0, le=1024, description="of rule svrg: steps whose rows such an estimate has")
+    sampler: Literal["full", "layers", "magnitude", "lozo", "subzero", "tezo"] = Field(
+        "full", description="which weights a direction moves"
+    )
+    share: float = Field(
+        0.25, gt=0, le=1, description="of samplers layers and magnitude: fraction of layers, or of a tensor's weights, that move"
+    )
+    z_rank: int = Field(4, gt=0, le=64, description="of samplers lozo, subzero and tezo: rank of a direction in a matrix")
+    redraw_every: int = Field(50, gt=0, description="of samplers lozo and subzero: steps for which factors are kept")
     rank: int = Field(8, gt=0, le=RANK_LIMIT, description="of LoRA")
     alpha: float = Field(16.0, gt=0, le=ALPHA_LIMIT, allow_inf_nan=False, description="of LoRA, whose scaling is alpha / rank")
     tune_a: bool = Field(False, description="tune LoRA's A too; else B alone (LoRA-FA)")
@@ -86,7 +106,7 @@ class TuneConfig(BaseModel):
     )
     start_rows: int = Field(4096, gt=1, description="training rows that an exact start reads at most, one forward each")
     seed: int = Field(0, ge=0, lt=1 << 64, description="of noise and data order; 0 is an ordinary seed")
-    noise: Literal["rademacher", "gaussian"] = Field("rademacher", description="distribution of z")
+    noise: Literal["rademacher", "gaussian", "sphere"] = Field("rademacher", description="distribution of z")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="of the learning rate")
     warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the run with a rising learning rate")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="decoupled, on matrices alone")
@@ -104,12 +124,28 @@ class TuneConfig(BaseModel):
             raise ValueError(f"--objective {self.objective}: give {', '.join(OBJECTIVES)}, or package.module:function")
         if self.lr is not None and self.lr * self.weight_decay >= 1:
             raise ValueError("lr * weight_decay must be below 1")
+        if self.rule == "fzoo" and self.directions < 2:
+            raise ValueError("--rule fzoo: divides by the spread over the directions, and there is one; give --directions 2 or more")
+        if self.noise != "rademacher" and self.sampler in ("lozo", "subzero", "tezo"):
+            raise ValueError(f"--noise {self.noise}: the factors of --sampler {self.sampler} are signs; leave --noise out")
+        if self.noise == "sphere" and self.sampler != "full":
+            raise ValueError(f"--noise sphere: is of all weights, --sampler {self.sampler} moves some; leave one of them out")
         return self
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether all directions of a step see the same rows."""
+        return self.estimator in SHARING
 
     @property
     def rows(self) -> int:
         """Rows of a step."""
-        return self.directions * self.batch
+        return self.batch if self.shares_rows else self.directions * self.batch
+
+    @property
+    def table(self) -> Literal["rademacher", "gaussian"]:
+        """Distribution of the independent elements."""
+        return "rademacher" if self.noise == "rademacher" else "gaussian"
 
     @property
     def total_steps(self) -> int | None:
@@ -135,6 +171,11 @@ ADAPTER_DEFAULTS: dict[AdapterKind, dict[str, Any]] = {
     "lora": {"directions": 16, "batch": 1, "rule": "normalized", "schedule": "cosine"},
     "prefix": {"directions": 16, "batch": 1, "rule": "normalized", "schedule": "cosine"},
 }
+
+
+def choices_of(field: str) -> tuple[str, ...]:
+    """What a setting of `TuneConfig` may be."""
+    return get_args(TuneConfig.model_fields[field].annotation)
 
 
 def make_config(

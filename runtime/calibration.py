@@ -62,7 +62,7 @@ def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset) -> Calibration
     theta.weights.flush()
     steps = _expected_steps(config, probe.row_seconds, dataset)
     eps = config.eps or (found.eps if theta.objective.smooth else COARSE_EPS * found.reach)
-    measured = learning_rate(found, config.rule, config.schedule, config.warmup, steps, config.directions, config.batch)
+    measured = learning_rate(found, theta.rule, config.schedule, config.warmup, steps, config.directions, config.batch)
     lr = config.lr or measured
     if lr * config.weight_decay >= 1:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """Whether a run can be believed: its checksums, its files, and its scalars derived again by forward passes."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +11,11 @@ from edgezo.runtime.corpus import sha256_data
 from edgezo.runtime.dataset import read_dataset
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
-from edgezo.runtime.run import INIT, JOURNAL, Run, check_base, check_same, journal_header, read_run
+from edgezo.runtime.run import DECISIVE, INIT, JOURNAL, Run, check_base, check_same, journal_header, read_run
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions
 from edgezo.storage import sha256_file
 
-DECISIVE = ("seed", "eps", "noise", "weight_decay", "directions", "rule", "rank", "alpha", "tune_a")
 LOSS_TOLERANCE = 1e-3  # nats; other processors and engine versions stay within 1e-4
 
 
@@ -47,7 +47,7 @@ def check_run(
     Args:
         directory: run directory.
         model: the base, freshly opened; its weights are brought to the last step when `every` is given.
-        every: derive the scalars of every so-manieth step again, by its two forward passes at the replayed weights.
+        every: derive the scalars of every so-manieth step again, by its forward passes at the replayed weights.
         progress: told the number of steps done.
 
     Raises:
@@ -79,7 +79,7 @@ def check_run(
 
 
 def _derive_again(run: Run, model: EdgeModel, every: int, progress: Callable[[int], None]) -> tuple[int, float]:
-    """Replay, and on the way run the two forwards of every so-manieth step."""
+    """Replay, and on the way run the forwards of every so-manieth step."""
     dataset = read_dataset(model, run.config)
     check_same(run, dataset.config, journal_header(model.manifest, dataset.config, run.start))
     order, weights = dataset.order(), mutable_weights(model, run.config, run.start)
@@ -92,7 +92,7 @@ def _derive_again(run: Run, model: EdgeModel, every: int, progress: Callable[[in
         directions = step_directions(run.config, step)
         if step % every == 0:
             model.head = run.journal.head_at(step) or model.head
-            found = theta.estimates(directions, theta.groups(dataset.batch(order, step)))
+            found = theta.measure(partial(dataset.batch, order), step, record.learning_rate)
             loss = float(np.mean([estimate.loss for estimate in found]))
             largest = max(largest, abs(loss - record.loss))
             for estimate, recorded in zip(found, record.projected_grads, strict=True):

@@ -95,7 +95,7 @@ def tokenize_data(
         DataError: a row cannot be used.
     """
     if packs(path, task):
-        packed = pack(rows, model.text, config.max_length, model.context, config.directions)
+        packed = pack(rows, model.text, config.max_length, model.context, config.rows // config.batch)
         notice(f"{shown} text: {packed}")
         return Examples(packed.examples, 0)
     limit = row_limit(model, config)
@@ -128,7 +128,7 @@ def _set_aside(train: Examples, config: TuneConfig, notice: Callable[[str], None
 
 def _fit_directions(config: TuneConfig, rows: int, model: EdgeModel, notice: Callable[[str], None]) -> TuneConfig:
     """Every direction needs a row of its own: an adapter's default number is lowered to the rows there are, one asked for is refused."""
-    if config.directions <= rows:
+    if config.directions <= rows or config.shares_rows:
         return config
     adapter = model.manifest.adapter
     if adapter is not None and config.directions == ADAPTER_DEFAULTS[adapter.kind]["directions"]:

@@ -15,8 +15,9 @@ import onnxruntime
 from edgezo.errors import EdgeModelError, first_line
 from edgezo.runtime import noise
 from edgezo.runtime.device import Device, make_session
+from edgezo.runtime.grid import Additions, GridTensor, direction_dither, sign_values
 from edgezo.runtime.noise import BLOCK, Direction, Distribution, Floats
-from edgezo.runtime.passes import Additions, GridTensor, direction_dither, sign_values
+from edgezo.runtime.samplers.sampler import Sampler
 from edgezo.runtime.session import Array
 
 RUN_BLOCKS = 64  # blocks of one run of a kernel: 16 MB, and twice that for its places and windows
@@ -92,13 +93,16 @@ class DevicePasses:
             if tensor.decays:
                 self._in_place("decay", tensor, rate=rate / tensor.quantum, dither=dither, quantum=tensor.quantum)
 
-    def add(self, tensors: Sequence[GridTensor], additions: Additions, distribution: Distribution) -> None:
-        """As `Passes`: the values of every grid are made on the device, then windows of them are added."""
+    def add(self, tensors: Sequence[GridTensor], additions: Additions, sampler: Sampler) -> None:
+        """As `Passes`, with z from the shared table alone: the values of every grid are made on the device, then windows of them are added."""
+        assert sampler.distribution is not None, "other samplers are refused before a run starts"
         exponents = sorted({tensor.exponent for tensor in tensors})
         grid_of = {exponent: place for place, exponent in enumerate(exponents)}
         for direction, scales in additions.items():
             size = 2 * TABLE_LENGTH * len(exponents)
-            values = self._make_values(direction, scales, [tensor.quantum for tensor in _one_of_each(tensors, exponents)], distribution)
+            values = self._make_values(
+                direction, scales, [tensor.quantum for tensor in _one_of_each(tensors, exponents)], sampler.distribution
+            )
             offsets = np.empty((self.blocks, 1), np.int32)
             for tensor in tensors:
                 first, count = self.regions[tensor.name].start // BLOCK, -(-tensor.size // BLOCK)

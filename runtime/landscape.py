@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgezo.errors import NonFiniteLossError
-from edgezo.runtime.optimizer import Rule, Schedule, schedule_factor
+from edgezo.runtime.optimizer import Schedule, schedule_factor
+from edgezo.runtime.rules.rule import Rule
 
 Floats = npt.NDArray[np.float64]
 AGREES, LOST = 0.05, 0.5
@@ -148,9 +149,7 @@ def _crossing(lost: Callable[[int], float], inside: int, most: int) -> float:
 
 
 def learning_rate(landscape: Landscape, rule: Rule, schedule: Schedule, warmup: float, steps: int, directions: int, batch: int) -> float:
-    """The rate whose noise stays within reach over `steps` steps.
-
-    An update by the rule sgd is lr rms(g) / sqrt(Q) in every weight, g the projected gradients of Q directions: its rate is larger by the inverse.
+    """The rate whose noise stays within reach over `steps` steps (`Rule.rate` says what a rule needs for a move of one step).
 
     Args:
         landscape: measured.
@@ -160,7 +159,7 @@ def learning_rate(landscape: Landscape, rule: Rule, schedule: Schedule, warmup: 
     count = max(steps, LEAST_STEPS)
     path = math.sqrt(math.fsum(schedule_factor(schedule, step / count, warmup) ** 2 for step in range(count)))
     move = landscape.reach * math.sqrt(min(1.0, directions * batch / FULL_ROWS)) / path
-    return move if rule == "normalized" else move * math.sqrt(directions) / max(landscape.grad_rms, 1e-9)
+    return rule.rate(move, max(landscape.grad_rms, 1e-9), directions)
 
 
 def _lost(large: Scale | None, base: Scale) -> float:

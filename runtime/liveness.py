@@ -21,6 +21,7 @@ from edgezo.runtime.graph_file import disconnected
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import Array, EdgeModel
 from edgezo.runtime.noise import Direction
+from edgezo.runtime.samplers.full import Full
 from edgezo.runtime.session import Session
 from edgezo.runtime.weights import MutableWeights
 
@@ -193,14 +194,12 @@ class _PrefixProbe:
 
 @contextmanager
 def _perturbed(weights: MutableWeights) -> Iterator[None]:
-    """theta + eps z inside, theta again afterwards."""
-    weights.add(PROBE, weights.eps)
-    weights.flush()
+    """theta + eps z inside, theta again afterwards; z of signs for every element, whatever the run's sampler leaves out."""
+    weights.passes.add(weights.tensors, {PROBE: {weights.eps: 1}}, Full())
     try:
         yield
     finally:
-        weights.add(PROBE, weights.eps, -1)
-        weights.flush()
+        weights.passes.add(weights.tensors, {PROBE: {weights.eps: -1}}, Full())
 
 
 def _changed_alone(model: EdgeModel, name: str, graph: _Proven, session: Session | None) -> Array:

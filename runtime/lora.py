@@ -10,7 +10,9 @@ from edgezo.adapters import A_ROWS, A_SIGNS, B_ROWS, B_SIGNS, A, B, LoraTarget
 from edgezo.runtime import noise
 from edgezo.runtime.head_rows import NO_ROWS
 from edgezo.runtime.noise import Direction, Floats
-from edgezo.runtime.outer import Layout, OuterWeights
+from edgezo.runtime.samplers.layers import LayerSubset
+from edgezo.runtime.samplers.outer import Layout, Outer
+from edgezo.runtime.weights import MutableWeights
 
 Array = npt.NDArray[Any]
 
@@ -65,10 +67,18 @@ class Lora:
         """Views of A^T [in_features, rank] or B^T [rank, out_features], target by target."""
         return _split(self.a if name == A else self.b, self.layouts[name])
 
-    def weights(self, eps: float, tune_a: bool) -> OuterWeights:
-        """theta: B alone (LoRA-FA), or A and B."""
+    def weights(self, eps: float, tune_a: bool, subset: LayerSubset | None = None) -> MutableWeights:
+        """theta: B alone (LoRA-FA), or A and B.
+
+        Args:
+            subset: modules that a step moves; all when None.
+        """
         tensors = {A: self.a, B: self.b} if tune_a else {B: self.b}
-        return OuterWeights(tensors, {name: self.layouts[name] for name in tensors}, eps=eps)
+        outer = Outer({name: self.layouts[name] for name in tensors}, [target.module for target in self.targets], subset)
+        weights = MutableWeights(tensors, eps=eps, sampler=outer, threads=1)
+        for tensor in weights.tensors:
+            tensor.decays = True
+        return weights
 
     def feeds(self) -> dict[str, Array]:
         """One copy of every matrix, for the scoring graph and the generation graph."""
@@ -78,7 +88,7 @@ class Lora:
             **{target.b: matrix[None] for target, matrix in zip(self.targets, self.matrices(B), strict=True)},
         }
 
-    def stacked_feeds(self, theta: OuterWeights, directions: Sequence[Direction], sides: Sequence[int], eps: float) -> dict[str, Array]:
+    def stacked_feeds(self, theta: MutableWeights, directions: Sequence[Direction], sides: Sequence[int], eps: float) -> dict[str, Array]:
         """Copies theta + side * eps * z, direction after direction, its sides after each other.
 
         Args:
@@ -86,14 +96,15 @@ class Lora:
             directions: of the groups of rows.
             sides: +1 and -1.
         """
-        feeds, count = self.feeds(), len(self.targets)
+        outer, feeds, count = theta.sampler, self.feeds(), len(self.targets)
+        assert isinstance(outer, Outer)
         scale = eps * np.array(sides, np.float32)[None, :, None, None]
-        if A in theta.layouts:
-            rows, columns = theta.signs(directions, A)
+        if A in outer.layouts:
+            rows, columns = outer.signs(directions, A)
             feeds[A_SIGNS] = rows
             columns = columns.reshape(-1, 1, count, self.rank)
             feeds[A_ROWS] = (scale * np.float32(self.scaling) * columns).astype(np.float32)
-        rows, columns = theta.signs(directions, B)
+        rows, columns = outer.signs(directions, B)
         rows = rows.reshape(-1, 1, count, self.rank)
         feeds[B_ROWS] = np.ascontiguousarray((scale * rows).astype(np.float32).transpose(0, 1, 3, 2))
         feeds[B_SIGNS] = columns

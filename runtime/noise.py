@@ -22,7 +22,8 @@ Distribution = Literal["rademacher", "gaussian"]
 
 TABLE_SIZE = (1 << 18) - 1  # M; 1 MB of float32 stays in the second-level cache of a laptop or Jetson core
 BLOCK = 1 << 16  # elements that share one draw
-NOISE, DITHER, DECAY, ORDER, INIT, SIGNS = range(6)  # second key word: what the draw is for
+# second key word: what the draw is for
+NOISE, DITHER, DECAY, ORDER, INIT, SIGNS, SUBSET, LEFT, RIGHT, CORE, CHANGE = range(11)
 
 Floats = npt.NDArray[np.float32]
 
@@ -58,9 +59,9 @@ def block_draws(direction: Direction, tensor: int, first: int, count: int) -> tu
     return offsets.tolist(), (drawn & np.uint64(1)).astype(bool).tolist()
 
 
-def signs(direction: Direction, tensor: int, count: int) -> npt.NDArray[np.int8]:
-    """`count` signs of the SIGNS stream: bit i % 64 of word i // 64, from the lowest, set for -1. For outer products (runtime/outer.py)."""
-    drawn = words(direction.seed, SIGNS, -(-count // 64), tensor=tensor, step=direction.step, direction=direction.number)
+def signs(direction: Direction, tensor: int, count: int, domain: int = SIGNS) -> npt.NDArray[np.int8]:
+    """`count` signs of a stream: bit i % 64 of word i // 64, from the lowest, set for -1. For products of factors (runtime/samplers)."""
+    drawn = words(direction.seed, domain, -(-count // 64), tensor=tensor, step=direction.step, direction=direction.number)
     bits = np.unpackbits(drawn.astype("<u8").view(np.uint8), count=count, bitorder="little")
     drawn_signs: npt.NDArray[np.int8] = np.int8(1) - np.int8(2) * bits.view(np.int8)
     return drawn_signs

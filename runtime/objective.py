@@ -94,7 +94,9 @@ class Objective:
         Raises:
             NonFiniteLossError: the loss is NaN or infinite.
         """
+        counted = self.sequences.forward_rows
         every = self.sequences.log_probs([pair for example in examples for pair in example.pairs])
+        self.sequences.forward_rows = counted  # rows that nothing is learned from
         parts = every if self.smooth_name != "likelihood" else _golds(every, examples)
         loss, count = self._value(self.smooth_name, parts, examples), len(examples)
         if not all(np.isfinite(part).all() for part in every):

@@ -1,27 +1,15 @@
-"""Update rules from scalars, and the learning-rate schedules.
-
-    sgd         theta <- theta - lr / Q * sum_q g_q z_q
-    normalized  theta <- theta - lr * sum_q g_q z_q / sqrt(sum_q g_q^2)
-
-g_q = (L+ - L-) / (2 eps) along z_q, q = 1 .. Q. With signs for z the normalized update has root mean square lr in every element, whatever the
-scale of the loss, of eps, and of Q.
-"""
+"""One update of theta, and the learning-rate schedules. The rules are in runtime/rules."""
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 from edgezo.runtime.noise import Direction
+from edgezo.runtime.rules.rule import Rule, Updatable
+from edgezo.runtime.rules.sgd import Sgd
 
 Schedule = Literal["constant", "linear", "cosine"]
-Rule = Literal["sgd", "normalized"]
-
-
-class Updatable(Protocol):
-    """Parameters that take updates (`MutableWeights`)."""
-
-    def update(self, directions: Sequence[Direction], scales: Sequence[float], decay: float = 0.0) -> None:
-        """theta <- (1 - decay) (theta + sum_q scales[q] * z(directions[q]))."""
+SGD = Sgd()
 
 
 def zo_step(
@@ -29,7 +17,7 @@ def zo_step(
     directions: Sequence[Direction],
     projected_grads: Sequence[float],
     lr: float,
-    rule: Rule = "sgd",
+    rule: Rule = SGD,
     weight_decay: float = 0.0,
 ) -> None:
     """Apply one update from its scalars; tuning and replay both call this and nothing else.
@@ -39,21 +27,13 @@ def zo_step(
         directions: name z_1 .. z_Q.
         projected_grads: g_1 .. g_Q, as stored in the journal (float32).
         lr: learning rate of this step, as stored in the journal (float32).
-        rule: how they become an update.
+        rule: how they become an update; its state is that of the steps before, and is brought up to date.
         weight_decay: decoupled; matrices alone decay, biases and norms do not.
 
     References:
-        Malladi et al. 2023, arXiv 2305.17333, algorithm 1 and 2 (n-SPSA); Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization.
+        Loshchilov and Hutter 2017, Decoupled Weight Decay Regularization (arXiv 1711.05101); for the rest see the rules.
     """
-    parameters.update(directions, scales(rule, projected_grads, lr), lr * weight_decay)
-
-
-def scales(rule: Rule, projected_grads: Sequence[float], lr: float) -> list[float]:
-    """The factor of every z in the update; `math.fsum` rounds once, so the result is the same everywhere."""
-    if rule == "sgd":
-        return [-lr * grad / len(projected_grads) for grad in projected_grads]
-    norm = math.sqrt(math.fsum(grad * grad for grad in projected_grads))
-    return [-lr * (grad / norm) if norm else 0.0 for grad in projected_grads]
+    rule.step(parameters, directions, projected_grads, lr, lr * weight_decay)
 
 
 def schedule_factor(schedule: Schedule, progress: float, warmup: float = 0.0) -> float:

@@ -7,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 
 from edgezo.adapters import PREFIX, prefix_inputs
-from edgezo.runtime import noise
 from edgezo.runtime.noise import Direction, Floats
 from edgezo.runtime.weights import MutableWeights
 
@@ -46,7 +45,7 @@ class Prefix:
         """Copies theta + side * eps * z, direction after direction, its sides after each other."""
         copies = np.empty((*self.array.shape[:2], len(directions) * len(sides), *self.array.shape[2:]), np.float32)
         for place, direction in enumerate(directions):
-            z = noise.draw(direction, PREFIX, self.array.size, theta.distribution).reshape(self.array.shape)
+            z = theta.sampler.draw(direction, PREFIX, self.array.size).reshape(self.array.shape)
             for offset, side in enumerate(sides):
                 copies[:, :, place * len(sides) + offset] = self.array + np.float32(side * eps) * z
         return self._by_input(copies)

@@ -11,7 +11,7 @@ from edgezo.runtime.evaluation import Evaluation
 
 
 class StepReport(NamedTuple):
-    """One finished step. `step` counts from 1; `progress` is the finished fraction of the run."""
+    """One finished step. `step` counts from 1; `progress` is the finished fraction of the run; `forward_rows` as in `TuneResult`."""
 
     step: int
     loss: float
@@ -20,6 +20,7 @@ class StepReport(NamedTuple):
     step_seconds: float
     seconds: float
     progress: float
+    forward_rows: int
 
 
 class TuneResult(NamedTuple):
@@ -36,6 +37,7 @@ class TuneResult(NamedTuple):
     before: Evaluation | None
     start: Evaluation | None
     best: Evaluation | None
+    forward_rows: int
     seconds: float
     peak_bytes: int | None
 
@@ -54,7 +56,13 @@ class Reporter:
 def write_step(metrics: TextIO, report: StepReport) -> None:
     """A line of metrics.jsonl."""
     size = math.sqrt(sum(grad * grad for grad in report.projected_grads) / len(report.projected_grads))
-    line = {"step": report.step, "loss": report.loss, "projected_grad_rms": size, "lr": report.learning_rate}
+    line = {
+        "step": report.step,
+        "loss": report.loss,
+        "projected_grad_rms": size,
+        "lr": report.learning_rate,
+        "forward_rows": report.forward_rows,
+    }
     metrics.write(json.dumps({**line, "step_seconds": round(report.step_seconds, 4), "seconds": round(report.seconds, 3)}) + "\n")
 
 

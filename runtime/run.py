@@ -21,10 +21,17 @@ from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.journal import Journal, JournalContents, Record, StepRecord, read_journal
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.optimizer import zo_step
+from edgezo.runtime.rules import make_rule
+from edgezo.runtime.rules.rule import Rule
 from edgezo.runtime.theta import mutable_weights, step_directions
 from edgezo.runtime.weights import MutableWeights
 from edgezo.storage import PART, refuse_existing, sha256_file, write_atomically
 
+# what the weights depend on, with the base, the start, the noise and the records
+DECISIVE = (
+    "seed", "eps", "noise", "weight_decay", "directions", "rule", "beta_m", "beta_v", "anchor_every", "sampler", "share", "z_rank",
+    "redraw_every", "rank", "alpha", "tune_a",
+)  # fmt: skip
 LOCK = ".lock"
 METRICS_LINE_LIMIT = 1 << 16  # characters
 MAY_CHANGE = {"data", "valid", "steps", "minutes", "eval_every", "patience"}  # on resume; data files are compared by their content
@@ -42,6 +49,7 @@ class Run(NamedTuple):
     config: TuneConfig
     journal: JournalContents
     seconds: float
+    forward_rows: int
 
     @property
     def header(self) -> dict[str, Any]:
@@ -100,8 +108,7 @@ def base_id(manifest: Manifest) -> str:
 def journal_header(manifest: Manifest, config: TuneConfig, start: Path | None = None) -> dict[str, Any]:
     """The header of a run's journal: what the run was made from.
 
-    The weights depend on `base`, `init`, `noise`, the records, and of `config` on seed, eps, noise, weight_decay, directions, rule, rank,
-    alpha and tune_a.
+    The weights depend on `base`, `init`, `noise`, the records, and of `config` on `DECISIVE`.
 
     Args:
         start: file of the tensors that the run starts from.
@@ -139,7 +146,7 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
         config = TuneConfig.model_validate({**started.model_dump(), **contents.settings})
     except ValidationError as error:
         raise RunError(f"{directory}: {describe(error, JOURNAL)}") from None
-    return Run(directory, config, contents, _seconds_spent(directory / METRICS))
+    return Run(directory, config, contents, _spent(directory / METRICS, "seconds"), int(_spent(directory / METRICS, "forward_rows")))
 
 
 def check_base(run: Run, model: EdgeModel) -> None:
@@ -151,19 +158,23 @@ def check_base(run: Run, model: EdgeModel) -> None:
         )
 
 
-def replay(run: Run, model: EdgeModel, weights: MutableWeights, steps: int) -> None:
-    """Bring the base to the state after `steps` steps, without a forward pass."""
+def replay(run: Run, model: EdgeModel, weights: MutableWeights, steps: int, rule: Rule | None = None) -> None:
+    """Bring the base to the state after `steps` steps, without a forward pass.
+
+    Args:
+        rule: at its start; afterwards as after the last step.
+    """
     head = run.journal.head_at(steps)
     if head is not None:
         model.head = head
-    apply_records(run.config, run.records[:steps], weights)
+    apply_records(run.config, run.records[:steps], weights, rule or make_rule(run.config, weights.sizes))
 
 
-def apply_records(config: TuneConfig, records: Sequence[StepRecord], weights: MutableWeights) -> None:
-    """Apply the steps of a run from its first one on to weights at their start."""
+def apply_records(config: TuneConfig, records: Sequence[StepRecord], weights: MutableWeights, rule: Rule) -> None:
+    """Apply the steps of a run from its first one on to weights and a rule at their start."""
     for step, record in enumerate(records):
         directions = step_directions(config, step)
-        zo_step(weights, directions, record.projected_grads, record.learning_rate, config.rule, config.weight_decay)
+        zo_step(weights, directions, record.projected_grads, record.learning_rate, rule, config.weight_decay)
         if (step + 1) % REPLAY_GROUP == 0:
             weights.flush()
     weights.flush()
@@ -273,18 +284,18 @@ def write_summary(directory: Path, summary: dict[str, Any]) -> None:
     write_atomically(directory / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
 
 
-def _seconds_spent(path: Path) -> float:
-    """Seconds a run has taken so far, by its metrics; torn lines are passed over."""
-    seconds = 0.0
+def _spent(path: Path, name: str) -> float:
+    """What a run has taken so far of seconds or rows of forward, by its metrics; torn lines are passed over."""
+    spent = 0.0
     if path.is_file():
         with open(path, encoding="utf-8", errors="replace") as file:
             while line := file.readline(METRICS_LINE_LIMIT):
                 try:
-                    found = float(json.loads(line)["seconds"])
+                    found = float(json.loads(line)[name])
                 except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                     continue
-                seconds = max(seconds, found) if math.isfinite(found) else seconds
-    return seconds
+                spent = max(spent, found) if math.isfinite(found) else spent
+    return spent
 
 
 def _is_leftover(name: str) -> bool:

@@ -93,6 +93,8 @@ def tune(
         if measuring is not config:
             weights.eps = max(config.eps or 0.0, first_scale(model))  # the proof perturbs by it
         theta = Theta(model, measuring, weights, Objective(Sequences(model), dataset.task, config))
+        if theta.rule.state_bytes:
+            reporter.notice(f"--rule {config.rule} keeps {theta.rule.state_bytes / 1e6:.0f} MB of averages in memory")
         reporter.stage("checking that the engine sees changes of every tunable tensor")
         prove_live(model, weights, generates=theta.objective.writes_text)
         if theta.objective.name == "dpo":
@@ -126,8 +128,8 @@ def tune(
             tuner.settles = config.schedule == "constant" and facts.get("calibration", {}).get("lr") == config.lr
             if previous is not None:
                 reporter.stage(f"rebuilding step {len(previous.records)} from the journal")
-                replay(previous, model, theta.weights, len(previous.records))
-                tuner.records, tuner.spent_seconds = list(previous.records), previous.seconds
+                replay(previous, model, theta.weights, len(previous.records), theta.rule)
+                tuner.records, tuner.spent_seconds, tuner.spent_rows = list(previous.records), previous.seconds, previous.forward_rows
                 tuner.evaluations, tuner.untuned = dict(previous.evaluations), previous.journal.untuned
                 tuner.lr_scale, tuner.undos = previous.journal.lr_scale, previous.journal.undos
             return tuner.loop()

@@ -5,8 +5,11 @@ import math
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
+
+import numpy as np
 
 from edgezo.config import TuneConfig
 from edgezo.errors import DivergenceError, NonFiniteLossError
@@ -50,6 +53,7 @@ class Tuner:
     start: Path | None = None
     records: list[StepRecord] = field(default_factory=list)
     spent_seconds: float = 0.0
+    spent_rows: int = 0
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     untuned: Evaluation | None = None  # before an exact start
     lr_scale: float = 1.0
@@ -66,7 +70,7 @@ class Tuner:
         """Forwards at theta + eps z and theta - eps z and one update a step, until the steps or the minutes are used up or a signal asks to stop."""
         started = time.monotonic() - self.spent_seconds
         step = len(self.records)
-        if self._progress(step, self.spent_seconds) >= 1:
+        if self.config.total_steps != 0 and self._progress(step, self.spent_seconds) >= 1:
             self.reporter.notice(f"nothing to tune: {step} steps are done, as many as were asked for; give more --steps or --minutes")
         with stop_signals() as stopping, append_lines(self.directory / METRICS) as metrics:
             self.reporter.begin(step, self.config.total_steps)
@@ -115,19 +119,23 @@ class Tuner:
     def _step(self, step: int, progress: float, metrics: TextIO, started: float) -> None:
         config, begun = self.config, time.monotonic()
         directions = step_directions(config, step)
-        estimates = self.theta.estimates(directions, self.theta.groups(self.dataset.batch(self.order, step)))
         assert config.lr is not None  # given, or measured before the run began
-        lr = config.lr * self.lr_scale * schedule_factor(config.schedule, progress, config.warmup)
+        lr = float(
+            np.float32(config.lr * self.lr_scale * schedule_factor(config.schedule, progress, config.warmup))
+        )  # as the journal holds it
+        estimates = self.theta.measure(partial(self.dataset.batch, self.order), step, lr)
         loss = sum(estimate.loss for estimate in estimates) / len(estimates)
         record = self.journal.append(StepRecord(tuple(estimate.projected_grad for estimate in estimates), lr, loss))
         self.records.append(record)
         self.theta.step(directions, record.projected_grads, record.learning_rate)
         now = time.monotonic()
         done = self._progress(step + 1, now - started)
-        report = StepReport(step + 1, loss, record.projected_grads, record.learning_rate, now - begun, now - started, done)
+        report = StepReport(
+            step + 1, loss, record.projected_grads, record.learning_rate, now - begun, now - started, done, self.forward_rows
+        )
         write_step(metrics, report)
         self.reporter.step(report)
-        self.still = 0 if any(record.projected_grads) else self.still + 1
+        self.still = 0 if any(record.projected_grads) or self.theta.rule.rests else self.still + 1
         if self.still == STILL_STEPS:
             self.reporter.notice(
                 f"warning: in {STILL_STEPS} steps no direction changed the objective, so nothing was learned; give more rows (--batch), a larger --eps or a smoother --objective"
@@ -182,7 +190,7 @@ class Tuner:
     def _rebuild(self, step: int) -> None:
         """theta after the first `step` steps, from the base."""
         self.theta = self.theta.anew(self.config, self.start)
-        apply_records(self.config, self.records[:step], self.theta.weights)
+        apply_records(self.config, self.records[:step], self.theta.weights, self.theta.rule)
 
     def _go_back(self, step: int, why: str, metrics: TextIO, started: float) -> None:
         """Take back the steps after the first `step`, and go on from there with a smaller learning rate.
@@ -204,9 +212,16 @@ class Tuner:
         self._rebuild(step)
         self.reporter.notice(f"{why}; back to step {step}, on from there with a quarter of the learning rate, {lr:.3g}")
 
+    @property
+    def forward_rows(self) -> int:
+        """As in `TuneResult`."""
+        return self.spent_rows + self.theta.sequences.forward_rows
+
     def _progress(self, step: int, seconds: float) -> float:
         """Finished fraction of the run: of its steps or of its minutes, whichever is further."""
         total, minutes = self.config.total_steps, self.config.minutes
+        if total == 0:  # an exact start alone
+            return 1.0
         return max(step / total if total else 0.0, seconds / (60 * minutes) if minutes else 0.0)
 
     def _evaluate(self, step: int, metrics: TextIO, started: float) -> bool:
@@ -227,12 +242,15 @@ class Tuner:
         best = best_step(self.evaluations, step)
         first = self.evaluations.get(0)
         before, start = (first, None) if self.untuned is None else (self.untuned, first)
-        result = TuneResult(self.directory, step, ended, best, before, start, self.evaluations.get(best), seconds, peak_bytes())
+        result = TuneResult(
+            self.directory, step, ended, best, before, start, self.evaluations.get(best), self.forward_rows, seconds, peak_bytes()
+        )
         summary: dict[str, Any] = {
             "steps": step,
             "ended": ended,
             "best_step": best,
             "seconds": round(seconds, 1),
+            "forward_rows": result.forward_rows,
             "peak_bytes": result.peak_bytes,
         }
         for name, evaluation in (("before", result.before), ("start", result.start), ("best", result.best)):

@@ -6,13 +6,20 @@ weights after a step are a function of the scalars that made it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
 
 from edgezo.errors import ConfigError, EdgezoError, NonFiniteLossError
 from edgezo.runtime import noise
+from edgezo.runtime.grid import GridTensor
 from edgezo.runtime.machine import default_threads
-from edgezo.runtime.noise import Direction, Distribution, Floats
-from edgezo.runtime.passes import Additions, GridTensor, NumPyPasses, Passes
+from edgezo.runtime.noise import BLOCK, Direction, Floats
+from edgezo.runtime.passes import NumPyPasses, Passes
+from edgezo.runtime.rules.rule import Change
+from edgezo.runtime.samplers.full import Full
+from edgezo.runtime.samplers.sampler import Sampler
 
 
 class MutableWeights:
@@ -22,7 +29,7 @@ class MutableWeights:
         tensors: float32 C-contiguous arrays by Hugging Face name, or the passes over values that lie elsewhere; they are changed in
             place, at once by rounding to the grid.
         eps: largest perturbation the run will ask for; room is left for it below 2**e_k.
-        distribution: of z.
+        sampler: of z; signs of independent elements when None.
         threads: threads for the passes over arrays.
 
     Raises:
@@ -30,20 +37,26 @@ class MutableWeights:
     """
 
     def __init__(
-        self, tensors: Mapping[str, Floats] | Passes, *, eps: float, distribution: Distribution = "rademacher", threads: int | None = None
+        self, tensors: Mapping[str, Floats] | Passes, *, eps: float, sampler: Sampler | None = None, threads: int | None = None
     ) -> None:
-        self.distribution = distribution
+        self.sampler = sampler or Full()
         self.passes: Passes = NumPyPasses(tensors, threads or default_threads()) if isinstance(tensors, Mapping) else tensors
         self._asked_eps = eps
-        self.reach = 4 * eps * noise.largest(distribution)
+        self.reach = 4 * eps * self.sampler.largest
         self.tensors = [
             GridTensor(name, noise.tensor_id(name), math.prod(shape), len(shape) > 1) for name, shape in self.passes.shapes.items()
         ]
         for tensor in self.tensors:
             self._fit(tensor, "export the model again")
         self._pending: dict[Direction, dict[float, int]] = {}
+        self._kept: dict[str, Floats] = {}
         self.eps = 0.0
         self._choose_eps(ConfigError, "use a larger --eps or leave the tensor out at export")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Elements of every tensor."""
+        return {tensor.name: tensor.size for tensor in self.tensors}
 
     def add(self, direction: Direction, scale: float, times: int = 1) -> None:
         """theta += times * q_d(scale * z), deferred to the next `flush`; q_d rounds to the grid (docs/noise.md).
@@ -61,10 +74,7 @@ class MutableWeights:
         """Apply what was added, in one pass over the weights."""
         if self._pending:
             pending, self._pending = self._pending, {}
-            self._apply(pending)
-
-    def _apply(self, additions: Additions) -> None:
-        self.passes.add(self.tensors, additions, self.distribution)
+            self.passes.add(self.tensors, pending, self.sampler)
 
     def update(self, directions: Sequence[Direction], scales: Sequence[float], decay: float = 0.0) -> None:
         """End a step: theta += sum of q_d(scale * z), then decay, then coarsen the grid of a tensor whose values may outgrow it.
@@ -79,21 +89,116 @@ class MutableWeights:
         Raises:
             NonFiniteLossError: a weight became NaN or infinite, or outgrew the resolution that eps needs.
         """
-        moved = math.fsum(map(abs, scales)) * noise.largest(self.distribution)
         for tensor in self.tensors:
-            tensor.bound += moved + len(scales) * tensor.quantum
+            tensor.bound = self._bound_after(tensor, scales)
         outgrown = any(self._outgrown(tensor) for tensor in self.tensors)
         if outgrown:  # sums with the restore would leave the range that is exact: the restore first, alone, as in a replay
             self.flush()
-        for direction, scale in zip(directions, scales, strict=True):
-            if scale:
-                self.add(direction, scale)
+        self._add_all(directions, scales)
         if decay:
             self.flush()
             self._decay(directions[0], decay)
         if outgrown:
             self.flush()
             self._coarsen()
+
+    def update_by(self, directions: Sequence[Direction], coefficients: Sequence[float], change: Change, decay: float = 0.0) -> None:
+        """End a step by what a rule makes of G = sum of coefficient * z: theta += d * floor(change(G) / d + u), then as `update`.
+
+        G is a sum of multiples of 2^-24 of the largest it could be, rounded as updates are: exact in any order. Every element of theta
+        changes on its own, so neither threads nor pieces matter.
+
+        Args:
+            directions: name every z.
+            coefficients: of every z.
+            change: elementwise.
+            decay: lr * weight_decay, in [0, 1).
+
+        Raises:
+            NonFiniteLossError: a weight became NaN or infinite, or outgrew the resolution that eps needs.
+        """
+        self.flush()
+        passes, first = self._arrays(), directions[0]
+        additions = {direction: {value: 1} for direction, value in zip(directions, coefficients, strict=True) if value}
+        most = math.fsum(map(abs, coefficients)) * self.sampler.largest
+        exponent = math.frexp(most)[1] + 1 if most else 0  # a bit to spare for rounding
+        gradients = {t.name: GridTensor(t.name, t.id, t.size, False, exponent) for t in self.tensors}
+        adder = self.sampler.adder(list(gradients.values()), additions)
+        dither = np.float32(noise.uniform(first.seed, noise.CHANGE, first.step))
+        moved: list[tuple[GridTensor, float]] = []
+
+        def work(tensor: GridTensor, start: int, end: int) -> None:
+            part = passes.part(tensor, start, end)
+            gradient = np.zeros_like(part)
+            adder(gradients[tensor.name], start, gradient)
+            with np.errstate(over="ignore", invalid="ignore"):  # infinity is found when the grid is fitted
+                amount = change(tensor.name, slice(start * BLOCK, start * BLOCK + part.size), gradient)
+                amount *= np.float32(1 / tensor.quantum)
+                amount += dither
+                np.floor(amount, out=amount)
+                amount *= np.float32(tensor.quantum)
+                part += amount
+                moved.append((tensor, float(np.max(np.abs(amount)))))
+
+        passes.each_share(self.tensors, work)
+        for tensor in self.tensors:
+            largest = float(np.max([most for changed, most in moved if changed is tensor]))
+            tensor.bound += largest if math.isfinite(largest) else math.inf
+        if decay:
+            self._decay(first, decay)
+        if any(self._outgrown(tensor) for tensor in self.tensors):
+            self._coarsen()
+
+    def keep(self) -> None:
+        """Keep a copy of theta, for `at_kept`."""
+        self.flush()
+        self._kept = {name: flat.copy() for name, flat in self._arrays().flat.items()}
+
+    @contextmanager
+    def at_kept(self) -> Iterator[None]:
+        """theta as it was when it was kept; afterwards as before, whatever was done in between."""
+        self.flush()
+        with self._restored(self.tensors):
+            for name, flat in self._arrays().flat.items():
+                flat[...] = self._kept[name]
+            yield
+
+    @contextmanager
+    def moved(self, directions: Sequence[Direction], scales: Sequence[float], factor: int) -> Iterator[None]:
+        """theta + factor * sum of q_d(scale * z); afterwards as before."""
+        self.flush()
+        # where the sum leaves the range that is exact, taking it back would not be
+        beyond = [t for t in self.tensors if self._bound_after(t, scales) + self.reach > 2.0**t.exponent]
+        with self._restored(beyond):
+            self._add_all(directions, scales, factor)
+            self.flush()
+            try:
+                yield
+            finally:
+                self._add_all(directions, scales, -factor)
+                self.flush()
+
+    def _add_all(self, directions: Sequence[Direction], scales: Sequence[float], times: int = 1) -> None:
+        for direction, scale in zip(directions, scales, strict=True):
+            if scale and times:
+                self.add(direction, scale, times)
+
+    @contextmanager
+    def _restored(self, tensors: Sequence[GridTensor]) -> Iterator[None]:
+        saved = {tensor.name: self._arrays().flat[tensor.name].copy() for tensor in tensors}
+        try:
+            yield
+        finally:
+            self.flush()
+            for name, values in saved.items():
+                self._arrays().flat[name][...] = values
+
+    def _arrays(self) -> NumPyPasses:
+        assert isinstance(self.passes, NumPyPasses), "rules that need arrays are refused before a run on a device starts"
+        return self.passes
+
+    def _bound_after(self, tensor: GridTensor, scales: Sequence[float]) -> float:
+        return tensor.bound + (math.fsum(map(abs, scales)) * self.sampler.largest + len(scales) * self.sampler.entries * tensor.quantum)
 
     def _outgrown(self, tensor: GridTensor) -> bool:
         return tensor.bound + self.reach > 2.0**tensor.exponent

@@ -12,6 +12,7 @@ import torch
 from edgezo.adapters import LoraTarget
 from edgezo.config import make_config
 from edgezo.runtime import noise
+from edgezo.runtime.estimators.estimator import Estimate
 from edgezo.runtime.examples import Example
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel
@@ -97,6 +98,11 @@ def peft_network(name: str, folder: Path) -> Any:
     import peft
 
     return peft.PeftModel.from_pretrained(tiny.make_model(name), folder).eval()
+
+
+def both_sides(estimates: Sequence[Estimate], eps: float) -> Numbers:
+    """L(theta + eps z) and L(theta - eps z) of two-sided estimates, float64 [directions, 2]."""
+    return np.array([[loss + eps * grad, loss - eps * grad] for grad, loss in estimates])
 
 
 def outer_products(direction: Direction, name: str, shapes: Sequence[tuple[int, int]]) -> list[Numbers]:

@@ -15,6 +15,7 @@ import torch
 from onnx import helper, numpy_helper
 from reference import (
     Numbers,
+    both_sides,
     edge_log_probs,
     make_examples,
     make_objective,
@@ -224,7 +225,7 @@ def test_stacked_losses_are_those_of_each_copy_alone(
         theta.sequences.batch_tokens = batch_tokens
         forwards.sizes.clear()
         estimates = theta.estimates(step_directions(theta.config, 7), groups)
-        found = np.array([[estimate.loss_plus, estimate.loss_minus] for estimate in estimates])
+        found = both_sides(estimates, theta.weights.eps)
         assert np.abs(found - expected).max() < 1e-5, batch_tokens
         assert [estimate.projected_grad for estimate in estimates] == pytest.approx((found @ [1, -1]) / (2 * theta.weights.eps))
         least = 2 * max(len(prompt) + len(word) - 1 for group in groups for row in group for prompt, word in row.pairs)
@@ -240,7 +241,7 @@ def test_whole_copies_of_b_may_be_fed_in_place_of_sign_vectors(lora_dir: Path, t
     """As docs/edge-model.md says of the graph's inputs."""
     theta = make_theta(lora_dir, tmp_path / "start", directions=3, batch=2)
     groups = theta.groups(make_examples(6, (1, 1)))
-    expected = np.array(theta.estimates(step_directions(theta.config, 0), groups))
+    expected = both_sides(theta.estimates(step_directions(theta.config, 0), groups), theta.weights.eps)
     made = Lora.stacked_feeds
 
     def whole(lora: Lora, *arguments: Any) -> dict[str, Any]:
@@ -253,18 +254,19 @@ def test_whole_copies_of_b_may_be_fed_in_place_of_sign_vectors(lora_dir: Path, t
         return feeds
 
     monkeypatch.setattr(Lora, "stacked_feeds", whole)
-    assert np.abs(np.array(theta.estimates(step_directions(theta.config, 0), groups))[:, 1:] - expected[:, 1:]).max() < 1e-5
+    found = both_sides(theta.estimates(step_directions(theta.config, 0), groups), theta.weights.eps)
+    assert np.abs(found - expected).max() < 1e-5
 
 
 def test_hidden_rows_of_a_forward_are_bounded_for_all_copies_together(lora_dir: Path, tmp_path: Path) -> None:
     theta = make_theta(lora_dir, tmp_path / "start", directions=4, batch=2)
     groups = theta.groups(make_examples(8, (3, 2)))
-    expected = theta.estimates(step_directions(theta.config, 0), groups)
+    expected = both_sides(theta.estimates(step_directions(theta.config, 0), groups), theta.weights.eps)
     forwards = Forwards(theta.model)
     for batch_hidden in (1, 2, 5, 13):
         theta.sequences.batch_hidden = batch_hidden
-        found = theta.estimates(step_directions(theta.config, 0), groups)
-        assert np.abs(np.array(found)[:, 1:] - np.array(expected)[:, 1:]).max() < 1e-5
+        found = both_sides(theta.estimates(step_directions(theta.config, 0), groups), theta.weights.eps)
+        assert np.abs(found - expected).max() < 1e-5
     assert len(forwards.sizes) > 8
 
 
@@ -360,7 +362,7 @@ def test_ten_steps_follow_a_float64_reference(export_tiny: ExportTiny, tmp_path:
         directions = step_directions(theta.config, step)
         estimates = theta.estimates(directions, groups)
         expected = reference.step(step, groups, theta.weights.eps, theta.config.lr)
-        assert np.array(estimates)[:, 1:] == pytest.approx(expected, rel=1e-4, abs=1e-4), step
+        assert both_sides(estimates, theta.weights.eps) == pytest.approx(expected, rel=1e-4, abs=1e-4), step
         theta.step(directions, [estimate.projected_grad for estimate in estimates], theta.config.lr)
         losses.append(expected.mean())
     theta.weights.flush()

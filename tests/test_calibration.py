@@ -15,8 +15,10 @@ import edgezo
 from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime.journal import read_journal
 from edgezo.runtime.landscape import LEAST_STEPS, WORSENS, Landscape, Probe, Scale, learning_rate, survey
-from edgezo.runtime.optimizer import Schedule, scales, schedule_factor
+from edgezo.runtime.optimizer import Schedule, schedule_factor
 from edgezo.runtime.reports import Reporter
+from edgezo.runtime.rules.normalized import Normalized
+from edgezo.runtime.rules.sgd import Sgd
 from edgezo.runtime.run import read_run
 
 Floats = npt.NDArray[np.float64]
@@ -100,20 +102,22 @@ LANDSCAPE = Landscape(eps=0.01, reach=0.12, change=0.01, grad_rms=6.0, loss=1.0,
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_random_steps_at_the_rate_end_at_the_reach(schedule: Schedule) -> None:
     for steps in (LEAST_STEPS, 100, 1000):
-        lr = learning_rate(LANDSCAPE, "normalized", schedule, 0.1, steps, 16, 1)
+        lr = learning_rate(LANDSCAPE, Normalized(), schedule, 0.1, steps, 16, 1)
         walked = math.sqrt(sum((lr * schedule_factor(schedule, step / steps, 0.1)) ** 2 for step in range(steps)))
         assert walked == pytest.approx(LANDSCAPE.reach)
 
 
 def test_the_rate_of_sgd_moves_weights_as_far_as_that_of_normalized_updates() -> None:
     grads = [LANDSCAPE.grad_rms, -LANDSCAPE.grad_rms] * 4
-    rates = {rule: learning_rate(LANDSCAPE, rule, "cosine", 0.0, 100, 8, 2) for rule in ("sgd", "normalized")}  # type: ignore[arg-type]
-    moved = {rule: math.sqrt(sum(scale**2 for scale in scales(rule, grads, lr))) for rule, lr in rates.items()}  # type: ignore[arg-type]
-    assert moved["sgd"] == pytest.approx(moved["normalized"])
+    moved = [
+        math.sqrt(sum(scale**2 for scale in rule.scales(grads, learning_rate(LANDSCAPE, rule, "cosine", 0.0, 100, 8, 2))))
+        for rule in (Sgd(), Normalized())
+    ]
+    assert moved[0] == pytest.approx(moved[1])
 
 
 def test_fewer_rows_take_smaller_steps_and_more_rows_do_not_take_larger_ones() -> None:
-    rates = [learning_rate(LANDSCAPE, "normalized", "cosine", 0.0, 100, *rows) for rows in ((1, 1), (4, 1), (1, 16), (64, 2))]
+    rates = [learning_rate(LANDSCAPE, Normalized(), "cosine", 0.0, 100, *rows) for rows in ((1, 1), (4, 1), (1, 16), (64, 2))]
     assert rates[1] == pytest.approx(2 * rates[0])
     assert rates[2] == rates[3] == pytest.approx(4 * rates[0])
 
@@ -124,7 +128,7 @@ def descend(function: Function, start: Floats, lr: float, steps: int) -> float:
     for step in range(steps):
         z = random.choice([-1.0, 1.0], (16, len(x)))
         grads = [(function(x + 1e-4 * row) - function(x - 1e-4 * row)) / 2e-4 for row in z]
-        x += np.array(scales("normalized", grads, lr * schedule_factor("cosine", step / steps))) @ z
+        x += np.array(Normalized().scales(grads, lr * schedule_factor("cosine", step / steps))) @ z
     return function(x)
 
 
@@ -134,7 +138,7 @@ def test_the_measured_rate_is_near_the_best_of_a_grid(most_curved: float, size: 
     """Whatever the scale of weights and of curvature: within a factor of four of the best rate, and far below the start."""
     curvatures, start = np.linspace(0.1, most_curved, SIZE), size * np.random.default_rng(2).standard_normal(SIZE)
     function = quadratic(curvatures)
-    lr = learning_rate(survey(probe_of(function, start), -10, -20, 8), "normalized", "cosine", 0.0, 60, 16, 1)
+    lr = learning_rate(survey(probe_of(function, start), -10, -20, 8), Normalized(), "cosine", 0.0, 60, 16, 1)
     losses = {factor: descend(function, start, lr * factor, 60) for factor in (1 / 16, 1 / 4, 1.0, 4.0, 16.0)}
     assert min(losses, key=lambda factor: losses[factor]) in (1 / 4, 1.0, 4.0)
     assert losses[1.0] < 0.5 * function(start)

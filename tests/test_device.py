@@ -21,6 +21,7 @@ from edgezo.runtime.device_passes import DevicePasses
 from edgezo.runtime.liveness import prove_live
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import BLOCK, Direction, Distribution
+from edgezo.runtime.samplers.full import Full
 from edgezo.runtime.weights import MutableWeights
 
 HERE = Device("cpu", "CPUExecutionProvider", {})
@@ -85,7 +86,7 @@ def test_steps_give_the_bits_of_numpy(distribution: Distribution, run_blocks: in
     """Perturbations both ways, updates, decay, several directions, and a step so large that grids grow coarser."""
     monkeypatch.setattr(device_passes, "RUN_BLOCKS", run_blocks)
     arrays, passes = make_tensors(), on_device(make_tensors())
-    both = [MutableWeights(tensors, eps=1e-3, distribution=distribution) for tensors in (arrays, passes)]
+    both = [MutableWeights(tensors, eps=1e-3, sampler=Full(distribution)) for tensors in (arrays, passes)]
     start = [tensor.exponent for tensor in both[0].tensors]
     for step in range(12):
         for weights in both:
@@ -105,7 +106,7 @@ def test_steps_give_the_bits_of_numpy(distribution: Distribution, run_blocks: in
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_a_perturbation_taken_back_leaves_no_trace(distribution: Distribution) -> None:
     passes = on_device(make_tensors())
-    weights = MutableWeights(passes, eps=1e-3, distribution=distribution)
+    weights = MutableWeights(passes, eps=1e-3, sampler=Full(distribution))
     before = downloaded(passes)
     weights.add(Direction(0, 0), weights.eps)
     weights.flush()

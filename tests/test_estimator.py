@@ -8,9 +8,13 @@ import pytest
 
 from edgezo.errors import NonFiniteLossError
 from edgezo.runtime import noise
-from edgezo.runtime.estimator import two_sided
+from edgezo.runtime.estimators.two_sided import two_sided
 from edgezo.runtime.noise import Direction
-from edgezo.runtime.optimizer import Rule, schedule_factor, zo_step
+from edgezo.runtime.optimizer import schedule_factor, zo_step
+from edgezo.runtime.rules.normalized import Normalized
+from edgezo.runtime.rules.rule import Rule
+from edgezo.runtime.rules.sgd import Sgd
+from edgezo.runtime.samplers.full import Full
 from edgezo.runtime.weights import MutableWeights
 
 SIZE = 200
@@ -42,7 +46,6 @@ def test_the_estimate_is_z_dot_grad_on_a_quadratic() -> None:
     expected = float(noise.draw(direction, "theta", SIZE) @ problem.gradient)
     estimate = two_sided(problem.weights, problem.loss, direction, problem.weights.eps)
     assert estimate.projected_grad == pytest.approx(expected, rel=1e-6)
-    assert estimate.loss == pytest.approx((estimate.loss_plus + estimate.loss_minus) / 2)
 
 
 def test_the_loss_is_called_exactly_twice_and_theta_comes_back() -> None:
@@ -91,7 +94,7 @@ def test_a_loss_that_is_not_finite_leaves_theta_as_it_was(bad: float, call: int)
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 def test_fifty_steps_lower_a_quadratic(seed: int, distribution: noise.Distribution) -> None:
     problem = Quadratic()
-    problem.weights = MutableWeights({"theta": problem.theta}, eps=2**-10, distribution=distribution)
+    problem.weights = MutableWeights({"theta": problem.theta}, eps=2**-10, sampler=Full(distribution))
     before = problem.loss()
     for step in range(50):
         direction = Direction(seed, step)
@@ -124,7 +127,7 @@ def test_a_step_along_several_directions_is_the_sum_of_steps_along_each(distribu
 
     def run(steps: list[tuple[list[Direction], list[float]]], lr: float) -> bytes:
         theta = np.linspace(-1, 1, 1000, dtype=np.float32).reshape(10, 100)
-        weights = MutableWeights({"theta": theta}, eps=2**-10, distribution=distribution)
+        weights = MutableWeights({"theta": theta}, eps=2**-10, sampler=Full(distribution))
         before = theta.tobytes()
         for along, grads in steps:
             zo_step(weights, along, grads, lr)
@@ -138,12 +141,12 @@ def test_a_step_along_several_directions_is_the_sum_of_steps_along_each(distribu
     assert run([([direction], [grad]) for direction, grad in reversed(pairs)], 2e-6 / 4) == together
 
 
-def moved(grads: list[float], lr: float = 3e-3, rule: Rule = "normalized") -> np.ndarray:
+def moved(grads: list[float], lr: float = 3e-3, rule: Rule | None = None) -> np.ndarray:
     """How far a step moves each of 50,000 weights."""
     theta = np.random.default_rng(0).uniform(-0.5, 0.5, 50_000).astype(np.float32)
     weights = MutableWeights({"theta": theta}, eps=2**-10)
     before = theta.astype(np.float64)
-    zo_step(weights, [Direction(1, 9, number) for number in range(len(grads))], grads, lr, rule)
+    zo_step(weights, [Direction(1, 9, number) for number in range(len(grads))], grads, lr, rule or Normalized())
     weights.flush()
     return np.asarray(theta - before)
 
@@ -153,7 +156,7 @@ def test_a_normalized_step_has_root_mean_square_lr(grads: list[float]) -> None:
     change = moved(grads)
     assert np.sqrt((change**2).mean()) == pytest.approx(3e-3, rel=0.02)  # 16 directions are orthogonal up to 1 / sqrt(50,000)
     assert np.array_equal(moved([grad * 2**40 for grad in grads]), change), "the scale of the loss does not matter"
-    assert np.sqrt((moved(grads, rule="sgd") ** 2).mean()) != pytest.approx(3e-3, rel=0.02)
+    assert np.sqrt((moved(grads, rule=Sgd()) ** 2).mean()) != pytest.approx(3e-3, rel=0.02)
 
 
 def test_a_normalized_step_is_the_sum_of_directions_by_their_projected_gradients() -> None:

@@ -15,7 +15,7 @@ import edgezo
 from edgezo.config import make_config
 from edgezo.errors import ConfigError
 from edgezo.runtime import memory
-from edgezo.runtime.estimator import Estimate
+from edgezo.runtime.estimators.estimator import Estimate
 from edgezo.runtime.examples import Example
 from edgezo.runtime.memory import RESERVE, fit_batches, parse_bytes
 from edgezo.runtime.model import EdgeModel
@@ -269,8 +269,8 @@ def round_losses(theta: Theta, step: float) -> None:
         used = theta.weights.eps if eps is None else eps
         found = []
         for estimate in exact(directions, groups, eps):
-            plus, minus = (round(loss / step) * step for loss in (estimate.loss_plus, estimate.loss_minus))
-            found.append(Estimate((plus - minus) / (2 * used), plus, minus))
+            plus, minus = (round((estimate.loss + side * used * estimate.projected_grad) / step) * step for side in (1, -1))
+            found.append(Estimate((plus - minus) / (2 * used), (plus + minus) / 2))
         return found
 
     theta.estimates = rounded  # type: ignore[method-assign]

@@ -9,10 +9,19 @@ from reference import outer_products
 from edgezo.errors import NonFiniteLossError
 from edgezo.runtime import noise
 from edgezo.runtime.noise import Direction, Floats
-from edgezo.runtime.outer import Layout, OuterWeights
+from edgezo.runtime.samplers.outer import Layout, Outer
+from edgezo.runtime.weights import MutableWeights
 
 LAYOUTS = {"lora_A": Layout([5, 40, 7], [3, 3, 3]), "lora_B": Layout([3, 3, 3], [6, 33, 2])}
 SMALL = {"lora_B": Layout([2, 1], [3, 4])}
+
+
+def outer_weights(tensors: dict[str, Floats], layouts: dict[str, Layout], eps: float) -> MutableWeights:
+    """As `Lora.weights` makes them."""
+    weights = MutableWeights(tensors, eps=eps, sampler=Outer(layouts), threads=1)
+    for tensor in weights.tensors:
+        tensor.decays = True
+    return weights
 
 
 def shapes(layout: Layout) -> list[tuple[int, int]]:
@@ -67,10 +76,10 @@ def test_every_part_of_the_name_of_a_direction_changes_its_signs() -> None:
 
 def test_the_second_moment_of_a_direction_is_the_identity() -> None:
     count = 4000
-    weights = OuterWeights(make_tensors(SMALL), SMALL, eps=1e-2)
+    outer = Outer(SMALL)
     total = np.zeros((10, 10))
     for step in range(count):
-        (rows,), (columns,) = weights.signs([Direction(3, step)], "lora_B")
+        (rows,), (columns,) = outer.signs([Direction(3, step)], "lora_B")
         z = np.concatenate([np.outer(rows[:2], columns[:3]).ravel(), np.outer(rows[2:], columns[3:]).ravel()])
         assert np.array_equal(z, flat(Direction(3, step), "lora_B", SMALL["lora_B"]))
         total += np.outer(z, z)
@@ -89,7 +98,7 @@ def test_the_mean_square_of_the_projection_is_that_of_the_gradient() -> None:
 
 def test_an_addition_is_the_outer_product_times_one_integer_on_the_grid() -> None:
     tensors = make_tensors()
-    weights = OuterWeights(tensors, LAYOUTS, eps=1e-2)
+    weights = outer_weights(tensors, LAYOUTS, eps=1e-2)
     before = {name: array.astype(np.float64) for name, array in tensors.items()}
     directions, scales = [Direction(1, 2, number) for number in range(5)], [3e-3, -7e-4, 1e-9, 0.02, 1e-3]
     weights.update(directions, scales)
@@ -108,7 +117,7 @@ def test_many_directions_at_once_are_one_after_the_other_in_any_order() -> None:
 
     def run(flush_each: bool, reverse: bool) -> dict[str, bytes]:
         tensors = make_tensors()
-        weights = OuterWeights(tensors, LAYOUTS, eps=1e-2)
+        weights = outer_weights(tensors, LAYOUTS, eps=1e-2)
         for direction, scale in reversed(additions) if reverse else additions:
             weights.add(direction, scale)
             if flush_each:
@@ -125,7 +134,7 @@ def test_many_directions_at_once_are_one_after_the_other_in_any_order() -> None:
 
 def test_an_addition_taken_back_leaves_no_trace() -> None:
     tensors = make_tensors()
-    weights = OuterWeights(tensors, LAYOUTS, eps=1e-2)
+    weights = outer_weights(tensors, LAYOUTS, eps=1e-2)
     before = snapshot(tensors)
     for step in range(5):
         weights.add(Direction(3, step), 0.0123)
@@ -142,7 +151,7 @@ def test_an_addition_taken_back_leaves_no_trace() -> None:
 def test_small_updates_are_rounded_without_bias() -> None:
     """Updates of a fifth of the grid, signed so that the first element always goes up: it rises by a fifth of the grid a step."""
     layout, tensors = Layout([3], [4]), {"lora_B": np.full(12, 7.0, np.float32)}
-    weights = OuterWeights(tensors, {"lora_B": layout}, eps=1e-2)
+    weights = outer_weights(tensors, {"lora_B": layout}, eps=1e-2)
     (tensor,) = weights.tensors
     start, expected, steps = tensors["lora_B"].astype(np.float64), np.zeros(12), 2000
     for step in range(steps):
@@ -156,7 +165,7 @@ def test_small_updates_are_rounded_without_bias() -> None:
 
 def test_all_matrices_decay() -> None:
     tensors = {name: np.full_like(array, 0.5) for name, array in make_tensors().items()}
-    weights = OuterWeights(tensors, LAYOUTS, eps=1e-2)
+    weights = outer_weights(tensors, LAYOUTS, eps=1e-2)
     for step in range(100):
         weights.update([Direction(0, step)], [0.0], 0.01)
     for array in tensors.values():
@@ -170,7 +179,7 @@ def test_updates_of_any_size_are_those_of_a_replay(scale: float, decay: float) -
 
     def run(live: bool) -> tuple[dict[str, bytes], list[int]]:
         tensors = make_tensors(scale=1e-3)
-        weights = OuterWeights(tensors, LAYOUTS, eps=1e-3)
+        weights = outer_weights(tensors, LAYOUTS, eps=1e-3)
         exponents = [tensor.exponent for tensor in weights.tensors]
         for step in range(30):
             directions = [Direction(0, step, number) for number in range(3)]
@@ -188,7 +197,7 @@ def test_updates_of_any_size_are_those_of_a_replay(scale: float, decay: float) -
 def test_values_that_outgrow_their_grid_stay_near_the_exact_ones() -> None:
     tensors = {"lora_B": np.full(12, 0.9, np.float32)}
     layout = Layout([3], [4])
-    weights = OuterWeights(tensors, {"lora_B": layout}, eps=1e-3)
+    weights = outer_weights(tensors, {"lora_B": layout}, eps=1e-3)
     (tensor,) = weights.tensors
     exponent, reference = tensor.exponent, tensors["lora_B"].astype(np.float64)
     for step in range(60):
@@ -200,17 +209,17 @@ def test_values_that_outgrow_their_grid_stay_near_the_exact_ones() -> None:
 
 
 def test_weights_that_outgrow_the_resolution_of_eps_are_refused() -> None:
-    weights = OuterWeights({"lora_B": np.zeros(12, np.float32)}, {"lora_B": Layout([3], [4])}, eps=1e-5)
+    weights = outer_weights({"lora_B": np.zeros(12, np.float32)}, {"lora_B": Layout([3], [4])}, eps=1e-5)
     with pytest.raises(NonFiniteLossError, match=r"^eps 1e-05 is below the float32 resolution .* of lora_B; the weights grew too large"):
         for step in range(9):
             weights.update([Direction(0, step)], [100.0])
 
 
 def test_signs_drawn_again_after_others_are_the_same_and_in_the_order_asked_for() -> None:
-    weights = OuterWeights(make_tensors(), LAYOUTS, eps=1e-2)
+    outer = Outer(LAYOUTS)
     asked = [Direction(0, 0, number) for number in range(3)]
-    first = [part.copy() for part in weights.signs(asked, "lora_A")]
-    weights.signs([Direction(0, 1)], "lora_A")
-    assert all(map(np.array_equal, weights.signs(asked, "lora_A"), first))
-    assert all(np.array_equal(part, kept[::-1]) for part, kept in zip(weights.signs(asked[::-1], "lora_A"), first, strict=True))
+    first = [part.copy() for part in outer.signs(asked, "lora_A")]
+    outer.signs([Direction(0, 1)], "lora_A")
+    assert all(map(np.array_equal, outer.signs(asked, "lora_A"), first))
+    assert all(np.array_equal(part, kept[::-1]) for part, kept in zip(outer.signs(asked[::-1], "lora_A"), first, strict=True))
     assert not np.array_equal(first[0][0], first[0][1])

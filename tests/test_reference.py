@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from reference import both_sides
 
 from edgezo.runtime import noise
-from edgezo.runtime.estimator import two_sided
+from edgezo.runtime.estimators.two_sided import two_sided
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.optimizer import zo_step
@@ -51,7 +52,8 @@ def edge_steps(model: EdgeModel, pairs: list[Pair]) -> Iterator[tuple[float, flo
         direction = Direction(SEED, step)
         estimate = two_sided(weights, lambda: edge_loss(sequences, pairs), direction, weights.eps)
         zo_step(weights, [direction], [estimate.projected_grad], LR)
-        yield estimate.loss_plus, estimate.loss_minus, estimate.projected_grad
+        plus, minus = both_sides([estimate], weights.eps)[0]
+        yield plus, minus, estimate.projected_grad
     weights.flush()
 
 

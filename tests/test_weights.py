@@ -7,6 +7,7 @@ from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime import noise
 from edgezo.runtime import passes as passes_module
 from edgezo.runtime.noise import BLOCK, Direction, Distribution, Floats
+from edgezo.runtime.samplers.full import Full
 from edgezo.runtime.weights import MutableWeights
 
 DISTRIBUTIONS: tuple[Distribution, ...] = ("rademacher", "gaussian")
@@ -29,7 +30,7 @@ def snapshot(tensors: dict[str, Floats]) -> dict[str, bytes]:
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_the_walk_of_a_step_leaves_no_trace(distribution: Distribution) -> None:
     tensors = make_tensors()
-    weights = MutableWeights(tensors, eps=1e-3, distribution=distribution, threads=2)
+    weights = MutableWeights(tensors, eps=1e-3, sampler=Full(distribution), threads=2)
     before = snapshot(tensors)
     for step in range(5):
         for times in (1, -2, 1):
@@ -42,7 +43,7 @@ def test_the_walk_of_a_step_leaves_no_trace(distribution: Distribution) -> None:
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_addition_is_noise_times_scale_on_the_grid(distribution: Distribution) -> None:
     tensors = make_tensors()
-    weights = MutableWeights(tensors, eps=1e-3, distribution=distribution)
+    weights = MutableWeights(tensors, eps=1e-3, sampler=Full(distribution))
     quanta = {tensor.name: tensor.quantum for tensor in weights.tensors}
     before = {name: array.astype(np.float64) for name, array in tensors.items()}
     direction = Direction(1, 2, 3)
@@ -68,7 +69,7 @@ def test_threads_pieces_and_order_do_not_matter(distribution: Distribution, monk
     def run(threads: int, run_blocks: int, flush_each: bool, reverse: bool) -> dict[str, bytes]:
         monkeypatch.setattr(passes_module, "RUN_BLOCKS", run_blocks)
         tensors = make_tensors()
-        weights = MutableWeights(tensors, eps=1e-3, distribution=distribution, threads=threads)
+        weights = MutableWeights(tensors, eps=1e-3, sampler=Full(distribution), threads=threads)
         additions = [(Direction(9, step, number), 1e-4 * (step + 1)) for step in range(3) for number in range(2)]
         for direction, scale in reversed(additions) if reverse else additions:
             weights.add(direction, scale)
@@ -112,7 +113,7 @@ def test_small_updates_are_rounded_without_bias() -> None:
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_values_that_outgrow_their_grid_get_a_coarser_one(distribution: Distribution) -> None:
     tensors = {"w": np.full((2, 8), 0.9, np.float32)}
-    weights = MutableWeights(tensors, eps=1e-3, distribution=distribution)
+    weights = MutableWeights(tensors, eps=1e-3, sampler=Full(distribution))
     exponent = weights.tensors[0].exponent
     reference = tensors["w"].astype(np.float64)
     for step in range(60):
@@ -150,7 +151,7 @@ def test_an_update_of_any_size_is_that_of_a_replay(distribution: Distribution, s
 
     def run(live: bool) -> bytes:
         tensors = {"w": np.linspace(-0.01, 0.01, 5000, dtype=np.float32).reshape(50, 100), "bias": np.zeros(70, np.float32)}
-        weights = MutableWeights(tensors, eps=1e-3, distribution=distribution)
+        weights = MutableWeights(tensors, eps=1e-3, sampler=Full(distribution))
         for step in range(6):
             directions = [Direction(0, step, number) for number in range(count)]
             for direction in directions if live else []:

@@ -29,10 +29,11 @@ from edgezo.runtime.machine import peak_bytes
 from edgezo.runtime.model import Array, EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.objective import Objective
-from edgezo.runtime.outer import OuterWeights
+from edgezo.runtime.samplers.outer import Outer
 from edgezo.runtime.scoring import BATCH_TOKENS, Sequences
 from edgezo.runtime.tasks import Task
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions
+from edgezo.runtime.weights import MutableWeights
 
 DIRECTIONS, TOKENS, LR = 16, 32, 1e-3
 GRADIENT_DIRECTIONS = 64
@@ -66,9 +67,11 @@ def make_theta(edge: Path, directions: int, batch: int, threads: int | None = No
     return Theta(model, config, mutable_weights(model, config), objective)
 
 
-def whole_copies(lora: Lora, theta: OuterWeights, directions: Sequence[Direction], sides: Sequence[int], eps: float) -> dict[str, Array]:
+def whole_copies(lora: Lora, theta: MutableWeights, directions: Sequence[Direction], sides: Sequence[int], eps: float) -> dict[str, Array]:
     """What `Lora.stacked_feeds` feeds, with every copy of B made outside the graph."""
-    feeds, (all_rows, all_columns) = lora.feeds(), theta.signs(directions, "lora_B")
+    outer = theta.sampler
+    assert isinstance(outer, Outer)
+    feeds, (all_rows, all_columns) = lora.feeds(), outer.signs(directions, "lora_B")
     column = 0
     for index, (target, b) in enumerate(zip(lora.targets, lora.matrices("lora_B"), strict=True)):
         rows = all_rows[:, index * lora.rank : (index + 1) * lora.rank].astype(np.float32)

@@ -19,9 +19,11 @@ from edgezo.demo import TEMPLATE, TOPICS
 from edgezo.runtime import noise
 from edgezo.runtime import run as run_module
 from edgezo.runtime import tune as tune_module
+from edgezo.runtime.grid import Additions, GridTensor, sign_values
 from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.noise import Distribution, Floats
-from edgezo.runtime.passes import Additions, GridTensor, NumPyPasses, sign_values
+from edgezo.runtime.noise import Floats
+from edgezo.runtime.passes import NumPyPasses
+from edgezo.runtime.samplers.sampler import Sampler
 from edgezo.runtime.weights import MutableWeights
 
 NOTES = Path(__file__).parents[1] / "notes"
@@ -33,7 +35,7 @@ CHUNK = 1 << 16
 class FreshBits(NumPyPasses):
     """One independent sign an element, every step."""
 
-    def add(self, tensors: Sequence[GridTensor], additions: Additions, distribution: Distribution) -> None:
+    def add(self, tensors: Sequence[GridTensor], additions: Additions, sampler: Sampler) -> None:
         bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
         for tensor in tensors:
             for direction, scales in additions.items():

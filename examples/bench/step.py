@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgezo.runtime.estimator import two_sided
+from edgezo.runtime.estimators.two_sided import two_sided
 from edgezo.runtime.liveness import prove_live
 from edgezo.runtime.machine import peak_bytes
 from edgezo.runtime.model import Array, EdgeModel

@@ -25,6 +25,7 @@ from edgezo.export.quiet import quiet
 from edgezo.runtime.machine import default_threads
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Distribution
+from edgezo.runtime.samplers.full import Full
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.weights import MutableWeights
 from examples.bench.adapter import make_rows, make_theta, stacked_step
@@ -49,7 +50,7 @@ def bare_forwards(edge: str, threads: int, rows: int, tokens: int) -> Step:
 def full(edge: str, threads: int, rows: int, tokens: int, distribution: Distribution = "rademacher") -> Step:
     """One direction in all weights, in place."""
     model = EdgeModel(edge, threads=threads)
-    weights = MutableWeights(model.weights, eps=EPS, distribution=distribution, threads=threads)
+    weights = MutableWeights(model.weights, eps=EPS, sampler=Full(distribution), threads=threads)
     return make_step(model, weights, make_feeds(model, rows, tokens))
 
 
