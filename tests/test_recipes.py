@@ -113,7 +113,9 @@ def test_a_recipe_reads_rows_as_it_says(name: str) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_a_recipe_tunes_and_evaluates(exported_dir: Path, tmp_path: Path, write_rows: Callable[..., str], name: str) -> None:
     data, run = write_rows(ROWS[name]), tmp_path / "run"
-    result = edgezo.tune(exported_dir, run, task=name, data=data, valid=data, steps=1, batch=2, eval_every=1, max_tokens=4, threads=1)
+    result = edgezo.tune(
+        exported_dir, run, task=name, data=data, valid=data, steps=1, start="none", batch=2, eval_every=1, max_tokens=4, threads=1
+    )
     assert result.best is not None
     kept = json.loads((run / "config.json").read_text(encoding="utf-8"))
     assert "task" not in kept
