@@ -91,7 +91,7 @@ def test_a_step_of_several_directions_is_recorded_and_told_whole(exported_dir: P
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for line, report in zip(lines, reports, strict=True):
         assert line["projected_grad_rms"] == pytest.approx(np.sqrt(np.mean(np.square(report.projected_grads))))
-        assert line.keys() == {"step", "loss", "projected_grad_rms", "lr", "step_seconds", "seconds"}
+        assert line.keys() == {"step", "loss", "projected_grad_rms", "lr", "forward_rows", "step_seconds", "seconds"}
 
 
 def test_each_direction_has_rows_of_its_own(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
