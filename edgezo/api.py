@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.config import TASK_SETTINGS, TuneConfig, make_config
 from edgezo.errors import ConfigError, DataError, ExportError
-from edgezo.manifest import read_manifest
+from edgezo.manifest_reader import read_manifest
 from edgezo.recipe import task_settings
 from edgezo.runtime.corpus import read_data
 from edgezo.runtime.data import Row, read_rows

@@ -5,7 +5,8 @@ from typing import Any
 
 from edgezo.adapters import PREFIX
 from edgezo.errors import EdgezoError
-from edgezo.manifest import MANIFEST_NAME, read_manifest, verify_file
+from edgezo.manifest import MANIFEST_NAME
+from edgezo.manifest_reader import read_manifest, verify_file
 
 
 def inspect_path(path: Path) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """An edge model, opened: verified files, weights in memory, sessions on demand."""
 
-import hashlib
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,21 +10,21 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, PREFIX
+from edgezo.adapters import PREFIX
 from edgezo.config import MAX_TOKENS, Sampling
 from edgezo.errors import ConfigError, DataError, EdgeModelError
-from edgezo.manifest import FAMILY_WORDS, Graph, Manifest, StoredFile, Tensor, read_manifest, verify_file, verify_size
+from edgezo.manifest import FAMILY_WORDS, Graph, Manifest
+from edgezo.manifest_reader import read_manifest, verify_file, verify_size
 from edgezo.runtime.device import find_device
 from edgezo.runtime.device_passes import DevicePasses
 from edgezo.runtime.device_session import DeviceSession
 from edgezo.runtime.graph_file import external_files
-from edgezo.runtime.head_rows import NO_ROWS, HeadRows
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.machine import available_bytes, default_threads
 from edgezo.runtime.prefix import Prefix
 from edgezo.runtime.session import Session, engine_version
 from edgezo.runtime.text import TextCodec
-from edgezo.storage import CHUNK_BYTES
+from edgezo.runtime.weight_files import load_file, read_head, view_tensor
 
 if TYPE_CHECKING:
     from edgezo.runtime.run import StepChoice
@@ -83,15 +81,17 @@ class EdgeModel:
         for name in files.keys() - mutable_files:
             verify_file(self.directory, name, files[name])
         self.text = TextCodec(self.directory, self.manifest.tokenizer)
-        self.buffers = {name: _load(self.directory, name, files[name]) for name in sorted(mutable_files)}
-        self.weights: dict[str, npt.NDArray[np.float32]] = {tensor.name: _view(self.buffers[tensor.file], tensor) for tensor in in_memory}
+        self.buffers = {name: load_file(self.directory, name, files[name]) for name in sorted(mutable_files)}
+        self.weights: dict[str, npt.NDArray[np.float32]] = {
+            tensor.name: view_tensor(self.buffers[tensor.file], tensor) for tensor in in_memory
+        }
         self.on_device: DevicePasses | None = None
         if self.device is not None and len(in_memory) < len(self.manifest.tunable):
             shapes = {tensor.name: tuple(tensor.shape) for tensor in self.manifest.tunable if tensor not in in_memory}
             self.on_device = DevicePasses(self.device, shapes)
             self._upload()
         self.adapter: Lora | Prefix | None = Prefix(self.weights[PREFIX]) if PREFIX in self.weights else None
-        self._stored_head = self._read_head()
+        self._stored_head = read_head(self.directory, self.manifest)
         self.head = self._stored_head
         self.step: int | None = None
         self.changed = False
@@ -148,22 +148,11 @@ class EdgeModel:
                 verify_file(self.directory, name, self.manifest.files[name])
             self._upload()
             for name, buffer in self.buffers.items():
-                _load(self.directory, name, self.manifest.files[name], buffer)
+                load_file(self.directory, name, self.manifest.files[name], buffer)
         if isinstance(self.adapter, Lora):
             self.adapter = None
         self.head = self._stored_head
         self.step, self.changed = None, False
-
-    def _read_head(self) -> HeadRows:
-        """Those that were merged into this edge model."""
-        stored = {tensor.name: tensor for tensor in self.manifest.tensors if tensor.name in {HEAD_TOKENS, HEAD_ROWS}}
-        if not stored:
-            return NO_ROWS
-        tokens, rows = (
-            np.fromfile(self.directory / tensor.file, np.dtype(tensor.dtype).newbyteorder("<"), tensor.size, offset=tensor.offset)
-            for tensor in (stored[HEAD_TOKENS], stored[HEAD_ROWS])
-        )
-        return HeadRows(tokens, rows.reshape(stored[HEAD_ROWS].shape))
 
     @property
     def takes_head_rows(self) -> bool:
@@ -310,31 +299,3 @@ class EdgeModel:
                 f"{self.directory / graph.file}: its inputs or outputs are not those of the manifest ({', '.join(sorted(session.inputs ^ listed)[:3]) or 'unknown ones'}); copy or export the edge model again"
             )
         return session
-
-
-def _load(directory: Path, name: str, stored: StoredFile, into: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
-    """Read a weight file into memory, that of `into` when given, hashing the very bytes that are used."""
-    path = directory / name
-    try:
-        buffer = np.empty(stored.bytes, np.uint8) if into is None else into
-    except MemoryError:
-        raise EdgeModelError(f"{path}: {stored.bytes / 1e9:.1f} GB of weights do not fit into memory; export a smaller model") from None
-    digest = hashlib.sha256()
-    target = buffer.data
-    # hashed while the next part is read: 0.31 instead of 0.47 s for 538 MB
-    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
-        position = 0
-        while position < stored.bytes:
-            count = file.readinto(target[position : position + CHUNK_BYTES])
-            if not count:
-                raise EdgeModelError(f"{path}: ends at {position} of {stored.bytes} bytes; copy or export the edge model again")
-            hashing.submit(digest.update, target[position : position + count])
-            position += count
-    verify_file(directory, name, stored, digest.hexdigest())
-    return buffer
-
-
-def _view(buffer: npt.NDArray[np.uint8], tensor: Tensor) -> npt.NDArray[np.float32]:
-    stored = buffer[tensor.offset : tensor.offset + tensor.nbytes]
-    array: npt.NDArray[np.float32] = stored.view("<f4").reshape(tensor.shape)
-    return array

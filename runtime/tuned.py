@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 
 from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, A, B
 from edgezo.errors import AdapterError, ConfigError, RunError, first_line
-from edgezo.manifest import ALIGNMENT, Manifest, StoredFile, Tensor, Tuned, read_manifest
+from edgezo.manifest import ALIGNMENT, Manifest, StoredFile, Tensor, Tuned
+from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.head_rows import HeadRows, summed
 from edgezo.runtime.hugging_face import lora_deltas, write_hugging_face
 from edgezo.runtime.lora import Lora

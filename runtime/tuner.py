@@ -234,7 +234,8 @@ class Tuner:
         self.evaluations[step] = found
         best = best_step(self.evaluations, step) == step
         self.journal.mark(step, found, best)
-        metrics.write(json.dumps({"step": step, "valid": found.as_dict(), "seconds": round(time.monotonic() - started, 3)}) + "\n")
+        spent = {"forward_rows": self.forward_rows, "seconds": round(time.monotonic() - started, 3)}
+        metrics.write(json.dumps({"step": step, "valid": found.as_dict(), **spent}) + "\n")
         self.reporter.evaluation(step, found, best)
         return True
 

@@ -38,7 +38,8 @@ from edgezo.export.adapters import find_targets
 from edgezo.export.freeze import freeze
 from edgezo.export.prefix import TEXT
 from edgezo.export.source import load_source
-from edgezo.manifest import StoredFile, read_manifest
+from edgezo.manifest import StoredFile
+from edgezo.manifest_reader import read_manifest
 from edgezo.runtime import noise
 from edgezo.runtime.examples import Example
 from edgezo.runtime.journal import read_journal

@@ -18,7 +18,7 @@ from edgezo.chat import ANSWER_TOKENS, Conversation
 from edgezo.config import Sampling
 from edgezo.errors import DataError, NonFiniteLossError
 from edgezo.export import export_model
-from edgezo.manifest import read_manifest
+from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.generate import Cache, generate
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel

@@ -22,7 +22,8 @@ from tokenizers.processors import TemplateProcessing
 
 import edgezo
 from edgezo.errors import DataError
-from edgezo.manifest import StoredFile, read_manifest
+from edgezo.manifest import StoredFile
+from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.journal import EVALUATION_BYTES, STEP_BYTES
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.run import read_run

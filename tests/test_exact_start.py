@@ -15,7 +15,7 @@ from reference import edge_log_probs, make_pairs, network_log_probs, peft_networ
 from sklearn.linear_model import LogisticRegression
 
 import edgezo
-from edgezo.errors import AdapterError, ConfigError, RunError
+from edgezo.errors import AdapterError, ConfigError, EdgeModelError, RunError
 from edgezo.runtime import exact_start, head_rows
 from edgezo.runtime.exact_start import Features, first_tokens
 from edgezo.runtime.examples import Example
@@ -26,6 +26,7 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.peft_folder import write_peft
 from edgezo.runtime.scoring import Classified, Sequences
 from edgezo.runtime.tuned import write_tuned
+from edgezo.storage import sha256_file
 
 PLACES = ["the film", "a plot", "the end", "a song", "this book", "the cat", "one meal", "my day", "the sea", "a hat", "the plan", "he"]
 ROWS = [{"text": f"{place} is {('terrible', 'great')[label]}", "label": label} for place in PLACES for label in (0, 1)]
@@ -292,6 +293,33 @@ def test_an_edge_model_holds_the_rows_and_can_be_tuned_on(lora_dir: Path, rows: 
     started = EdgeModel(tmp_path / "out", run=tmp_path / "again", step=0, threads=1)
     assert twice.head.equals(started.head)
     assert twice.head.rows.shape == once.head.rows.shape
+
+
+def test_a_damaged_head_file_is_refused(lora_dir: Path, run: tuple[Path, Any], tmp_path: Path) -> None:
+    write_tuned(lora_dir, [run[0]], [1.0], "last", tmp_path / "out", "edge", threads=1)
+    path = tmp_path / "out" / "head.bin"
+    data = path.read_bytes()
+    path.write_bytes(np.array([1, 1], "<i8").tobytes() + data[16:])
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest["files"]["head.bin"]["sha256"] = sha256_file(path)
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    message = f"{path}: rows of the head of tokens that the model has not, twice, or not finite; copy or merge the edge model again"
+    with pytest.raises(EdgeModelError, match=f"^{re.escape(message)}$"):
+        EdgeModel(tmp_path / "out", threads=1)
+    manifest["tensors"] = [tensor for tensor in manifest["tensors"] if tensor["name"] != "head_tokens"]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    message = f"{tmp_path / 'out' / 'manifest.json'}: its rows of the head (head_rows) do not fit each other; export the model again"
+    with pytest.raises(EdgeModelError, match=f"^{re.escape(message)}$"):
+        EdgeModel(tmp_path / "out", threads=1)
+
+
+def test_no_steps_are_an_exact_start_alone(lora_dir: Path, rows: str, tmp_path: Path) -> None:
+    result = tuned_run(lora_dir, tmp_path / "run", rows, steps=0)
+    assert (result.steps, result.ended, result.best_step) == (0, "finished", 0)
+    assert result.best == result.start != result.before
+    resumed = edgezo.tune(lora_dir, tmp_path / "run", resume=True, steps=2, threads=1)
+    assert (resumed.steps, resumed.start) == (2, result.start)
+    assert resumed.forward_rows >= result.forward_rows + 2 * 2 * 8
 
 
 def test_the_average_of_runs_averages_their_rows(lora_dir: Path, rows: str, run: tuple[Path, Any], tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from optimum.exporters.onnx import main_export
 from edgezo.errors import ConfigError, EdgezoError, ExportError
 from edgezo.export import export_model, verify
 from edgezo.export.decoder import EXPORTED
-from edgezo.manifest import Graph, Manifest, Tensor, read_manifest
+from edgezo.manifest import Graph, Manifest, Tensor
+from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.model import EdgeModel
 
 PROMPT = np.array([[5, 270, 17, 301, 88, 264, 19, 300, 42, 7]])

@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from edgezo.errors import ConfigError, DataError, EdgezoError
-from edgezo.manifest import read_manifest
+from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.generate import Sampling, generate
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.text import TextCodec

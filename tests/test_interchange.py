@@ -21,7 +21,7 @@ from safetensors.torch import save_file as save_torch
 
 import edgezo
 from edgezo.errors import AdapterError, ConfigError, EdgezoError, RunError
-from edgezo.manifest import read_manifest
+from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.hugging_face import source_weights
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel

@@ -17,7 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 import edgezo
 from edgezo.errors import DeadTensorError, EdgeModelError
 from edgezo.export import export_model
-from edgezo.manifest import StoredFile, read_manifest
+from edgezo.manifest import StoredFile
+from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.graph_file import disconnected
 from edgezo.runtime.liveness import prove_live
 from edgezo.runtime.model import EdgeModel

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from edgezo import cli
 from edgezo.errors import EdgeModelError, EdgezoError
-from edgezo.manifest import MANIFEST_BYTES_LIMIT, Manifest, read_manifest
+from edgezo.manifest import MANIFEST_BYTES_LIMIT, Manifest
+from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.model import EdgeModel
 from edgezo.storage import is_plain_name
 

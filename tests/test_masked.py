@@ -17,7 +17,7 @@ from edgezo import api
 from edgezo.config import parse_labels
 from edgezo.errors import ConfigError, DataError, EdgeModelError, ExportError
 from edgezo.export import export_model
-from edgezo.manifest import read_manifest
+from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.data import Row
 from edgezo.runtime.examples import make_candidates, make_examples
 from edgezo.runtime.hugging_face import write_hugging_face

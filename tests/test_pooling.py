@@ -19,7 +19,7 @@ import transformers
 from edgezo import api
 from edgezo.errors import AdapterError, ConfigError, EdgeModelError, ExportError
 from edgezo.export import export_model
-from edgezo.manifest import read_manifest
+from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.hugging_face import write_hugging_face
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel

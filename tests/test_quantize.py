@@ -20,7 +20,8 @@ from edgezo.errors import ConfigError, EdgezoError, ExportError
 from edgezo.export import export_model
 from edgezo.export import freeze as freeze_module
 from edgezo.export.freeze import quantize
-from edgezo.manifest import Manifest, read_manifest
+from edgezo.manifest import Manifest
+from edgezo.manifest_reader import read_manifest
 from edgezo.quantization import Quantized
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel

@@ -13,7 +13,8 @@ from tokenizers.processors import TemplateProcessing
 
 import edgezo
 from edgezo.config import Sampling
-from edgezo.manifest import StoredFile, read_manifest
+from edgezo.manifest import StoredFile
+from edgezo.manifest_reader import read_manifest
 from edgezo.rate import TRIES
 from edgezo.runtime.data import Row
 from edgezo.runtime.examples import make_candidates

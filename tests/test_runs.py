@@ -18,7 +18,8 @@ import pytest
 import edgezo
 from edgezo import cli
 from edgezo.errors import ConfigError, RunError
-from edgezo.manifest import Manifest, read_manifest
+from edgezo.manifest import Manifest
+from edgezo.manifest_reader import read_manifest
 from edgezo.runtime import passes as passes_module
 from edgezo.runtime import run as run_module
 from edgezo.runtime.check import check_run, compare_runs

@@ -21,7 +21,7 @@ import atheris
 with atheris.instrument_imports(include=["edgezo"]):
     from edgezo.config import make_config
     from edgezo.errors import EdgezoError
-    from edgezo.manifest import read_manifest
+    from edgezo.manifest_reader import read_manifest
     from edgezo.runtime.adapter_files import read_adapter
     from edgezo.runtime.data import read_rows
     from edgezo.runtime.examples import make_examples
