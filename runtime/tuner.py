@@ -67,7 +67,7 @@ class Tuner:
         self.order = self.dataset.order()
 
     def loop(self) -> TuneResult:
-        """Forwards at theta + eps z and theta - eps z and one update a step, until the steps or the minutes are used up or a signal asks to stop."""
+        """The forwards of the estimator and one update a step, until the steps or the minutes are used up or a signal asks to stop."""
         started = time.monotonic() - self.spent_seconds
         step = len(self.records)
         if self.config.total_steps != 0 and self._progress(step, self.spent_seconds) >= 1:

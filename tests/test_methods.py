@@ -454,9 +454,16 @@ def test_three_steps_give_the_same_bits_for_ever(rule: str, sampler: str, noise:
 
 # runs
 
-TUNING: dict[str, Any] = {"template": "{text} It was", "labels": "terrible,great", "schedule": "constant", "eval_every": 3, "threads": 1}
-LORA = {"lr": 1e-2, "directions": 4, "batch": 1}
-FULL = {"lr": 1e-4, "directions": 2, "batch": 2}
+TUNING: dict[str, Any] = {
+    "start": "none",
+    "template": "{text} It was",
+    "labels": "terrible,great",
+    "schedule": "constant",
+    "eval_every": 3,
+    "threads": 1,
+}
+LORA = {"eps": 1e-2, "lr": 1e-2, "directions": 4, "batch": 1}
+FULL = {"eps": 1e-3, "lr": 1e-4, "directions": 2, "batch": 2}
 RUNS = [
     *(("lora_dir", {**LORA, "rule": rule}) for rule in RULES),
     *(("lora_dir", {**LORA, "rule": "fzoo", "estimator": estimator, "batch": 3}) for estimator in ESTIMATORS),

@@ -52,7 +52,7 @@ def run_cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
     kind, settings = CELLS[name]
     files = ["--data", str(options.data / "train.jsonl"), "--valid", str(options.data / "validation.jsonl"), "--task", options.task]
     run = options.results / f"{name.replace(' ', '-')}-{int(time.time())}"
-    given = {**settings, "steps": options.steps, "eval_every": options.steps, "eval_rows": EVAL_ROWS}
+    given = {**settings, "steps": options.steps, "eval_every": options.steps, "eval_rows": options.eval_rows}
     flags = [part for field, value in given.items() for part in (f"--{field.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "edgezo", "tune", str(getattr(options, kind)), "-o", str(run), *files, *flags, "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--eval-rows", type=int, default=EVAL_ROWS)
     parser.add_argument("--only", nargs="*", default=list(CELLS), choices=list(CELLS), metavar="CELL")
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
