@@ -23,7 +23,7 @@ from edgezo.runtime.dataset import Dataset, spread
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.examples import Example
 from edgezo.runtime.head_rows import NO_ROWS, HeadRows, summed
-from edgezo.runtime.journal import Record, evaluation_records, head_record
+from edgezo.runtime.journal_records import Record, evaluation_records, head_record
 from edgezo.runtime.lbfgs import minimize
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective

@@ -18,7 +18,9 @@ from edgezo.manifest import Manifest
 from edgezo.runtime import noise
 from edgezo.runtime.corpus import sha256_data
 from edgezo.runtime.evaluation import Evaluation
-from edgezo.runtime.journal import Journal, JournalContents, Record, StepRecord, read_journal
+from edgezo.runtime.journal import Journal
+from edgezo.runtime.journal_reader import JournalContents, read_journal
+from edgezo.runtime.journal_records import Record, StepRecord
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.optimizer import zo_step
 from edgezo.runtime.rules import make_rule

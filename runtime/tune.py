@@ -12,7 +12,7 @@ from edgezo.runtime.calibration import calibrate, first_scale, measuring_config
 from edgezo.runtime.corpus import WARNING
 from edgezo.runtime.dataset import Dataset, read_dataset
 from edgezo.runtime.exact_start import ExactStart, resolve_start, start_exactly
-from edgezo.runtime.journal import head_record
+from edgezo.runtime.journal_records import head_record
 from edgezo.runtime.liveness import prove_live
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.memory import fit_batches, refuse_less_than_weights

@@ -17,7 +17,8 @@ from edgezo.runtime import noise
 from edgezo.runtime.dataset import Dataset
 from edgezo.runtime.evaluation import Evaluation, best_step
 from edgezo.runtime.examples import Example
-from edgezo.runtime.journal import Journal, StepRecord
+from edgezo.runtime.journal import Journal
+from edgezo.runtime.journal_records import StepRecord
 from edgezo.runtime.machine import peak_bytes
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.optimizer import schedule_factor

@@ -42,7 +42,7 @@ from edgezo.manifest import StoredFile
 from edgezo.manifest_reader import read_manifest
 from edgezo.runtime import noise
 from edgezo.runtime.examples import Example
-from edgezo.runtime.journal import read_journal
+from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.liveness import prove_live
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel

@@ -13,7 +13,7 @@ import pytest
 
 import edgezo
 from edgezo.errors import ConfigError, NonFiniteLossError
-from edgezo.runtime.journal import read_journal
+from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.landscape import LEAST_STEPS, WORSENS, Landscape, Probe, Scale, learning_rate, survey
 from edgezo.runtime.optimizer import Schedule, schedule_factor
 from edgezo.runtime.reports import Reporter

@@ -24,7 +24,7 @@ import edgezo
 from edgezo.errors import DataError
 from edgezo.manifest import StoredFile
 from edgezo.manifest_reader import read_manifest
-from edgezo.runtime.journal import EVALUATION_BYTES, STEP_BYTES
+from edgezo.runtime.journal_records import EVALUATION_BYTES, STEP_BYTES
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.run import read_run
 from edgezo.storage import sha256_file

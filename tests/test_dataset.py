@@ -11,7 +11,8 @@ import edgezo
 from edgezo.config import DEFAULT_PATIENCE, make_config
 from edgezo.runtime.check import check_run
 from edgezo.runtime.dataset import LEAST_TO_SHARE, Dataset, read_dataset
-from edgezo.runtime.journal import Journal, read_journal
+from edgezo.runtime.journal import Journal
+from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.reports import Reporter
 from edgezo.runtime.run import read_run

@@ -20,7 +20,9 @@ from edgezo.runtime import exact_start, head_rows
 from edgezo.runtime.exact_start import Features, first_tokens
 from edgezo.runtime.examples import Example
 from edgezo.runtime.head_rows import NO_ROWS, HeadRows, summed
-from edgezo.runtime.journal import Journal, head_record, read_journal
+from edgezo.runtime.journal import Journal
+from edgezo.runtime.journal_reader import read_journal
+from edgezo.runtime.journal_records import head_record
 from edgezo.runtime.lbfgs import minimize
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.peft_folder import write_peft

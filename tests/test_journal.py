@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from edgezo.errors import RunError
 from edgezo.runtime.evaluation import Evaluation
-from edgezo.runtime.journal import JOURNAL_BYTES_LIMIT, MAGIC, STEP_BYTES, UNDO_BYTES, Journal, StepRecord, read_journal
+from edgezo.runtime.journal import Journal
+from edgezo.runtime.journal_reader import read_journal
+from edgezo.runtime.journal_records import JOURNAL_BYTES_LIMIT, MAGIC, STEP_BYTES, UNDO_BYTES, StepRecord
 
 HEADER = {"base": "0" * 64, "config": {"lr": 0.5}}
 THREE_BYTES = 1 + 2 + 4 + 4 + 3 * 4 + 4  # kind D: count, learning rate, loss, three projected gradients, checksum

@@ -23,7 +23,9 @@ from edgezo.manifest_reader import read_manifest
 from edgezo.runtime import passes as passes_module
 from edgezo.runtime import run as run_module
 from edgezo.runtime.check import check_run, compare_runs
-from edgezo.runtime.journal import STEP_BYTES, Journal, StepRecord, read_journal
+from edgezo.runtime.journal import Journal
+from edgezo.runtime.journal_reader import read_journal
+from edgezo.runtime.journal_records import STEP_BYTES, StepRecord
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.run import read_run
 from edgezo.runtime.tuned import write_tuned

@@ -14,7 +14,7 @@ import pytest
 import edgezo
 from edgezo.config import make_config
 from edgezo.errors import ConfigError, DataError, RunError
-from edgezo.runtime.journal import read_journal
+from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.order import WINDOW_BATCHES, DataOrder
 from edgezo.runtime.run import read_run

@@ -14,7 +14,7 @@ import edgezo
 from edgezo.config import make_config
 from edgezo.errors import DivergenceError
 from edgezo.runtime.evaluation import Evaluation
-from edgezo.runtime.journal import read_journal
+from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.reports import Reporter, StepReport
 from edgezo.runtime.run import read_run

@@ -26,8 +26,8 @@ with atheris.instrument_imports(include=["edgezo"]):
     from edgezo.runtime.data import read_rows
     from edgezo.runtime.examples import make_examples
     from edgezo.runtime.graph_file import disconnected, external_files
-    from edgezo.runtime.journal import _record_bytes as record_bytes
-    from edgezo.runtime.journal import read_journal
+    from edgezo.runtime.journal_reader import read_journal
+    from edgezo.runtime.journal_records import record_bytes
     from edgezo.runtime.lora import Lora
     from edgezo.runtime.onnx_adapter import write_onnx_adapter
     from edgezo.runtime.peft_folder import CONFIG, TENSORS, write_peft

@@ -1,0 +1,122 @@
+"""Records of a journal: kinds, payloads, and what they stand for. The format is docs/journal.md."""
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from edgezo.errors import RunError
+from edgezo.runtime.evaluation import Evaluation
+from edgezo.runtime.head_rows import HeadRows
+
+MAGIC = b"EDGEZOJ3"
+READABLE = (
+    b"EDGEZOJ1",
+    b"EDGEZOJ2",
+    MAGIC,
+)  # 2 added the record of other metrics, 3 those of the head and of an undo; what older ones have means the same
+JOURNAL_BYTES_LIMIT = 1 << 30  # 63 million steps
+HEADER_BYTES_LIMIT = 1 << 20
+SETTINGS_BYTES_LIMIT = 1 << 16
+STEP, DIRECTIONS, EVALUATION, METRICS, SETTINGS, HEAD, UNDO = b"S", b"D", b"E", b"M", b"C", b"H", b"U"
+STEP_PAYLOAD = struct.Struct("<fff")
+DIRECTIONS_PAYLOAD = struct.Struct("<Hff")  # how many projected gradients follow, learning rate, loss
+DIRECTIONS_LIMIT = (1 << 16) - 1
+EVALUATION_PAYLOAD = struct.Struct("<IIddd?")
+HEAD_SIZES = struct.Struct("<II")  # width, tokens
+HEAD_NUMBERS_LIMIT = 1 << 26
+UNDO_PAYLOAD = struct.Struct("<If")  # steps that stay, factor on the learning rate from here on
+LENGTH = struct.Struct("<I")
+CHECKSUM = struct.Struct("<I")
+STEP_BYTES = 1 + STEP_PAYLOAD.size + CHECKSUM.size
+EVALUATION_BYTES = 1 + EVALUATION_PAYLOAD.size + CHECKSUM.size
+UNDO_BYTES = 1 + UNDO_PAYLOAD.size + CHECKSUM.size
+Record = tuple[bytes, bytes]  # kind and payload
+
+
+class StepRecord(NamedTuple):
+    """The scalars of one step, exactly as stored (float32 values); one projected gradient a direction."""
+
+    projected_grads: tuple[float, ...]
+    learning_rate: float
+    loss: float
+
+
+def record_bytes(data: bytes, position: int, directions: int) -> int:
+    """Size of the record at `position` with kind and checksum; 0 for one that does not exist in a run of so many directions."""
+    kind = data[position : position + 1]
+    if kind == STEP:
+        return STEP_BYTES if directions == 1 else 0
+    if kind == DIRECTIONS:
+        count = data[position + 1 : position + 3]
+        if directions == 1 or count != directions.to_bytes(2, "little")[: len(count)]:
+            return 0
+        return 1 + DIRECTIONS_PAYLOAD.size + 4 * directions + CHECKSUM.size
+    if kind == EVALUATION:
+        return EVALUATION_BYTES
+    if kind == HEAD:
+        sizes = data[position + 1 : position + 1 + HEAD_SIZES.size]
+        width, count = HEAD_SIZES.unpack(sizes) if len(sizes) == HEAD_SIZES.size else (HEAD_NUMBERS_LIMIT, 1)
+        return 1 + HEAD_SIZES.size + 4 * count * (width + 1) + CHECKSUM.size if 0 < width * count <= HEAD_NUMBERS_LIMIT else 0
+    if kind == UNDO:
+        return UNDO_BYTES
+    if kind in (SETTINGS, METRICS):
+        body = data[position + 1 : position + 1 + LENGTH.size]
+        length = LENGTH.unpack(body)[0] if len(body) == LENGTH.size else SETTINGS_BYTES_LIMIT
+        return 1 + LENGTH.size + length + CHECKSUM.size if length <= SETTINGS_BYTES_LIMIT else 0
+    return 0
+
+
+def step_record(kind: bytes, payload: bytes) -> StepRecord:
+    if kind == STEP:
+        grad, *rest = STEP_PAYLOAD.unpack(payload)
+        return StepRecord((grad,), *rest)
+    count, *rest = DIRECTIONS_PAYLOAD.unpack_from(payload)
+    return StepRecord(struct.unpack_from(f"<{count}f", payload, DIRECTIONS_PAYLOAD.size), *rest)
+
+
+def evaluation_records(step: int, evaluation: Evaluation, best: bool) -> list[Record]:
+    """What an evaluation of step `step` found, and whether it is the best so far."""
+    others = [json_record(METRICS, dict(evaluation.others))] if evaluation.others else []
+    numbers = [math.nan if value is None else value for value in (evaluation.accuracy, evaluation.macro_f1)]
+    return [*others, (EVALUATION, EVALUATION_PAYLOAD.pack(step, evaluation.rows, evaluation.loss, *numbers, best))]
+
+
+def head_record(head: HeadRows) -> Record:
+    """Rows of the head, which hold from here on: little-endian uint32 tokens, float32 rows [width, tokens]."""
+    width, count = head.rows.shape
+    return HEAD, HEAD_SIZES.pack(width, count) + head.tokens.astype("<u4").tobytes() + np.ascontiguousarray(head.rows, "<f4").tobytes()
+
+
+def json_record(kind: bytes, value: dict[str, Any]) -> Record:
+    body = json.dumps(value, ensure_ascii=False).encode()
+    return kind, LENGTH.pack(len(body)) + body
+
+
+def read_head_record(path: Path, payload: bytes) -> HeadRows:
+    width, count = HEAD_SIZES.unpack_from(payload)
+    tokens = np.frombuffer(payload, "<u4", count, HEAD_SIZES.size).astype(np.int64)
+    rows = np.frombuffer(payload, "<f4", width * count, HEAD_SIZES.size + 4 * count).reshape(width, count)
+    if not np.isfinite(rows).all() or len(np.unique(tokens)) != count:
+        raise RunError(f"{path}: a record of the head holds NaN, infinity or a token twice, which no run writes; the run cannot be used")
+    return HeadRows(tokens, np.ascontiguousarray(rows, np.float32))
+
+
+def read_metrics(path: Path, body: bytes) -> dict[str, float]:
+    found = json_object(path, body, "a record of metrics")
+    if not all(isinstance(value, float) and math.isfinite(value) for value in found.values()):
+        raise RunError(f"{path}: a record of metrics holds values that none can have; the run cannot be used")
+    return found
+
+
+def json_object(path: Path, body: bytes, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        raise RunError(f"{path}: {what} is not JSON; the run cannot be used") from None
+    if not isinstance(value, dict):
+        raise RunError(f"{path}: {what} is a JSON {type(value).__name__}, not an object; the run cannot be used")
+    return value
