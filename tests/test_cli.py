@@ -30,6 +30,7 @@ from edgezo.runtime.run import read_run
 from edgezo.storage import sha256_file
 
 TASK = ["--data", "rows.jsonl", "--template", r"{text}\nIt was", "--labels", "terrible,great", "--threads", "1"]
+PLAIN = [*TASK, "--start", "none"]
 MEASURED = r"accuracy \d+\.\d %, macro F1 \d\.\d{3}, loss \d+\.\d{4} \(16 rows\)"
 PEAK = "" if sys.platform == "win32" else r", peak memory [1-9]\d+ MB"
 
@@ -108,7 +109,7 @@ def one_object(text: str) -> dict[str, Any]:
 
 
 def test_tune_tells_before_after_and_what_to_do_next(command: Command) -> None:
-    found = command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "4", "--eval-every", "2", "--lr", "1e-4")
+    found = command("tune", "edge", "-o", "run", *PLAIN, "--valid", "rows.jsonl", "--steps", "4", "--eval-every", "2", "--lr", "1e-4")
     matches(
         rf"run     run, 4 steps, finished, \d+ s{PEAK}\n"
         rf"before  {MEASURED}\n"
@@ -121,7 +122,7 @@ def test_tune_tells_before_after_and_what_to_do_next(command: Command) -> None:
 
 
 def test_tune_shows_its_progress_on_standard_error(command: Command) -> None:
-    found = command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "3", "--eval-every", "2", "--lr", "1e-4")
+    found = command("tune", "edge", "-o", "run", *PLAIN, "--valid", "rows.jsonl", "--steps", "3", "--eval-every", "2", "--lr", "1e-4")
     step = r"loss \d+\.\d{4}  \d+\.\d\d s/step  \d+:\d\d left\n"
     matches(
         "  reading data\n  checking that the engine sees changes of every tunable tensor\n  measuring the loss around the start\n"
@@ -145,14 +146,14 @@ def test_tune_without_validation_tells_only_the_run(command: Command) -> None:
 
 
 def test_tune_says_when_no_step_was_better_than_the_base(command: Command) -> None:
-    found = command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "2", "--lr", "1e-12")
+    found = command("tune", "edge", "-o", "run", *PLAIN, "--valid", "rows.jsonl", "--steps", "2", "--lr", "1e-12")
     expected = "best    step 0, the start: no evaluated step was better; --step last uses step 2"
     assert (found.code, found.out.splitlines()[2]) == (0, expected)
 
 
 def test_tune_as_json_is_one_object(command: Command) -> None:
-    found = one_object(command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "2", "--json").out)
-    assert set(found) == {"directory", "steps", "ended", "best_step", "before", "best", "seconds", "peak_bytes"}
+    found = one_object(command("tune", "edge", "-o", "run", *PLAIN, "--valid", "rows.jsonl", "--steps", "2", "--json").out)
+    assert set(found) == {"directory", "steps", "ended", "best_step", "before", "start", "best", "forward_rows", "seconds", "peak_bytes"}
     assert (found["directory"], found["steps"], found["ended"]) == ("run", 2, "finished")
     assert set(found["before"]) == {"rows", "loss", "accuracy", "macro_f1"}
     assert found["before"]["rows"] == 16
@@ -178,7 +179,7 @@ def test_tune_leaves_the_edge_model_as_it_is(command: Command, tmp_path: Path) -
 
 def test_resume_goes_on_to_more_steps(command: Command, run: str) -> None:
     found = command("tune", "edge", "-o", run, "--resume", "--steps", "6", "--threads", "1")
-    assert found.out.startswith("run     run, 6 steps, finished, ")
+    assert found.out.startswith("run          run, 6 steps, finished, ")
     assert "  rebuilding step 4 from the journal\n" in found.err
     assert len(read_run(run).records) == 6
 
@@ -353,7 +354,7 @@ def test_inspect_of_an_edge_model(command: Command) -> None:
 
 def test_inspect_of_a_run(command: Command) -> None:
     options = ["--template", "{text} It was", "--valid", "rows.jsonl", "--minutes", "0.01", "--eval-every", "1", "--seed", "5"]
-    assert command("tune", "edge", "-o", "run", *TASK, *options).code == 0
+    assert command("tune", "edge", "-o", "run", *PLAIN, *options).code == 0
     state, journal = read_run("run"), Path("run/journal.bin")
     steps = len(state.records)
     valid = {
@@ -394,6 +395,8 @@ def test_inspect_of_a_run(command: Command) -> None:
         ("rank", "8"),
         ("alpha", "16"),
         ("tune a", "no"),
+        ("start", "none"),
+        ("start rows", "4096"),
         ("seed", "5"),
         ("noise", "rademacher"),
         ("schedule", "linear"),
@@ -630,7 +633,7 @@ def test_export_without_the_workstation_half_says_how_to_get_it(refusal: Callabl
         ("--schedule", "step", "--schedule 'step': input should be 'constant', 'linear' or 'cosine'"),
         ("--lr", "0", "--lr 0.0: input should be greater than 0"),
         ("--lr", "nan", "--lr nan: input should be "),
-        ("--steps", "0", "--steps 0: input should be greater than 0"),
+        ("--steps", "-1", "--steps -1: input should be greater than or equal to 0"),
         ("--seed", str(1 << 64), f"--seed {1 << 64}: input should be less than {1 << 64}"),
         ("--labels", "a,a", "--labels 'a,a': every label needs one word of its own"),
         ("--config", "none.yaml", "none.yaml: no such configuration file"),
@@ -744,7 +747,7 @@ def weights_hash(directory: str, run: str) -> str:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_an_interrupted_run_goes_on_to_the_weights_of_one_never_interrupted(command: Command, tmp_path: Path) -> None:
-    options = [*TASK, "--valid", "rows.jsonl", "--steps", "600", "--batch", "2", "--eval-every", "200", "--lr", "1e-4"]
+    options = [*PLAIN, "--valid", "rows.jsonl", "--steps", "600", "--batch", "2", "--eval-every", "200", "--lr", "1e-4"]
     tuning = [sys.executable, "-m", "edgezo", "tune", "edge", "-o", "parts", *options]
     with subprocess.Popen(tuning, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert process.stderr is not None

@@ -323,7 +323,7 @@ def test_missing_data_is_said_by_its_file(write: Write) -> None:
     ("field", "value", "reason"),
     [
         ("max_length", 1, "input should be greater than 1"),
-        ("steps", 0, "input should be greater than 0"),
+        ("steps", -1, "input should be greater than or equal to 0"),
         ("minutes", -1.0, "input should be greater than 0"),
         ("minutes", float("inf"), "input should be a finite number"),
         ("lr", 0.0, "input should be greater than 0"),
