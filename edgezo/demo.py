@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEMPLATE = "Note: {text}\nTopic:"
 TOPICS = ("family", "health", "money", "travel", "work")
-SETTINGS: dict[str, Any] = {"steps": 500, "lr": 1e-2, "eps": 1e-2, "directions": 16, "batch": 1, "eval_every": 100, "seed": 0}
+SETTINGS: dict[str, Any] = {"steps": 100, "directions": 16, "batch": 1, "eval_every": 50, "seed": 0}
 QUESTION = "What is the capital of France?"
 NOTE = "Grandma's blood pressure pills are running out, call the pharmacy before Friday."
 
@@ -52,7 +52,7 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
         settings = {**SETTINGS, **({"steps": steps} if steps else {})}
         count = settings["directions"]
         say(
-            f"3. Tune LoRA with forward passes alone: {settings['steps']} steps of {count} directions, a note each, both signs in one forward"
+            f"3. Tune with forward passes alone: the last layer exactly, then LoRA, {settings['steps']} steps of {count} directions, a note each, both signs in one forward"
         )
         rows: dict[str, Any] = {"data": str(data / "train.jsonl"), "valid": str(data / "validation.jsonl")}
         with terminal.tuning() as reporter:

@@ -237,7 +237,16 @@ def test_norms_are_tuned_beside_rounded_weights(source_dir: Path, reviews: str, 
     assert np.abs(base - network_log_probs(rounded_network("llama", directory), make_pairs())).max() < 1e-4
     frozen = (directory / "frozen.bin").read_bytes()
     edgezo.tune(
-        directory, tmp_path / "run", data=reviews, steps=5, lr=1e-3, batch=4, threads=1, template="{text} It was", labels="terrible,great"
+        directory,
+        tmp_path / "run",
+        data=reviews,
+        steps=5,
+        lr=1e-3,
+        batch=4,
+        threads=1,
+        template="{text} It was",
+        labels="terrible,great",
+        start="none",
     )
     tuned = EdgeModel(directory, run=tmp_path / "run", threads=1)
     network = rounded_network("llama", directory)
