@@ -7,7 +7,8 @@ rows. The penalty pulls to the model as it is, so that few rows change little. F
 steps go on below it.
 
 References:
-    Tan et al. 2025, ElasticZO: A Memory-Efficient On-Device Learning with Combined Zeroth- and First-Order Optimization (arXiv 2501.04287).
+    Sugiura and Matsutani 2025, ElasticZO: A Memory-Efficient On-Device Learning with Combined Zeroth- and First-Order Optimization
+    (arXiv 2501.04287).
 """
 
 import math
