@@ -176,7 +176,7 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
         rows.append(("exact start", terminal.evaluation_text(result.start)))
     if result.best is not None and result.best_step > 0:
         rows.append((f"step {result.best_step}", f"{terminal.evaluation_text(result.best)}, kept as best"))
-    elif result.best is not None:
+    elif result.best is not None and result.steps:
         rows.append(("best", f"step 0, the start: no evaluated step was better; --step last uses step {result.steps}"))
     config = read_run(output).config
     use = "predict DIR --run RUN --text '...'" if config.labels is not None else "generate DIR --run RUN --prompt '...'"

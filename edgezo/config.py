@@ -19,6 +19,7 @@ PREFIX_TOKENS = 5
 RANK_LIMIT, ALPHA_LIMIT = 4096, 1e6
 CONFIG_BYTES_LIMIT = 1 << 20
 DEFAULT_STEPS = 500
+LARGEST_LR = 1e6
 DEFAULT_PATIENCE = 3
 SHARING = ("one-sided", "curvature")  # estimators whose directions all see the same rows
 ANSWER_METRICS = ("f1", "exact-match")  # of generated answers, unless --metrics says otherwise
@@ -75,7 +76,7 @@ class TuneConfig(BaseModel):
         None, ge=0, description=f"steps in all, 0 for an exact start alone; {DEFAULT_STEPS} when neither steps nor minutes is given"
     )
     minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time budget in minutes, evaluation included")
-    lr: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False, description="learning rate; measured at the start when unset")
+    lr: float | None = Field(None, gt=0, le=LARGEST_LR, allow_inf_nan=False, description="learning rate; measured at the start when unset")
     eps: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False, description="perturbation scale; measured at the start when unset")
     directions: int = Field(1, gt=0, le=1024, description="directions of a step, each with rows of its own")
     batch: int = Field(16, gt=0, description="rows of a direction")

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgezo.config import TuneConfig
+from edgezo.config import LARGEST_LR, TuneConfig
 from edgezo.errors import ConfigError
 from edgezo.runtime import noise
 from edgezo.runtime.dataset import Dataset
+from edgezo.runtime.estimators import ESTIMATORS
 from edgezo.runtime.landscape import FULL_ROWS, UNRELIABLE, Landscape, Scale, learning_rate, survey
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
@@ -62,8 +63,8 @@ def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset) -> Calibration
     theta.weights.flush()
     steps = _expected_steps(config, probe.row_seconds, dataset)
     eps = config.eps or (found.eps if theta.objective.smooth else COARSE_EPS * found.reach)
-    measured = learning_rate(found, theta.rule, config.schedule, config.warmup, steps, config.directions, config.batch)
-    lr = config.lr or measured
+    measured = learning_rate(found, theta.rule, config.schedule, config.warmup, steps, config.directions, config.rows / config.directions)
+    lr = config.lr or min(measured, LARGEST_LR)
     if lr * config.weight_decay >= 1:
         raise ConfigError(
             f"--weight-decay {config.weight_decay:g}: times the measured lr {lr:.3g} is not below 1; give a smaller one, or --lr"
@@ -100,7 +101,12 @@ def _expected_steps(config: TuneConfig, row_seconds: float, dataset: Dataset) ->
     steps = config.total_steps
     if config.minutes is not None:
         evaluated = len(dataset.valid.examples) / config.eval_every if dataset.valid is not None else 0.0
-        fitting = max(1, round(60 * config.minutes / (row_seconds * (2 * config.rows + evaluated))))
+        fitting = max(
+            1,
+            round(
+                60 * config.minutes / (row_seconds * (ESTIMATORS[config.estimator].forwards(config.directions) * config.batch + evaluated))
+            ),
+        )
         steps = min(steps or fitting, fitting)
     assert steps is not None
     return steps

@@ -118,6 +118,10 @@ def _set_aside(train: Examples, config: TuneConfig, notice: Callable[[str], None
     count = _aside(config, len(made))
     if not count:
         return train, None
+    if count == len(made):
+        raise DataError(
+            f"--valid-share {config.valid_share:g}: leaves none of the {count} rows of {config.data} to learn from; give a smaller one"
+        )
     chosen = {int(row) for row in noise.permutation(config.seed, len(made), ASIDE_EPOCH)[:count]}
     notice(
         f"validation: {count} of the {len(made)} rows of {config.data} set aside, drawn by the seed; --valid FILE takes others, --valid-share 0 tunes on all"
@@ -131,7 +135,8 @@ def _fit_directions(config: TuneConfig, rows: int, model: EdgeModel, notice: Cal
     if config.directions <= rows or config.shares_rows:
         return config
     adapter = model.manifest.adapter
-    if adapter is not None and config.directions == ADAPTER_DEFAULTS[adapter.kind]["directions"]:
+    enough = rows >= (2 if config.rule == "fzoo" else 1)  # it divides by the spread over the directions
+    if enough and adapter is not None and config.directions == ADAPTER_DEFAULTS[adapter.kind]["directions"]:
         notice(f"{rows} rows of {config.data}: {rows} directions a step instead of {config.directions}, since each needs rows of its own")
         return config.model_copy(update={"directions": rows})
     raise DataError(

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgezo.errors import ConfigError, NonFiniteLossError
+from edgezo.runtime import noise
 from edgezo.runtime.dataset import Dataset, spread
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.examples import Example
@@ -98,9 +99,12 @@ def start_exactly(model: EdgeModel, objective: Objective, dataset: Dataset, noti
     after = objective.evaluate(valid.examples) if valid is not None and len(fit.head.tokens) else None
     if not len(fit.head.tokens) or (before is not None and after is not None and after.score() <= before.score()):
         model.head = found
-        notice(
-            f"exact start: rows of the head from {fit.rows} rows do not lower the held-out loss {fit.loss_before:.3f}; the run starts from the model as it is"
+        worse = (
+            f"lower the held-out loss {fit.loss_before:.3f}"
+            if not len(fit.head.tokens)
+            else f"help the validation rows ({_gain(fit, before, after)})"
         )
+        notice(f"exact start: rows of the head from {fit.rows} rows do not {worse}; the run starts from the model as it is")
         return ExactStart([head_record(found)] if len(found.tokens) else [], None)
     notice(f"exact start: rows of the head for {len(fit.head.tokens)} label words, from {fit.rows} rows: {_gain(fit, before, after)}")
     told = evaluation_records(0, before, True) if before is not None else []
@@ -193,7 +197,7 @@ def _read_chunk(objective: Objective, examples: Sequence[Example], candidates: i
 def _held_out_losses(features: Features) -> dict[float, float]:
     """By penalty, from the strongest down until two were no better: the mean loss in nats of every row by a fit of the other folds."""
     count = len(features.gold)
-    fold = np.arange(count) % min(FOLDS, count)
+    fold = noise.permutation(0, count, 0) % min(FOLDS, count)  # rows of a file may come label by label, in turns
     solved: dict[int, Floats] = {}  # of the penalty before: a start near the solution
     losses: dict[float, float] = {}
     for penalty in PENALTIES:

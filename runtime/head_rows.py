@@ -1,6 +1,6 @@
 """Rows of the head changed by an exact solution: logits[:, tokens] += hidden @ rows, whatever else a run tunes."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +47,18 @@ def refuse_unnamed_head(head: HeadRows, manifest: Manifest) -> None:
         )
 
 
+def refuse_beside_lora(head: HeadRows, manifest: Manifest, modules: Collection[str], kind: str) -> None:
+    """Refuse to write rows of the head beside LoRA at the same layer, where a format has one place for both.
+
+    Raises:
+        AdapterError: there are such rows.
+    """
+    if len(head.tokens) and head_module(manifest) in modules:
+        raise AdapterError(
+            f"{manifest.origin.id}: the run changed rows of the head beside LoRA at the same layer, which {kind} cannot hold; use --format hf or edge, or tune with --start none"
+        )
+
+
 def summed(parts: Sequence[HeadRows], shares: Sequence[float]) -> HeadRows:
     """sum_i shares[i] * parts[i], float64 rounded once."""
     tokens = np.unique(np.concatenate([part.tokens for part in parts]))
@@ -64,7 +76,7 @@ def head_module(manifest: Manifest) -> str:
 
 def head_as_lora(path: Path, head: HeadRows, manifest: Manifest) -> dict[str, Array]:
     """Rows of the head as LoRA of their number: A the rows, B ones at their tokens."""
-    tokens, rows, size = head.tokens, head.rows, manifest.origin.vocab_size
+    tokens, rows, size = head.tokens, head.rows, len(manifest.classes) or manifest.origin.vocab_size
     fits = tokens.dtype == np.int64 and rows.dtype == np.float32 and tokens.ndim == 1 and rows.ndim == 2 and rows.shape[1] == len(tokens)
     if not fits or not np.isfinite(rows).all() or (len(tokens) and not (tokens.min() >= 0 and tokens.max() < size)):
         raise AdapterError(f"{path}: its rows of the head are no finite float32 of tokens of this model; it cannot be used")

@@ -39,7 +39,7 @@ class JournalContents(NamedTuple):
     header: as written at the start. records: the steps that stand. evaluations: of these, by step. best_step: the last one marked as best,
     None without marks. settings: those changed since the start. heads: rows of the head by the steps done before they were set. untuned: the
     evaluation before the first of them. others: metrics of the evaluation that comes next. lr_scale: factor on the learning rate that holds at
-    the end; undos: how often steps were taken back. whole_bytes: bytes up to the last whole record; torn_bytes: what follows. checksum: of the
+    the end; undos: how often steps were taken back. quiet_step: of the last rise that was the rows' alone. last_kind: of the last whole record. whole_bytes: bytes up to the last whole record; torn_bytes: what follows. checksum: of the
     last whole record, where the next one goes on.
     """
 
@@ -56,6 +56,8 @@ class JournalContents(NamedTuple):
     untuned: Evaluation | None
     lr_scale: float = 1.0
     undos: int = 0
+    quiet_step: int | None = None
+    last_kind: bytes = b""
 
     def head_at(self, step: int) -> HeadRows | None:
         """The rows of the head that hold after `step` steps; None for those of the base."""
@@ -123,7 +125,7 @@ def _directions(path: Path, header: dict[str, Any]) -> int:
 def _with_record(path: Path, contents: JournalContents, record: bytes, end: int, checksum: int) -> JournalContents:
     """`contents` with one more record, whose checksum was right."""
     kind, payload = record[:1], record[1:]
-    contents = contents._replace(whole_bytes=end, checksum=checksum)
+    contents = contents._replace(whole_bytes=end, checksum=checksum, last_kind=kind)
     if kind in (STEP, DIRECTIONS):
         contents = contents._replace(others={})  # of an evaluation that was cut
         record_read = step_record(kind, payload)
@@ -136,7 +138,8 @@ def _with_record(path: Path, contents: JournalContents, record: bytes, end: int,
     if kind == HEAD:
         contents.heads[len(contents.records)] = read_head_record(path, payload)
         first = len(contents.heads) == 1 and not contents.records
-        return contents._replace(untuned=contents.evaluations.get(0)) if first else contents
+        # what was evaluated before is the untuned model; step 0 has these rows
+        return contents._replace(untuned=contents.evaluations.pop(0, None)) if first else contents
     if kind == METRICS:
         return contents._replace(others=read_metrics(path, payload[LENGTH.size :]))
     if kind == UNDO:
@@ -167,4 +170,5 @@ def _undone(path: Path, contents: JournalContents, step: int, lr_scale: float) -
         others={},
         lr_scale=lr_scale,
         undos=contents.undos + (step < made),
+        quiet_step=step if step == made and lr_scale == contents.lr_scale else contents.quiet_step,
     )

@@ -148,7 +148,7 @@ def _crossing(lost: Callable[[int], float], inside: int, most: int) -> float:
     return float(2.0 ** (low + (high - low) * min(max(share, 0.0), 1.0)))
 
 
-def learning_rate(landscape: Landscape, rule: Rule, schedule: Schedule, warmup: float, steps: int, directions: int, batch: int) -> float:
+def learning_rate(landscape: Landscape, rule: Rule, schedule: Schedule, warmup: float, steps: int, directions: int, batch: float) -> float:
     """The rate whose noise stays within reach over `steps` steps (`Rule.rate` says what a rule needs for a move of one step).
 
     Args:

@@ -11,7 +11,7 @@ import onnxruntime
 from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS
 from edgezo.errors import AdapterError, first_line
 from edgezo.manifest import Manifest
-from edgezo.runtime.head_rows import NO_ROWS, HeadRows, head_as_lora, head_module
+from edgezo.runtime.head_rows import NO_ROWS, HeadRows, head_as_lora, head_module, refuse_beside_lora
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.prefix import Prefix
 from edgezo.storage import PART
@@ -30,6 +30,9 @@ def write_onnx_adapter(adapter: Lora | Prefix, manifest: Manifest, path: Path, h
         raise AdapterError(
             f"onnxruntime {onnxruntime.__version__} has no .onnx_adapter files; update it to 1.20 or later, or use --format peft"
         )
+    refuse_beside_lora(
+        head, manifest, {target.module for target in adapter.targets} if isinstance(adapter, Lora) else (), "an .onnx_adapter file"
+    )
     feeds = {**adapter.feeds(), **(head.feeds() if len(head.tokens) else {})}
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()}
     file = onnxruntime.AdapterFormat()

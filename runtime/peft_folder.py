@@ -14,7 +14,7 @@ from edgezo.adapters import A, B
 from edgezo.config import ALL_LINEAR, ALPHA_LIMIT, RANK_LIMIT
 from edgezo.errors import AdapterError, first_line
 from edgezo.manifest import Manifest
-from edgezo.runtime.head_rows import NO_ROWS, HeadRows, head_as_lora, head_module, refuse_unnamed_head
+from edgezo.runtime.head_rows import NO_ROWS, HeadRows, head_as_lora, head_module, refuse_beside_lora, refuse_unnamed_head
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.prefix import Prefix
 
@@ -111,10 +111,7 @@ def write_peft(adapter: Lora | Prefix, manifest: Manifest, folder: Path, head: H
         for target, a, b in zip(adapter.targets, adapter.matrices(A), adapter.matrices(B), strict=True):
             tensors[f"{STEM}{target.a}"], tensors[f"{STEM}{target.b}"] = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
         modules, patterns = _target_modules(adapter, manifest), {}
-        if len(head.tokens) and head_module(manifest) in {target.module for target in adapter.targets}:
-            raise AdapterError(
-                f"{manifest.origin.id}: the run changed rows of the head beside LoRA at the same layer, which a PEFT folder cannot hold; use --format hf or edge, or tune with --start none"
-            )
+        refuse_beside_lora(head, manifest, {target.module for target in adapter.targets}, "a PEFT folder")
         if len(head.tokens):
             module, count, parts = head_module(manifest), len(head.tokens), head_as_lora(folder, head, manifest)
             tensors[f"{STEM}{module}.lora_A.weight"], tensors[f"{STEM}{module}.lora_B.weight"] = (

@@ -90,7 +90,10 @@ def predict(model: EdgeModel, rows: Sequence[Row], task: Task, max_length: int) 
             found.append(Prediction(task.classes[best], probabilities=dict(zip(task.classes, likely.tolist(), strict=True))))
         else:
             texts = candidate_texts(row, task)
-            found.append(Prediction(choice=best, text=texts[best], probabilities=dict(zip(texts, likely.tolist(), strict=True))))
+            of_text: dict[str, float] = {}
+            for text, probability in zip(texts, likely.tolist(), strict=True):
+                of_text[text] = of_text.get(text, 0.0) + probability  # two choices may be the same
+            found.append(Prediction(choice=best, text=texts[best], probabilities=of_text))
     return found
 
 

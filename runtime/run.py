@@ -212,7 +212,7 @@ def held_run(output: Path, resume: bool) -> Iterator[Run | None]:
     if resume:
         read_run(output)
     else:
-        refuse_existing(output, RunError, advice, _is_leftover)
+        refuse_existing(output, RunError, advice, lambda name: _is_leftover(name) or name == INIT)
     made = not output.exists()
     lock = FileLock(output / LOCK)
     try:
@@ -226,9 +226,11 @@ def held_run(output: Path, resume: bool) -> Iterator[Run | None]:
     kept = True
     try:
         if not resume:
-            refuse_existing(output, RunError, advice, _is_leftover)
+            refuse_existing(output, RunError, advice, lambda name: _is_leftover(name) or name == INIT)
         kept = resume
         _remove_parts(output)
+        if not resume:
+            (output / INIT).unlink(missing_ok=True)  # of a process that ended before it had a journal
         yield read_run(output) if resume else None
         kept = True
     except OSError as error:
@@ -313,6 +315,7 @@ def _remove_parts(output: Path) -> None:
 
 def _has_steps(journal: Path) -> bool:
     try:
-        return bool(read_journal(journal).records)
+        contents = read_journal(journal)
+        return bool(contents.records or contents.undos)
     except RunError:  # none, or a header that a full disk cut
         return False

@@ -32,6 +32,7 @@ from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.smoothness import smoothness_warning
 from edgezo.runtime.theta import Theta, mutable_weights, write_start
 from edgezo.runtime.tuner import Tuner
+from edgezo.runtime.watch import LEVEL_STEPS
 
 __all__ = ["Reporter", "StepReport", "TuneResult", "tune"]
 
@@ -89,6 +90,7 @@ def tune(
         if previous is None and dataset.task.kind == "text":
             reporter.notice(WARNING)
         measuring = measuring_config(model, config)
+        model.changed = True  # by rounding to the grid, whatever happens from here on
         weights = mutable_weights(model, measuring, start)
         if measuring is not config:
             weights.eps = max(config.eps or 0.0, first_scale(model))  # the proof perturbs by it
@@ -131,7 +133,9 @@ def tune(
                 replay(previous, model, theta.weights, len(previous.records), theta.rule)
                 tuner.records, tuner.spent_seconds, tuner.spent_rows = list(previous.records), previous.seconds, previous.forward_rows
                 tuner.evaluations, tuner.untuned = dict(previous.evaluations), previous.journal.untuned
-                tuner.lr_scale, tuner.undos = previous.journal.lr_scale, previous.journal.undos
+                tuner.lr_scale, tuner.undos, tuner.pending = previous.journal.lr_scale, previous.journal.undos, previous.journal.last_kind
+                if previous.journal.quiet_step is not None:
+                    tuner.quiet_until = previous.journal.quiet_step + LEVEL_STEPS
             return tuner.loop()
 
 

@@ -18,7 +18,7 @@ from edgezo.runtime.dataset import Dataset
 from edgezo.runtime.evaluation import Evaluation, best_step
 from edgezo.runtime.examples import Example
 from edgezo.runtime.journal import Journal
-from edgezo.runtime.journal_records import StepRecord
+from edgezo.runtime.journal_records import DIRECTIONS, EVALUATION, STEP, StepRecord
 from edgezo.runtime.machine import peak_bytes
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.optimizer import schedule_factor
@@ -62,6 +62,7 @@ class Tuner:
     settles: bool = False  # a measured rate that no schedule lowers
     quiet_until: int = 0  # after a rise that was the rows' alone
     start_loss: float | None = None  # of the guarded rows
+    pending: bytes = b""  # kind of the record after which the process before this one ended
     still: int = 0  # steps in a row that changed nothing
 
     def __post_init__(self) -> None:
@@ -91,17 +92,22 @@ class Tuner:
 
     def _turn(self, stopping: threading.Event, metrics: TextIO, started: float) -> str | None:
         """An evaluation where one is due, then a step, or the reason why there is none."""
-        step, config = len(self.records), self.config
+        step, config, pending, self.pending = len(self.records), self.config, self.pending, b""
+        if pending in (STEP, DIRECTIONS):  # what follows a step was left undone, or is the same the second time
+            self._look(metrics, started)
+            return None
         progress = self._progress(step, time.monotonic() - started)
-        if step not in self.evaluations and (step % config.eval_every == 0 or progress >= 1) and self._evaluate(step, metrics, started):
-            start, found, best = self.evaluations[min(self.evaluations)], self.evaluations[step], best_step(self.evaluations, step)
+        due = step not in self.evaluations and (step % config.eval_every == 0 or progress >= 1)
+        if (due and self._evaluate(step, metrics, started)) or (pending == EVALUATION and step % config.eval_every == 0):
+            # evaluations where an earlier call ended do not count: a run that goes on is the run that never stopped
+            scheduled = {number: found for number, found in self.evaluations.items() if number % config.eval_every == 0 or number == step}
+            start, found, best = scheduled[min(scheduled)], scheduled[step], best_step(scheduled, step)
             if worse_than_start(start, found):
                 why = f"the validation loss rose from {start.loss:.4g} to {found.loss:.4g}"
                 self._go_back(best, f"step {step}: {why}", metrics, started)
                 return None
-            # evaluations where an earlier call ended do not count: a run that goes on is the run that never stopped
-            waited = sum(number > best and number % config.eval_every == 0 for number in self.evaluations)
-            if 0 < config.allowed_patience <= waited:
+            waited = sum(number > best and number % config.eval_every == 0 for number in scheduled)
+            if 0 < config.allowed_patience <= waited and pending != EVALUATION:  # a run that is gone on with goes on
                 return "no longer better"
             if self.settles and step % config.eval_every == 0 and waited and waited % SETTLE_EVALUATIONS == 0:
                 self._settle(step)
@@ -110,12 +116,16 @@ class Tuner:
         if stopping.is_set():
             return "interrupted"
         self._step(step, progress, metrics, started)
-        rise = find_rise([record.loss for record in self.records], config.rows) if self.theta.objective.smooth else None
-        if rise is not None and step >= self.quiet_until:
+        self._look(metrics, started)
+        return None
+
+    def _look(self, metrics: TextIO, started: float) -> None:
+        """After a step: whether the loss rises, or weights are worse than at the start."""
+        rise = find_rise([record.loss for record in self.records], self.config.rows) if self.theta.objective.smooth else None
+        if rise is not None and len(self.records) > self.quiet_until:
             self._look_back(rise, metrics, started)
         elif self.theta.objective.smooth and len(self.records) in GUARD_STEPS:
             self._look_at_start(metrics, started)
-        return None
 
     def _step(self, step: int, progress: float, metrics: TextIO, started: float) -> None:
         config, begun = self.config, time.monotonic()
@@ -160,6 +170,7 @@ class Tuner:
             self._go_back(good, why, metrics, started)
         else:
             self._rebuild(step)
+            self.journal.undo(step, self.lr_scale)  # nothing is taken back: a run that goes on is quiet as long
             self.quiet_until = step + LEVEL_STEPS
 
     def _look_at_start(self, metrics: TextIO, started: float) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from edgezo.runtime.examples import Example
 from edgezo.runtime.head_rows import NO_ROWS, HeadRows, summed
 from edgezo.runtime.journal import Journal
 from edgezo.runtime.journal_reader import read_journal
-from edgezo.runtime.journal_records import head_record
+from edgezo.runtime.journal_records import evaluation_records, head_record
 from edgezo.runtime.lbfgs import minimize
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.peft_folder import write_peft
@@ -78,6 +79,13 @@ def test_the_penalty_is_chosen_on_rows_that_the_fit_has_not_seen() -> None:
     assert min(losses.values()) > 0.99 * np.log(2)
     assert min(losses, key=lambda penalty: losses[penalty]) >= 10
     assert len(losses) < len(exact_start.PENALTIES)
+
+
+def test_rows_in_turns_of_their_labels_are_held_out_as_others() -> None:
+    """Folds that took every third row would hold out one label each, and learn nothing of it."""
+    gold = np.arange(60) % 3
+    states = np.eye(3)[gold] + 0.1 * np.random.default_rng(3).normal(size=(60, 3))
+    assert min(exact_start._held_out_losses(Features(states, np.zeros((60, 3)), gold)).values()) < 0.2
 
 
 def test_candidates_that_share_a_first_token_have_no_rows_of_their_own() -> None:
@@ -176,6 +184,21 @@ def test_a_run_starts_exactly_and_is_rebuilt_from_its_journal(
     assert edgezo.evaluate(directory, rows, run=tmp_path / "whole", step=0).evaluation == result.start
     start.use()
     assert start.head is NO_ROWS
+
+
+def test_a_run_killed_between_its_start_and_its_first_evaluation_goes_on(lora_dir: Path, rows: str, tmp_path: Path) -> None:
+    whole = tuned_run(lora_dir, tmp_path / "whole", rows)
+    contents = read_journal(tmp_path / "whole" / "journal.bin")
+    assert contents.untuned is not None
+    assert contents.evaluations[0] == whole.start
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    (tmp_path / "killed" / "journal.bin").unlink()
+    first = [*evaluation_records(0, contents.untuned, True), head_record(contents.heads[0])]
+    Journal.create(tmp_path / "killed" / "journal.bin", contents.header, first).close()
+    assert read_journal(tmp_path / "killed" / "journal.bin").evaluations == {}
+    resumed = edgezo.tune(lora_dir, tmp_path / "killed", resume=True, threads=1)
+    assert (resumed.before, resumed.start, resumed.best) == (whole.before, whole.start, whole.best)
+    assert (tmp_path / "killed" / "journal.bin").read_bytes() == (tmp_path / "whole" / "journal.bin").read_bytes()
 
 
 def test_the_steps_of_a_run_are_derived_again_with_its_head(lora_dir: Path, rows: str, tmp_path: Path, invoke: Any) -> None:

@@ -1,7 +1,7 @@
 """What `edgezo tune` chooses by itself, against other learning rates at the same rows, and against settings that make no sense.
 
-    python -m examples.bench.calibration RESULTS EDGE --data ../shared/data --tasks sst2,trec --steps 80
-    python -m examples.bench.calibration RESULTS EDGE --data ../shared/data --tasks sst2 --steps 60 --eval-rows 128 --overrides
+    python -m examples.bench.calibration RESULTS EDGE --data DATA --tasks sst2,trec --steps 80
+    python -m examples.bench.calibration RESULTS EDGE --data DATA --tasks sst2 --steps 60 --eval-rows 128 --overrides
 
 The data folder has TASK/train.jsonl and TASK/validation.jsonl. Every run is a command of its own; one that is in RESULTS is not run again, and one that was stopped goes on. `--before 'nice -n 5'`
 stands before every command.

@@ -1,6 +1,6 @@
 """Test accuracy against rows of forward, method by method: a table and a plot. Every cell is a process of its own.
 
-    python -m examples.bench.convergence RESULTS --lora EDGE --full EDGE --source MODEL --data ../shared/data --tasks sst2,trec
+    python -m examples.bench.convergence RESULTS --lora EDGE --full EDGE --source MODEL --data DATA --tasks sst2,trec
     python -m examples.bench.convergence RESULTS --lora EDGE            # the demo's own notes
 
 Without --full and --source their methods are left out. The data folder has TASK/train.jsonl, TASK/validation.jsonl and TASK/test.jsonl. Settings are those of the methods, and

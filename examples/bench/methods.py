@@ -1,6 +1,6 @@
 """What every estimator, sampler and rule does in a few steps: one table, each cell a run of its own.
 
-    python -m examples.bench.methods RESULTS --lora EDGE --full EDGE --data ../shared/data/sst2 --task sst2
+    python -m examples.bench.methods RESULTS --lora EDGE --full EDGE --data DATA/sst2 --task sst2
 
 EDGE is an export with --adapter lora, and one without. A cell that is in RESULTS already is not run again, so that the bench can be
 stopped and go on; --only runs some. Learning rates of the LoRA cells are those of `Rule.rate` for a move of 0.012 and projected gradients of about 7.

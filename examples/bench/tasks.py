@@ -1,6 +1,6 @@
 """One table over tasks and methods: zero-shot, in-context, linear probe, and tuned for some minutes each; every cell a command of its own.
 
-    python -m examples.bench.tasks RESULTS --data ../shared/data --lora EDGE --full EDGE --prefix EDGE --tasks sst2,trec --minutes 10
+    python -m examples.bench.tasks RESULTS --data DATA --lora EDGE --full EDGE --prefix EDGE --tasks sst2,trec --minutes 10
 
 A cell that is in RESULTS already is not run again, so that the bench can be stopped and go on. The data folder has TASK/train.jsonl,
 TASK/validation.jsonl and TASK/test.jsonl, with the fields of the task's recipe.
