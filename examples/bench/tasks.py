@@ -45,10 +45,8 @@ def run_cell(method: str, task: str, options: argparse.Namespace) -> Cell:
         goes_on = (run / "journal.bin").is_file()
         settings = ["--resume"] if goes_on else [*files, *recipe, *options.settings]
         tuned, tune_peak = _edgezo("tune", edge, "-o", str(run), "--minutes", str(options.minutes), *settings)
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
         found, peak = _edgezo("eval", edge, "--data", test, "--run", str(run))
-        rows = 2 * tuned["steps"] * config["directions"] * config["batch"]
-        return Cell(found, rows, time.monotonic() - begun, max(peak, tune_peak))
+        return Cell(found, tuned["forward_rows"], time.monotonic() - begun, max(peak, tune_peak))
     train, valid = str(folder / "train.jsonl"), str(folder / "validation.jsonl")
     if method == "probe":
         found, peak = _edgezo("probe", edge, "--data", train, "--valid", valid, "--test", test, *recipe)
