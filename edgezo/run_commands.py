@@ -27,7 +27,7 @@ def replay_command(
     """Write the tuned model of a run as an edge model of its own: base + journal, no forward pass."""
     from edgezo.runtime.tuned import write_tuned
 
-    _written(output, write_tuned(directory, [run], [1.0], step_choice(step), output, threads=threads), as_json)
+    _written(output, [run], write_tuned(directory, [run], [1.0], step_choice(step), output, threads=threads), as_json)
 
 
 def merge_command(
@@ -56,7 +56,7 @@ def merge_command(
         shares = [1 / len(runs)] * len(runs) if weights is None else [float(part) for part in weights.split(",")]
     except ValueError:
         raise ConfigError(f"--weights {weights!r}: give one number a run, separated by commas") from None
-    _written(output, write_tuned(directory, runs, shares, step_choice(step), output, cast(Format, to), threads), as_json)
+    _written(output, runs, write_tuned(directory, runs, shares, step_choice(step), output, cast(Format, to), threads), as_json)
 
 
 def verify_command(
@@ -114,8 +114,10 @@ def diff_command(
     terminal.print_facts({"runs": [str(first), str(second)], **compare_runs(read_run(first), read_run(second))}, as_json)
 
 
-def _written(output: Path, tuned: "list[Tuned]", as_json: bool) -> None:
-    if not any(one.step for one in tuned):
+def _written(output: Path, runs: list[Path], tuned: "list[Tuned]", as_json: bool) -> None:
+    from edgezo.runtime.run import read_run
+
+    if not any(one.step for one in tuned) and not any(read_run(run).journal.heads for run in runs):
         terminal.stderr().print("note: step 0 is the start, nothing in it is tuned; --step last takes the last step")
     facts: dict[str, Any] = {"written": str(output), "steps": [one.step for one in tuned], "shares": [one.weight for one in tuned]}
     files = [output] if output.is_file() else sorted(output.iterdir())

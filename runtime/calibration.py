@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgezo.config import LARGEST_LR, TuneConfig
+from edgezo.config import DEFAULT_STEPS, LARGEST_LR, TuneConfig
 from edgezo.errors import ConfigError
 from edgezo.runtime import noise
 from edgezo.runtime.dataset import Dataset
@@ -98,7 +98,9 @@ class _Probe:
 
 def _expected_steps(config: TuneConfig, row_seconds: float, dataset: Dataset) -> int:
     """Steps of the whole run, by the time of a row where minutes alone end it."""
-    steps = config.total_steps
+    steps = config.total_steps or (
+        None if config.minutes is not None else DEFAULT_STEPS
+    )  # of an exact start alone: for those that may follow
     if config.minutes is not None:
         evaluated = len(dataset.valid.examples) / config.eval_every if dataset.valid is not None else 0.0
         fitting = max(

@@ -12,7 +12,7 @@ import onnxruntime
 
 from edgezo.adapters import PREFIX
 from edgezo.config import MAX_TOKENS, Sampling
-from edgezo.errors import ConfigError, DataError, EdgeModelError
+from edgezo.errors import AdapterError, ConfigError, DataError, EdgeModelError
 from edgezo.manifest import FAMILY_WORDS, Graph, Manifest
 from edgezo.manifest_reader import read_manifest, verify_file, verify_size
 from edgezo.runtime.device import find_device
@@ -132,6 +132,10 @@ class EdgeModel:
         if isinstance(other, Prefix) and isinstance(self.adapter, Prefix):
             self.adapter.array[...] = other.array
         elif other is not None:
+            if isinstance(other, Lora) and len(other.head.tokens) and not self.takes_head_rows:
+                raise AdapterError(
+                    f"{adapter}: changes rows of the head, and {self.directory} was exported without inputs for them; export it again"
+                )
             self.adapter = other
             self.head = other.head if isinstance(other, Lora) and len(other.head.tokens) else self.head
         return self.step

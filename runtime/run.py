@@ -152,11 +152,15 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
 
 
 def check_base(run: Run, model: EdgeModel) -> None:
-    """Refuse a run that was tuned from other weights."""
+    """Refuse a run that was tuned from other weights, or has rows of the head that this export cannot be fed."""
     recorded, found = str(run.header.get("base")), base_id(model.manifest)
     if recorded != found:
         raise RunError(
             f"{run.directory}: was tuned from another edge model (base {recorded[:12]}) than {model.directory} ({found[:12]}); give the one it was tuned from"
+        )
+    if run.journal.heads and not model.takes_head_rows:
+        raise RunError(
+            f"{run.directory}: has an exact start, and {model.directory} was exported without inputs for rows of the head; export it again, or give the one it was tuned from"
         )
 
 

@@ -12,6 +12,7 @@ from edgezo.runtime.theta import Theta
 
 LEAST, MOST = 4, 8  # directions, of one row each; 4 rows each tell the same in twice the time (SmolLM2-135M, SST-2)
 TOLERANCE = 0.5
+LARGE = 1.0  # no weights stand a perturbation of this size; rounding drowns nothing there
 PROBE_STEP = (1 << 64) - 2  # no run has this step
 
 
@@ -42,7 +43,7 @@ def smoothness_warning(theta: Theta, examples: Sequence[Example]) -> str | None:
     if change <= TOLERANCE:
         return None
     # where the loss curves, smaller steps agree; where rounding drowns, they disagree more
-    curves = _change(grads(1 / 1024), grads(1 / 256)) <= TOLERANCE
+    curves = eps >= LARGE or _change(grads(1 / 1024), grads(1 / 256)) <= TOLERANCE
     cause, advice = ("the loss curves", "smaller") if curves else ("rounding drowns the difference of losses", "larger")
     at_half, at_double = _rms(half), _rms(double)
     return (

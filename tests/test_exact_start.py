@@ -347,6 +347,27 @@ def test_no_steps_are_an_exact_start_alone(lora_dir: Path, rows: str, tmp_path: 
     assert resumed.forward_rows >= result.forward_rows + 2 * 2 * 8
 
 
+def test_an_older_export_refuses_what_it_cannot_be_fed(lora_dir: Path, run: tuple[Path, Any], tmp_path: Path) -> None:
+    """The same weights, but graphs without inputs for rows of the head would give other scores without a word."""
+    write_tuned(lora_dir, [run[0]], [1.0], "last", tmp_path / "a.onnx_adapter", "onnx-adapter", threads=1)
+    old = Path(shutil.copytree(lora_dir, tmp_path / "old"))
+    manifest = json.loads((old / "manifest.json").read_text())
+    (old / "manifest.json").write_text(json.dumps({**manifest, "version": 3}))
+    reason = f"{run[0]}: has an exact start, and {old} was exported without inputs for rows of the head; export it again, or give the one it was tuned from"
+    with pytest.raises(RunError, match=f"^{re.escape(reason)}$"):
+        EdgeModel(old, run=run[0], threads=1)
+    reason = f"{tmp_path / 'a.onnx_adapter'}: changes rows of the head, and {old} was exported without inputs for them; export it again"
+    with pytest.raises(AdapterError, match=f"^{re.escape(reason)}$"):
+        EdgeModel(old, adapter=tmp_path / "a.onnx_adapter", threads=1)
+
+
+def test_an_exact_start_alone_is_written_without_a_note(lora_dir: Path, rows: str, tmp_path: Path, invoke: Any) -> None:
+    tuned_run(lora_dir, tmp_path / "run", rows, steps=0)
+    assert "note:" not in invoke("replay", str(lora_dir), str(tmp_path / "run"), "-o", str(tmp_path / "out")).err
+    tuned_run(lora_dir, tmp_path / "none", rows, steps=0, start="none")
+    assert "note: step 0 is the start" in invoke("replay", str(lora_dir), str(tmp_path / "none"), "-o", str(tmp_path / "other")).err
+
+
 def test_the_average_of_runs_averages_their_rows(lora_dir: Path, rows: str, run: tuple[Path, Any], tmp_path: Path) -> None:
     tuned_run(lora_dir, tmp_path / "other", rows, start_rows=8, lr=5e-2, rank=1)
     write_tuned(lora_dir, [run[0], tmp_path / "other"], [0.25, 0.75], "last", tmp_path / "out", "edge", threads=1)
