@@ -101,7 +101,7 @@ class TuneConfig(BaseModel):
     rank: int = Field(8, gt=0, le=RANK_LIMIT, description="of LoRA")
     alpha: float = Field(16.0, gt=0, le=ALPHA_LIMIT, allow_inf_nan=False, description="of LoRA, whose scaling is alpha / rank")
     tune_a: bool = Field(False, description="tune LoRA's A too; else B alone (LoRA-FA)")
-    init: str | None = Field(None, description="adapter to start from: a PEFT folder")
+    init: str | None = Field(None, description="adapter to start from: a PEFT folder or an .onnx_adapter file")
     start: Literal["exact", "none"] | None = Field(
         None, description="exact: rows of the head for the label words are solved first; exact for label words when unset, else none"
     )
