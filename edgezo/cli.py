@@ -177,7 +177,12 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
     if result.best is not None and result.best_step > 0:
         rows.append((f"step {result.best_step}", f"{terminal.evaluation_text(result.best)}, kept as best"))
     elif result.best is not None and result.steps:
-        rows.append(("best", f"step 0, the {'exact ' if result.start is not None else ''}start: no evaluated step was better; --step last uses step {result.steps}"))
+        rows.append(
+            (
+                "best",
+                f"step 0, the {'exact ' if result.start is not None else ''}start: no evaluated step was better; --step last uses step {result.steps}",
+            )
+        )
     config = read_run(output).config
     use = "predict DIR --run RUN --text '...'" if config.labels is not None else "generate DIR --run RUN --prompt '...'"
     if config.choices is not None or config.answer_field is not None:
