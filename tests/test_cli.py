@@ -834,6 +834,8 @@ def test_a_classification_without_validation_is_used_to_predict(command: Command
 
 @pytest.mark.parametrize("of", [["replay", "edge", "run"], ["merge", "edge", "run", "--format", "hf"]])
 def test_writing_the_start_of_a_run_says_that_nothing_in_it_is_tuned(command: Command, run: str, of: list[str]) -> None:
+    shutil.rmtree(run)
+    assert command("tune", "edge", "-o", run, *PLAIN, "--steps", "2").code == 0
     note = "note: step 0 is the start, nothing in it is tuned; --step last takes the last step"
     assert note in command(*of, "-o", "start", "--step", "0").err
     assert note not in command(*of, "-o", "end", "--step", "last").err
