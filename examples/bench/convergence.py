@@ -102,7 +102,7 @@ def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folde
     places = {rows: max((step for step, spent in rows_at.items() if spent <= rows), default=None) for rows in budgets(options.rows)}
     chosen = {rows: step for rows, step in places.items() if step is not None}
     measured = measure(edge, folder, files, options.test_rows, {*chosen.values(), result.best_step, result.steps})
-    points = {rows: measured[step] for rows, step in chosen.items()}
+    points = {**{rows: measured[step] for rows, step in chosen.items()}, max(rows_at.values()): measured[result.steps]}
     return {
         "points": points,
         "best": measured[result.best_step],
@@ -173,7 +173,7 @@ def plot(results: Path, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     cells = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))]
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
@@ -188,6 +188,9 @@ def plot(results: Path, path: Path) -> None:
                 panel.plot(columns, [float(_mean(own, rows)) for rows in columns], "o-", color=f"C{number}", label=name, markersize=3)
         panel.set(title=task, xscale="log", xlabel="rows of forward", ylabel="test accuracy, %")
         panel.grid(alpha=0.3)
+        panel.xaxis.set_major_formatter(ticker.FuncFormatter(lambda rows, place: f"{rows:,.0f}"))
+        panel.xaxis.set_minor_formatter(ticker.NullFormatter())
+        panel.set_xticks(budgets(max((int(rows) for cell in cells for rows in cell["points"]), default=128)))
     panels[0][0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
