@@ -109,7 +109,12 @@ def _aside(config: TuneConfig, rows: int) -> int:
     """How many of so many training rows are set aside for validation; of a small file none."""
     if config.valid is not None or rows < LEAST_TO_SHARE:
         return 0
-    return min(round(config.valid_share * rows), config.eval_rows)
+    count = min(round(config.valid_share * rows), config.eval_rows)
+    if count == rows:
+        raise DataError(
+            f"--valid-share {config.valid_share:g}: leaves none of the {rows} rows of {config.data} to learn from; give a smaller one"
+        )
+    return count
 
 
 def _set_aside(train: Examples, config: TuneConfig, notice: Callable[[str], None]) -> tuple[Examples, Examples | None]:
@@ -118,10 +123,6 @@ def _set_aside(train: Examples, config: TuneConfig, notice: Callable[[str], None
     count = _aside(config, len(made))
     if not count:
         return train, None
-    if count == len(made):
-        raise DataError(
-            f"--valid-share {config.valid_share:g}: leaves none of the {count} rows of {config.data} to learn from; give a smaller one"
-        )
     chosen = {int(row) for row in noise.permutation(config.seed, len(made), ASIDE_EPOCH)[:count]}
     notice(
         f"validation: {count} of the {len(made)} rows of {config.data} set aside, drawn by the seed; --valid FILE takes others, --valid-share 0 tunes on all"

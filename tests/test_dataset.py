@@ -1,6 +1,7 @@
 """Validation rows set aside from the training file: seeded, told, the same when a run goes on, and none of a small file; and patience."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 import edgezo
 from edgezo.config import DEFAULT_PATIENCE, make_config
+from edgezo.errors import DataError
 from edgezo.runtime.check import check_run
 from edgezo.runtime.dataset import LEAST_TO_SHARE, Dataset, read_dataset
 from edgezo.runtime.journal import Journal
@@ -127,3 +129,10 @@ def test_the_notice_reaches_whoever_listens(exported_dir: Path, many: str, tmp_p
     assert result.before is not None
     assert result.before.rows == 30
     assert notices[0].startswith("validation: 30 of the 200 rows of ")
+
+
+def test_a_share_that_leaves_no_rows_is_refused(exported_dir: Path, many: str, tmp_path: Path) -> None:
+    message = f"--valid-share 0.999: leaves none of the 200 rows of {many} to learn from; give a smaller one"
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        edgezo.tune(exported_dir, tmp_path / "run", data=many, valid_share=0.999, eval_rows=500, **FAST)
+    assert not (tmp_path / "run").exists()
