@@ -28,12 +28,15 @@ class LowRank(Full):
         every: steps between new draws of what is kept.
     """
 
-    factor: float  # c
+    products = 1  # of signs over the rank: an element of L R sums rank^products of them
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], rank: int, every: int) -> None:
         super().__init__("rademacher")
         self.distribution = None
         self.rank, self.every = rank, every
+        self.entries = rank**self.products
+        self.factor = 1 / math.sqrt(self.entries)  # c
+        self.largest = math.sqrt(self.entries)
         self.matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
 
     @abstractmethod

@@ -1,8 +1,5 @@
 """LOZO: one factor is drawn every step, the other is kept for a while."""
 
-import math
-from collections.abc import Mapping
-
 from edgezo.runtime import noise
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.samplers.low_rank import Integers, LowRank
@@ -16,11 +13,6 @@ class Lozo(LowRank):
     References:
         Chen et al. 2024, Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank Structures (arXiv 2410.07698).
     """
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], rank: int, every: int) -> None:
-        super().__init__(shapes, rank, every)
-        self.factor = 1 / math.sqrt(rank)
-        self.largest, self.entries = math.sqrt(rank), rank
 
     def factors(self, direction: Direction, name: str) -> tuple[Integers, Integers]:
         """As `LowRank`."""

@@ -1,7 +1,5 @@
 """SubZero: a small core is drawn every step, the subspace is kept for a while."""
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from edgezo.runtime import noise
@@ -19,10 +17,7 @@ class Subzero(LowRank):
         Yu et al. 2024, Zeroth-Order Fine-Tuning of LLMs in Random Subspaces (arXiv 2410.08989).
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], rank: int, every: int) -> None:
-        super().__init__(shapes, rank, every)
-        self.factor = 1 / rank
-        self.largest, self.entries = float(rank), rank * rank
+    products = 2
 
     def factors(self, direction: Direction, name: str) -> tuple[Integers, Integers]:
         """As `LowRank`."""

@@ -1,8 +1,5 @@
 """TeZO: both factors are kept for the whole run, and a few signs a matrix are drawn every step."""
 
-import math
-from collections.abc import Mapping
-
 from edgezo.runtime import noise
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.samplers.low_rank import Integers, LowRank
@@ -17,11 +14,6 @@ class Tezo(LowRank):
         Sun et al. 2025, TeZO: Empowering the Low-Rankness on the Temporal Dimension in the Zeroth-Order Optimization for Fine-tuning LLMs
         (arXiv 2501.19057).
     """
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], rank: int, every: int) -> None:
-        super().__init__(shapes, rank, every)
-        self.factor = 1 / math.sqrt(rank)
-        self.largest, self.entries = math.sqrt(rank), rank
 
     def factors(self, direction: Direction, name: str) -> tuple[Integers, Integers]:
         """As `LowRank`."""
