@@ -55,12 +55,11 @@ class Features(NamedTuple):
 class HeadFit(NamedTuple):
     """A solution.
 
-    head: no rows where they would not lower the held-out loss. penalty: that was chosen. rows: of data it was solved on. loss_before, loss_after:
+    head: no rows where they would not lower the held-out loss. rows: of data it was solved on. loss_before, loss_after:
     of the model as it is, and held-out with the solution, nats.
     """
 
     head: HeadRows
-    penalty: float
     rows: int
     loss_before: float
     loss_after: float
@@ -161,7 +160,7 @@ def fit_head(objective: Objective, examples: Sequence[Example], candidates: int,
     rows = basis @ _solve(turned, penalty, TOLERANCE / 100) / scale[:, None]
     before = _mean_loss(features.scores, features.gold)
     head = HeadRows(np.array(tokens, np.int64), rows.astype(np.float32)) if losses[penalty] < before else NO_ROWS
-    return HeadFit(head, penalty, len(features.gold), before, losses[penalty])
+    return HeadFit(head, len(features.gold), before, losses[penalty])
 
 
 def _target(pair: Candidate) -> int:

@@ -10,7 +10,7 @@ import pytest
 from quadratic import EPS, LAYERS, SHAPES, Quadratic
 
 import edgezo
-from edgezo.config import TuneConfig, choices_of, make_config
+from edgezo.config import SHARING, TuneConfig, choices_of, make_config
 from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime import liveness, noise
 from edgezo.runtime import passes as passes_module
@@ -533,3 +533,7 @@ def test_the_proof_that_tensors_are_live_moves_all_of_them(sampler: str) -> None
 
 def test_eps_of_the_quadratic_is_on_every_grid() -> None:
     assert Quadratic(configure()).weights.eps == EPS
+
+
+def test_the_configuration_knows_which_estimators_share_rows() -> None:
+    assert set(SHARING) == {name for name, estimator in ESTIMATORS.items() if estimator.shared}
