@@ -9,6 +9,10 @@ B_ROWS, B_SIGNS = "lora_B_rows", "lora_B_signs"  # float32 [directions, sides, r
 A_ROWS, A_SIGNS = "lora_A_rows", "lora_A_signs"  # float32 [directions, sides, targets, rank], int8 [directions, sum of in_features]
 A, B = "lora_A", "lora_B"  # tensors of LoRA
 HEAD_TOKENS, HEAD_ROWS = "head_tokens", "head_rows"  # int64 [K], float32 [width, K]: what rows of the head are changed by
+# a probe of the attention, written into the residual stream: float32 [layers, in_features, R] and [R, out_features]
+PROBE_A, PROBE_B = "probe_A", "probe_B"
+PROBE_ROWS, ATTENTION = "probe_rows", "attention"  # int64 [P] in, float32 [P, layers * in_features] out
+OPTIONAL_INPUTS = {HEAD_TOKENS, HEAD_ROWS, PROBE_A, PROBE_B, PROBE_ROWS}  # of an exact start; each has a default of no elements
 PREFIX = "prefix"  # float32 [layers, 2 (key, value), heads, tokens, head_dim]
 
 

@@ -105,7 +105,7 @@ class TuneConfig(BaseModel):
     start: Literal["exact", "none"] | None = Field(
         None, description="exact: rows of the head for the label words are solved first; exact for label words when unset, else none"
     )
-    start_rows: int = Field(4096, gt=1, description="training rows that an exact start reads at most, one forward each")
+    start_rows: int = Field(2048, gt=1, description="training rows that an exact start reads at most, one forward each")
     seed: int = Field(0, ge=0, lt=1 << 64, description="of noise and data order; 0 is an ordinary seed")
     noise: Literal["rademacher", "gaussian", "sphere"] = Field("rademacher", description="distribution of z")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="of the learning rate")

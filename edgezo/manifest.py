@@ -6,14 +6,14 @@ from typing import Final, Literal
 
 from pydantic import Field
 
-from edgezo.adapters import Adapter, Record
+from edgezo.adapters import Adapter, LoraTarget, Record
 from edgezo.quantization import Precision, Quantized
 from edgezo.storage import write_atomically
 
 FORMAT: Final = "edgezo-edge-model"
-VERSION: Final = 4
-# 2 added adapter, weights, quantized tensors, config; 3 families and classes; 4 pooling, head; what older ones have means the same
-READABLE = (1, 2, 3, 4)
+VERSION: Final = 5
+# 2 added adapter, weights, quantized tensors, config; 3 families and classes; 4 pooling, head; 5 probes; what older ones have means the same
+READABLE = (1, 2, 3, 4, 5)
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES_LIMIT = 64 << 20
 ALIGNMENT = 4096  # bytes; every tensor starts on a page, so that any system can map it
@@ -137,11 +137,12 @@ class Manifest(Record):
     """manifest.json of an edge model. See docs/edge-model.md.
 
     new_weights: those of a head that was made at export. pooling: what that head, one linear layer, reads of the last token states; None for
-    the architecture's own head. head: weight of the vocabulary projection.
+    the architecture's own head. head: weight of the vocabulary projection. probes: output projections of attention, from lower layers to upper
+    ones, that the graphs take a probe of the attention at.
     """
 
     format: Literal["edgezo-edge-model"] = FORMAT
-    version: Literal[1, 2, 3, 4] = VERSION
+    version: Literal[1, 2, 3, 4, 5] = VERSION
     edgezo: str
     origin: Origin
     tokenizer: TokenizerFacts
@@ -155,6 +156,7 @@ class Manifest(Record):
     new_weights: list[str] = Field(default_factory=list)
     pooling: Pooling | None = None
     head: str | None = None
+    probes: list[LoraTarget] = Field(default_factory=list)
     verification: Verification | None = None
     tuned: list[Tuned] = Field(default_factory=list)
     files: dict[str, StoredFile]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, PREFIX
+from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, PREFIX, PROBE_A, LoraTarget
 from edgezo.errors import EdgeModelError
 from edgezo.manifest import ALIGNMENT, FORMAT, MANIFEST_BYTES_LIMIT, MANIFEST_NAME, READABLE, Manifest, StoredFile
 from edgezo.storage import is_plain_name, sha256_file
@@ -136,10 +136,19 @@ def _family_problem(manifest: Manifest) -> str | None:
 
 
 def _head_problem(manifest: Manifest) -> str | None:
-    stored = {tensor.name: tensor for tensor in manifest.tensors if tensor.name in {HEAD_TOKENS, HEAD_ROWS}}
+    stored = {tensor.name: tensor for tensor in manifest.tensors if tensor.name in {HEAD_TOKENS, HEAD_ROWS, PROBE_A}}
+    targets = manifest.probes
+    if len({target.module for target in targets}) != len(targets) or len({(t.in_features, t.out_features) for t in targets}) > 1:
+        return "the layers of its probe are named twice, or differ in size"
+    if misfit := next((target.module for target in targets if not _fits(target, manifest)), None):
+        return f"layer {misfit!r} of its probe does not fit a stored weight"
     if not stored:
         return None
-    tokens, rows = (stored.get(name) for name in (HEAD_TOKENS, HEAD_ROWS))
+    tokens, rows, probe = (stored.get(name) for name in (HEAD_TOKENS, HEAD_ROWS, PROBE_A))
+    if probe is not None and (
+        probe.dtype != "float32" or len(probe.shape) != 3 or not targets or probe.shape[:2] != [len(targets), targets[0].in_features]
+    ):
+        return f"its probe has shape {probe.shape}, for {len(targets)} layers"
     fits = tokens is not None and rows is not None and (tokens.dtype, rows.dtype) == ("int64", "float32")
     if not fits or tokens is None or rows is None or len(rows.shape) != 2 or tokens.shape != rows.shape[1:]:
         return f"its rows of the head ({', '.join(sorted(stored))}) do not fit each other"
@@ -161,16 +170,20 @@ def _quantization_problem(manifest: Manifest) -> str | None:
     return None
 
 
+def _fits(target: LoraTarget, manifest: Manifest) -> bool:
+    """Whether a linear layer has a stored weight of its shape."""
+    tensor = next((tensor for tensor in manifest.tensors if tensor.name == f"{target.module}.weight"), None)
+    shape = [target.out_features, target.in_features] if target.out_first else [target.in_features, target.out_features]
+    return tensor is not None and shape == (tensor.quantized.shape if tensor.quantized else tensor.shape)
+
+
 def _adapter_problem(manifest: Manifest) -> str | None:
     adapter, tensors = manifest.adapter, {tensor.name: tensor for tensor in manifest.tensors}
     if adapter is not None and adapter.kind == "lora":
         if manifest.tunable or not adapter.targets or len({target.module for target in adapter.targets}) != len(adapter.targets):
             return "its LoRA has no targets, one twice, or a tunable base"
-        for target in adapter.targets:
-            tensor = tensors.get(f"{target.module}.weight")
-            shape = [target.out_features, target.in_features] if target.out_first else [target.in_features, target.out_features]
-            if tensor is None or shape != (tensor.quantized.shape if tensor.quantized else tensor.shape):
-                return f"LoRA target {target.module!r} does not fit a stored weight"
+        if misfit := next((target.module for target in adapter.targets if not _fits(target, manifest)), None):
+            return f"LoRA target {misfit!r} does not fit a stored weight"
         return None
     prefix = tensors.get(PREFIX)
     if adapter is None:

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from edgezo.adapters import A_ROWS, A_SIGNS, B_ROWS, B_SIGNS, LoraTarget, prefix_inputs
 from edgezo.config import ALL_LINEAR
 from edgezo.errors import ConfigError, ExportError
-from edgezo.export.decoder import Decoder
+from edgezo.export.decoder import Decoder, Weight
 from edgezo.export.surgery import Surgery
 from edgezo.export.weights import LAYER
 
@@ -32,6 +32,16 @@ def check_targets(targets: str) -> None:
             raise ConfigError(f"--targets {targets!r}: not a regular expression ({error})") from None
 
 
+def linear_layer(surgery: Surgery, weight: Weight) -> LoraTarget:
+    """The linear layer of a weight."""
+    node = surgery.uses(weight.name)[0][0]
+    transposed = node.op_type == "Transpose" or any(item.name == "transB" and item.i for item in node.attribute)
+    out_first = weight.quantized is not None or transposed
+    shape = weight.quantized.shape if weight.quantized else weight.array.shape
+    out, width = shape if out_first else shape[::-1]
+    return LoraTarget(module=weight.name.removesuffix(".weight"), in_features=width, out_features=out, out_first=out_first)
+
+
 def find_targets(decoder: Decoder, targets: str) -> list[LoraTarget]:
     """The linear layers an expression means.
 
@@ -47,15 +57,12 @@ def find_targets(decoder: Decoder, targets: str) -> list[LoraTarget]:
     linear: dict[str, LoraTarget] = {}
     for weight in decoder.weights.values():
         uses = surgery.uses(weight.name)
-        module = weight.name.removesuffix(".weight")
         if not uses or any(place != 1 or node.op_type not in LINEAR for node, place in uses):
             continue
-        if decoder.family != "classifier" and not LAYER.search(f".{module}."):  # the head of words; that of classes is a target
+        target = linear_layer(surgery, weight)
+        if decoder.family != "classifier" and not LAYER.search(f".{target.module}."):  # the head of words; that of classes is a target
             continue
-        out_first = weight.quantized is not None or any(item.name == "transB" and item.i for item in uses[0][0].attribute)
-        shape = weight.quantized.shape if weight.quantized else weight.array.shape
-        out, width = shape if out_first else shape[::-1]
-        linear[module] = LoraTarget(module=module, in_features=width, out_features=out, out_first=out_first)
+        linear[target.module] = target
     if not linear:
         raise ExportError("no linear layer was found in this model's graph; --adapter lora cannot be used, try --adapter prefix")
     if targets == ALL_LINEAR:

@@ -2,16 +2,17 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgezo.adapters import Adapter
+from edgezo.adapters import ATTENTION, Adapter, LoraTarget
 from edgezo.errors import ExportError
 from edgezo.export.adapters import LINEAR, add_lora, add_prefix
+from edgezo.export.attention_probe import add_attention_probe
 from edgezo.export.decoder import Decoder, Part
 from edgezo.export.head_rows import add_head_rows
 from edgezo.export.simplify import merge_equal_nodes
@@ -24,13 +25,14 @@ ELEMENTWISE = {"Cast", "Mul", "Div", "Add", "Sub", "Tanh", "Identity"}  # logit 
 TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL, "uint8": TensorProto.UINT8}
 
 
-def scoring_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[onnx.ModelProto, Graph]:
+def scoring_graph(decoder: Decoder, adapter: Adapter | None = None, probes: Sequence[LoraTarget] = ()) -> tuple[onnx.ModelProto, Graph]:
     """The graph that tuning and evaluation run.
 
     log_probs[p] = log_softmax(head(hidden[pair_rows[p]]))[pair_targets[p]], hidden[h] = the final hidden state at flat position
     hidden_rows[h] of [batch * sequence]. The vocabulary projection sees the gathered rows alone. A classifier has one row of logits a
     row of the batch: hidden_rows are rows of [batch], pair_targets classes, hidden what the last linear layer of its head reads. Rows of
-    the head can be changed by what is fed (export/head_rows.py). With `adapter` it has the branch points of stacked LoRA, or a
+    the head can be changed by what is fed (export/head_rows.py), and so can the output projections of attention `probes`
+    (export/attention_probe.py), whose inputs are a third output. With `adapter` it has the branch points of stacked LoRA, or a
     prefix before the first token.
     """
     model = _copy(decoder)
@@ -41,6 +43,7 @@ def scoring_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[onn
         _remove_past(graph, decoder)
     if adapter is not None and adapter.kind == "lora":
         add_lora(model, adapter.targets, stacked=True)
+    add_attention_probe(model, probes)
     logits, hidden = _gather_before_head(graph) if decoder.family != "classifier" else _gather_after_head(graph)
     logits = add_head_rows(model, logits, hidden)
     nodes = [
@@ -61,6 +64,8 @@ def scoring_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[onn
             helper.make_tensor_value_info(name, TensorProto.INT64, [name.replace("rows", "count").replace("targets", "count")])
         )
     outputs: list[tuple[str, list[str | None]]] = [(LOG_PROBS, ["pair_count"]), (HIDDEN, ["hidden_count", None])]
+    if probes:
+        outputs.append((ATTENTION, ["probe_count", None]))
     _set_outputs(graph, outputs)
     _prune(graph)
     merge_equal_nodes(graph)
@@ -68,12 +73,13 @@ def scoring_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[onn
     return model, Graph(file="scoring.onnx", inputs=inputs, outputs=[name for name, _ in outputs])
 
 
-def generation_graph(decoder: Decoder, adapter: Adapter | None = None) -> tuple[onnx.ModelProto, Graph]:
+def generation_graph(decoder: Decoder, adapter: Adapter | None = None, probes: Sequence[LoraTarget] = ()) -> tuple[onnx.ModelProto, Graph]:
     """The graph with a KV cache: logits [hidden_count, vocabulary] at the gathered rows, and the new keys and values."""
     model = _copy(decoder)
     graph = model.graph
     if adapter is not None and adapter.kind == "lora":
         add_lora(model, adapter.targets, stacked=False)
+    add_attention_probe(model, probes)
     presents = [output for output in graph.output if output.name.startswith("present.")]
     logits = add_head_rows(model, *_gather_before_head(graph))
     graph.node.append(helper.make_node("Identity", [logits], [LOGITS]))

@@ -16,6 +16,7 @@ from edgezo.adapters import Adapter
 from edgezo.config import ALL_LINEAR, PREFIX_TOKENS
 from edgezo.errors import ConfigError, ExportError
 from edgezo.export.adapters import check_targets, find_targets
+from edgezo.export.attention_probe import attention_outputs
 from edgezo.export.encoder import check_pooling, parse_classes
 from edgezo.export.freeze import freeze
 from edgezo.export.graphs import attach_weights, generation_graph, scoring_graph, unconnected
@@ -113,10 +114,11 @@ def export_model(
     try:
         with directory_in_the_making(output) as folder:
             progress("building the graphs")
-            scoring_model, scoring = scoring_graph(decoder, described)
+            probes = attention_outputs(decoder)
+            scoring_model, scoring = scoring_graph(decoder, described, probes)
             graphs = [(scoring_model, scoring)]
             if decoder.family == "causal":
-                graphs.append(generation_graph(decoder, described))
+                graphs.append(generation_graph(decoder, described, probes))
             generation = graphs[1][1] if len(graphs) > 1 else None
             tensors = plan_tensors(decoder.weights.values(), chosen)
             dead = unconnected(scoring_model, [tensor.name for tensor in tensors if tensor.tunable])
@@ -156,6 +158,7 @@ def export_model(
                 new_weights=source.new_weights,
                 pooling=source.pooling,
                 head=decoder.head,
+                probes=probes,
                 verification=checked,
                 files=files,
             )

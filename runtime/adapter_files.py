@@ -11,6 +11,7 @@ from edgezo.adapters import PREFIX, A, B
 from edgezo.config import ALPHA_LIMIT, RANK_LIMIT
 from edgezo.errors import AdapterError
 from edgezo.manifest import Manifest
+from edgezo.runtime.attention_probe import take_probe
 from edgezo.runtime.head_rows import NO_ROWS, head_from_lora, head_module
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.onnx_adapter import ONNX_SUFFIX, onnx_matrices
@@ -34,8 +35,8 @@ def read_adapter(path: Path, manifest: Manifest) -> Lora | Prefix:
         raise AdapterError(f"{path}: this edge model has no branch points for adapters; export it again with --adapter lora or prefix")
     if path.is_file() and path.suffix == ONNX_SUFFIX:
         return _lora(path, manifest, onnx_matrices(path, manifest), alpha=None, rank=None)
-    module = head_module(manifest)
-    config, tensors = read_peft_config(path, module), read_tensors(path, manifest)
+    head, probed = head_module(manifest), [target.module for target in manifest.probes]
+    config, tensors = read_peft_config(path, {head, *probed}), read_tensors(path, manifest)
     kind = {"LORA": "lora", "PREFIX_TUNING": "prefix"}.get(str(config.get("peft_type")))
     if kind != manifest.adapter.kind:
         raise AdapterError(
@@ -44,11 +45,14 @@ def read_adapter(path: Path, manifest: Manifest) -> Lora | Prefix:
     if kind == "prefix":
         return _prefix(path, manifest, tensors)
     modules = peft_matrices(path, tensors)
-    if {A, B} <= modules.get(module, {}).keys() and module not in {target.module for target in manifest.adapter.targets}:
+    common = config["lora_alpha"] / config["r"]
+    targets = {target.module for target in manifest.adapter.targets}
+    for module in [head, *probed]:
         alpha, rank = ((config.get(pattern) or {}).get(module, config[name]) for pattern, name in OWN_SIZES)
         if not (within(rank, int, RANK_LIMIT) and within(alpha, int | float, ALPHA_LIMIT)):
-            raise AdapterError(f"{path / CONFIG}: the head has rank {rank!r:.40} with alpha {alpha!r:.40}; save the adapter again")
-        modules[module][A] = modules[module][A] * np.float32(alpha / rank)
+            raise AdapterError(f"{path / CONFIG}: {module} has rank {rank!r:.40} with alpha {alpha!r:.40}; save the adapter again")
+        if A in modules.get(module, {}):  # LoRA of a run has one scaling, a layer without it none
+            modules[module][A] = modules[module][A] * np.float32(alpha / rank / (common if module in targets else 1))
     lora = _lora(path, manifest, modules, float(config["lora_alpha"]), config["r"])
     if config.get("use_rslora"):  # alpha / sqrt(rank) there, alpha / rank here
         lora.alpha *= math.sqrt(lora.rank)
@@ -63,6 +67,7 @@ def _lora(path: Path, manifest: Manifest, modules: dict[str, dict[str, Array]], 
     assert manifest.adapter is not None
     targets, modules, module = {target.module: target for target in manifest.adapter.targets}, dict(modules), head_module(manifest)
     head = head_from_lora(path, modules.pop(module)) if module in modules.keys() - targets.keys() else NO_ROWS
+    head = head._replace(probe=take_probe(modules, manifest, alpha / rank if alpha and rank else 1.0))
     strange = [module for module in modules if module not in targets]
     if strange or not modules:
         what = f"changes {len(strange)} layers without branch points ({strange[0]})" if strange else "holds no matrices"

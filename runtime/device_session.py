@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 
-from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS
+from edgezo.adapters import HEAD_ROWS, OPTIONAL_INPUTS, PROBE_B
 from edgezo.errors import EdgeModelError
 from edgezo.runtime.device import Device, make_session
 from edgezo.runtime.device_passes import DevicePasses
 from edgezo.runtime.graph_file import external_files, without_initializers
-from edgezo.runtime.head_rows import NO_ROWS
 from edgezo.runtime.session import Array, Session, engine_version, session_options
 
 FOLDER_KEY, FOLDER_ENGINE = "session.model_external_initializers_file_folder_path", (1, 21)
@@ -34,8 +34,8 @@ class DeviceSession(Session):
         self._names = list(passes.shapes) if passes is not None else []
         graph: str | bytes = str(path)
         if self._names:
-            # a binding takes no input that may be left out (onnxruntime 1.31), so rows of the head are plain inputs here
-            graph = without_initializers(path, {*self._names, HEAD_TOKENS, HEAD_ROWS})
+            # a binding takes no input that may be left out (onnxruntime 1.31), so those of an exact start are plain inputs here
+            graph = without_initializers(path, {*self._names, *OPTIONAL_INPUTS})
             if external_files(path) - files and engine_version() < FOLDER_ENGINE:
                 raise EdgeModelError(
                     f"{path}: some weights are tunable and others frozen; on {device.name} that needs onnxruntime {'.'.join(map(str, FOLDER_ENGINE))} or later, this is {onnxruntime.__version__}; update it, or export with all weights tunable"
@@ -44,7 +44,7 @@ class DeviceSession(Session):
         self._session = make_session(graph, options, device, str(path))
         self._binding = self._session.io_binding()
         used = {value.name for value in self._session.get_inputs()}
-        self._no_rows = {name: array for name, array in NO_ROWS.feeds().items() if name in used}
+        self._absent = {value.name: _default(value) for value in self._session.get_inputs() if value.name in OPTIONAL_INPUTS}
         for name in self._names:
             if passes is not None and name in used:
                 self._binding.bind_input(name, device.name, 0, np.float32, list(passes.shapes[name]), passes.address(name))
@@ -52,14 +52,14 @@ class DeviceSession(Session):
     @property
     def inputs(self) -> set[str]:
         """Names of the inputs that every run must feed."""
-        return super().inputs - {*self._names, HEAD_TOKENS, HEAD_ROWS}
+        return super().inputs - {*self._names, *OPTIONAL_INPUTS}
 
     def run(self, outputs: list[str], feeds: Mapping[str, Array]) -> list[Array]:
         """As `Session.run`."""
         if not self._names:
             return super().run(outputs, feeds)
         try:
-            for name, array in {**self._no_rows, **feeds}.items():
+            for name, array in {**self._absent, **feeds}.items():
                 self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
             self._binding.clear_binding_outputs()
             for name in outputs:
@@ -69,3 +69,9 @@ class DeviceSession(Session):
         except Exception as error:
             raise self._refusal(error) from error
         return found
+
+
+def _default(value: Any) -> Array:
+    """What the graph itself has for an input of an exact start that is left out: no elements."""
+    shape = {HEAD_ROWS: [1, 0], PROBE_B: [0, 1]}.get(value.name, [size if isinstance(size, int) else 0 for size in value.shape])
+    return np.zeros(shape, np.int64 if value.type == "tensor(int64)" else np.float32)

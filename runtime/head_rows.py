@@ -10,24 +10,28 @@ import numpy.typing as npt
 from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, A, B
 from edgezo.errors import AdapterError
 from edgezo.manifest import Manifest
+from edgezo.runtime.attention_probe import NO_PROBE, probe_feeds
 
 
 class HeadRows(NamedTuple):
     """Changes of K rows of the vocabulary projection, or of a head of classes; W[tokens] + rows^T is the changed head.
 
-    tokens: int64 [K], without repeats. rows: float32 [width, K].
+    tokens: int64 [K], without repeats. rows: float32 [width, K]. probe: of the attention, whose result these rows read, float32 [layers,
+    in_features, R] (runtime/attention_probe.py); empty for none.
     """
 
     tokens: npt.NDArray[np.int64]
     rows: npt.NDArray[np.float32]
+    probe: npt.NDArray[np.float32] = NO_PROBE
 
-    def feeds(self) -> dict[str, npt.NDArray[Any]]:
+    def feeds(self, manifest: Manifest) -> dict[str, npt.NDArray[Any]]:
         """By the names of the graphs' inputs."""
-        return {HEAD_TOKENS: self.tokens, HEAD_ROWS: self.rows}
+        return {HEAD_TOKENS: self.tokens, HEAD_ROWS: self.rows, **probe_feeds(self.probe, manifest)}
 
     def equals(self, other: "HeadRows") -> bool:
         """Whether all numbers are the same."""
-        return np.array_equal(self.tokens, other.tokens) and np.array_equal(self.rows, other.rows)
+        pairs = ((self.tokens, other.tokens), (self.rows, other.rows), (self.probe, other.probe))
+        return all(np.array_equal(one, its) for one, its in pairs)
 
 
 Array = npt.NDArray[Any]
@@ -60,13 +64,20 @@ def refuse_beside_lora(head: HeadRows, manifest: Manifest, modules: Collection[s
 
 
 def summed(parts: Sequence[HeadRows], shares: Sequence[float]) -> HeadRows:
-    """sum_i shares[i] * parts[i], float64 rounded once."""
+    """sum_i shares[i] * parts[i], float64 rounded once; probes have the same directions, so that their read-outs can be summed."""
     tokens = np.unique(np.concatenate([part.tokens for part in parts]))
     total = np.zeros((max(part.rows.shape[0] for part in parts), len(tokens)))
     for part, share in zip(parts, shares, strict=True):
         if len(part.tokens):
             total[:, np.searchsorted(tokens, part.tokens)] += share * part.rows.astype(np.float64)
-    return HeadRows(tokens, total.astype(np.float32))
+    probes = [(share, part.probe) for part, share in zip(parts, shares, strict=True) if part.probe.size]
+    if not probes:
+        return HeadRows(tokens, total.astype(np.float32))
+    layers, width, _ = probes[0][1].shape
+    read = np.zeros((layers, width, max(probe.shape[2] for _, probe in probes)))
+    for share, probe in probes:
+        read[:, :, : probe.shape[2]] += share * probe.astype(np.float64)
+    return HeadRows(tokens, total.astype(np.float32), read.astype(np.float32))
 
 
 def head_module(manifest: Manifest) -> str:

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, A, B, LoraTarget
+from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, PROBE_A, A, B, LoraTarget
 from edgezo.errors import AdapterError
 from edgezo.manifest import Tensor
+from edgezo.runtime.attention_probe import probe_deltas
 from edgezo.runtime.head_rows import refuse_unnamed_head
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel
@@ -52,14 +53,16 @@ def source_weights(model: EdgeModel) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     scales = {tensor.quantized.scales for tensor in tensors.values() if tensor.quantized}
     deltas = lora_deltas(model.adapter) if isinstance(model.adapter, Lora) else {}
     refuse_unnamed_head(model.head, model.manifest)
+    written = probe_deltas(model.head.probe, model.manifest)
     for name, tensor in tensors.items():
-        if name in scales or name in {HEAD_TOKENS, HEAD_ROWS}:
+        if name in scales or name in {HEAD_TOKENS, HEAD_ROWS, PROBE_A}:
             continue
         weight: npt.NDArray[Any] = model.weights[name] if tensor.tunable else frozen_array(model, tensor)
         if tensor.quantized is not None:
             weight = tensor.quantized.dequantize(weight, frozen_array(model, tensors[tensor.quantized.scales]))
-        if name in deltas:
-            weight = weight + deltas[name]()
+        for changes in (deltas, written):
+            if name in changes:
+                weight = weight + changes[name]()
         yield from _with_head(model, tensor, np.ascontiguousarray(weight.T if tensor.transposed else weight))
 
 

@@ -19,6 +19,7 @@ from edgezo.runtime.journal_records import (
     LENGTH,
     MAGIC,
     METRICS,
+    PROBE,
     READABLE,
     SETTINGS,
     STEP,
@@ -102,7 +103,7 @@ def read_journal(path: Path) -> JournalContents:
 def _read_header(path: Path, data: bytes) -> tuple[dict[str, Any], int, int]:
     """Header, the position behind it and its checksum."""
     if data[: len(MAGIC)] not in READABLE:
-        raise RunError(f"{path}: not a journal of version 1, 2 or 3 (starts with {data[:8]!r})")
+        raise RunError(f"{path}: not a journal of version 1 to 4 (starts with {data[:8]!r})")
     (length,) = LENGTH.unpack_from(data, 8) if len(data) >= 12 else (HEADER_BYTES_LIMIT + 1,)
     end = 12 + length
     if length > HEADER_BYTES_LIMIT or end + CHECKSUM.size > len(data):
@@ -135,8 +136,8 @@ def _with_record(path: Path, contents: JournalContents, record: bytes, end: int,
         return contents
     if kind == SETTINGS:
         return contents._replace(settings={**contents.settings, **json_object(path, payload[LENGTH.size :], "a change of settings")})
-    if kind == HEAD:
-        contents.heads[len(contents.records)] = read_head_record(path, payload)
+    if kind in (HEAD, PROBE):
+        contents.heads[len(contents.records)] = read_head_record(path, kind, payload)
         first = len(contents.heads) == 1 and not contents.records
         # what was evaluated before is the untuned model; step 0 has these rows
         return contents._replace(untuned=contents.evaluations.pop(0, None)) if first else contents

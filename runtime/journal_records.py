@@ -9,24 +9,27 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edgezo.errors import RunError
+from edgezo.runtime.attention_probe import NO_PROBE
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.head_rows import HeadRows
 
-MAGIC = b"EDGEZOJ3"
+MAGIC = b"EDGEZOJ4"
 READABLE = (
     b"EDGEZOJ1",
     b"EDGEZOJ2",
+    b"EDGEZOJ3",
     MAGIC,
-)  # 2 added the record of other metrics, 3 those of the head and of an undo; what older ones have means the same
+)  # 2 added the record of other metrics, 3 those of the head and of an undo, 4 that of a probe; what older ones have means the same
 JOURNAL_BYTES_LIMIT = 1 << 30  # 63 million steps
 HEADER_BYTES_LIMIT = 1 << 20
 SETTINGS_BYTES_LIMIT = 1 << 16
-STEP, DIRECTIONS, EVALUATION, METRICS, SETTINGS, HEAD, UNDO = b"S", b"D", b"E", b"M", b"C", b"H", b"U"
+STEP, DIRECTIONS, EVALUATION, METRICS, SETTINGS, HEAD, PROBE, UNDO = b"S", b"D", b"E", b"M", b"C", b"H", b"P", b"U"
 STEP_PAYLOAD = struct.Struct("<fff")
 DIRECTIONS_PAYLOAD = struct.Struct("<Hff")  # how many projected gradients follow, learning rate, loss
 DIRECTIONS_LIMIT = (1 << 16) - 1
 EVALUATION_PAYLOAD = struct.Struct("<IIddd?")
 HEAD_SIZES = struct.Struct("<II")  # width, tokens
+PROBE_SIZES = struct.Struct("<IIIII")  # width, tokens; layers, in_features and rank of the probe
 HEAD_NUMBERS_LIMIT = 1 << 26
 UNDO_PAYLOAD = struct.Struct("<If")  # steps that stay, factor on the learning rate from here on
 LENGTH = struct.Struct("<I")
@@ -57,10 +60,12 @@ def record_bytes(data: bytes, position: int, directions: int) -> int:
         return 1 + DIRECTIONS_PAYLOAD.size + 4 * directions + CHECKSUM.size
     if kind == EVALUATION:
         return EVALUATION_BYTES
-    if kind == HEAD:
-        sizes = data[position + 1 : position + 1 + HEAD_SIZES.size]
-        width, count = HEAD_SIZES.unpack(sizes) if len(sizes) == HEAD_SIZES.size else (HEAD_NUMBERS_LIMIT, 1)
-        return 1 + HEAD_SIZES.size + 4 * count * (width + 1) + CHECKSUM.size if 0 < width * count <= HEAD_NUMBERS_LIMIT else 0
+    if kind in (HEAD, PROBE):
+        layout = HEAD_SIZES if kind == HEAD else PROBE_SIZES
+        sizes = data[position + 1 : position + 1 + layout.size]
+        width, count, *probe = layout.unpack(sizes) if len(sizes) == layout.size else (HEAD_NUMBERS_LIMIT, 1)
+        numbers = width * count + (math.prod(probe) if probe else 0)
+        return 1 + layout.size + 4 * (count + numbers) + CHECKSUM.size if 0 < width * count <= numbers <= HEAD_NUMBERS_LIMIT else 0
     if kind == UNDO:
         return UNDO_BYTES
     if kind in (SETTINGS, METRICS):
@@ -86,9 +91,11 @@ def evaluation_records(step: int, evaluation: Evaluation, best: bool) -> list[Re
 
 
 def head_record(head: HeadRows) -> Record:
-    """Rows of the head, which hold from here on: little-endian uint32 tokens, float32 rows [width, tokens]."""
-    width, count = head.rows.shape
-    return HEAD, HEAD_SIZES.pack(width, count) + head.tokens.astype("<u4").tobytes() + np.ascontiguousarray(head.rows, "<f4").tobytes()
+    """Rows of the head, which hold from here on: little-endian uint32 tokens, float32 rows [width, tokens], and of a probe float32 A."""
+    rows = head.tokens.astype("<u4").tobytes() + np.ascontiguousarray(head.rows, "<f4").tobytes()
+    if not head.probe.size:
+        return HEAD, HEAD_SIZES.pack(*head.rows.shape) + rows
+    return PROBE, PROBE_SIZES.pack(*head.rows.shape, *head.probe.shape) + rows + np.ascontiguousarray(head.probe, "<f4").tobytes()
 
 
 def json_record(kind: bytes, value: dict[str, Any]) -> Record:
@@ -96,13 +103,15 @@ def json_record(kind: bytes, value: dict[str, Any]) -> Record:
     return kind, LENGTH.pack(len(body)) + body
 
 
-def read_head_record(path: Path, payload: bytes) -> HeadRows:
-    width, count = HEAD_SIZES.unpack_from(payload)
-    tokens = np.frombuffer(payload, "<u4", count, HEAD_SIZES.size).astype(np.int64)
-    rows = np.frombuffer(payload, "<f4", width * count, HEAD_SIZES.size + 4 * count).reshape(width, count)
-    if not np.isfinite(rows).all() or len(np.unique(tokens)) != count:
+def read_head_record(path: Path, kind: bytes, payload: bytes) -> HeadRows:
+    layout = HEAD_SIZES if kind == HEAD else PROBE_SIZES
+    width, count, *shape = layout.unpack_from(payload)
+    tokens = np.frombuffer(payload, "<u4", count, layout.size).astype(np.int64)
+    numbers = np.frombuffer(payload, "<f4", -1, layout.size + 4 * count).astype(np.float32)
+    if not np.isfinite(numbers).all() or len(np.unique(tokens)) != count:
         raise RunError(f"{path}: a record of the head holds NaN, infinity or a token twice, which no run writes; the run cannot be used")
-    return HeadRows(tokens, np.ascontiguousarray(rows, np.float32))
+    rows = numbers[: width * count].reshape(width, count)
+    return HeadRows(tokens, rows, numbers[width * count :].reshape(shape) if shape else NO_PROBE)
 
 
 def read_metrics(path: Path, body: bytes) -> dict[str, float]:

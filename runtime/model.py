@@ -169,7 +169,7 @@ class EdgeModel:
 
     def head_feeds(self) -> dict[str, Array]:
         """The rows of the head alone."""
-        return self.head.feeds() if self.takes_head_rows else {}
+        return self.head.feeds(self.manifest) if self.takes_head_rows else {}
 
     def _refuse_too_large(self) -> None:
         """A system that promises more memory than it has would end the process without a word. A device says itself what it cannot hold."""

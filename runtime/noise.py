@@ -23,7 +23,7 @@ Distribution = Literal["rademacher", "gaussian"]
 TABLE_SIZE = (1 << 18) - 1  # M; 1 MB of float32 stays in the second-level cache of a laptop or Jetson core
 BLOCK = 1 << 16  # elements that share one draw
 # second key word: what the draw is for
-NOISE, DITHER, DECAY, ORDER, INIT, SIGNS, SUBSET, LEFT, RIGHT, CORE, CHANGE = range(11)
+NOISE, DITHER, DECAY, ORDER, INIT, SIGNS, SUBSET, LEFT, RIGHT, CORE, CHANGE, PROBE = range(12)
 
 Floats = npt.NDArray[np.float32]
 

@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS
+from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, PROBE_A, PROBE_B
 from edgezo.errors import AdapterError, first_line
 from edgezo.manifest import Manifest
+from edgezo.runtime.attention_probe import NO_PROBE, add_probe, probe_fits
 from edgezo.runtime.head_rows import NO_ROWS, HeadRows, head_as_lora, head_module, refuse_beside_lora
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.prefix import Prefix
@@ -33,7 +34,7 @@ def write_onnx_adapter(adapter: Lora | Prefix, manifest: Manifest, path: Path, h
     refuse_beside_lora(
         head, manifest, {target.module for target in adapter.targets} if isinstance(adapter, Lora) else (), "an .onnx_adapter file"
     )
-    feeds = {**adapter.feeds(), **(head.feeds() if len(head.tokens) else {})}
+    feeds = {**adapter.feeds(), **(head.feeds(manifest) if len(head.tokens) else {})}
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()}
     file = onnxruntime.AdapterFormat()
     file.set_adapter_version(1)
@@ -66,12 +67,17 @@ def onnx_matrices(path: Path, manifest: Manifest) -> dict[str, dict[str, Array]]
     if {HEAD_TOKENS, HEAD_ROWS} <= parameters.keys():
         tokens, rows = (np.array(parameters.pop(name).numpy()) for name in (HEAD_TOKENS, HEAD_ROWS))
         modules[head_module(manifest)] = head_as_lora(path, HeadRows(tokens, rows), manifest)
+    probe = np.array(parameters.pop(PROBE_A).numpy()) if PROBE_A in parameters else NO_PROBE
+    parameters.pop(PROBE_B, None)
+    if not (probe.dtype == np.float32 and probe.ndim == 3 and probe_fits(probe, manifest) and np.isfinite(probe).all()):
+        raise AdapterError(f"{path}: its probe of shape {list(probe.shape)} is no finite float32 of this model's layers; it cannot be used")
     for name, value in parameters.items():
         module, _, rest = name.rpartition(".lora_")
         array = np.array(value.numpy())
         if rest not in {"A.weight", "B.weight"} or array.ndim != 3 or array.dtype != np.float32 or not np.isfinite(array).all():
             raise AdapterError(f"{path}: parameter {name!r} is no LoRA matrix of finite float32; it cannot be used")
         modules.setdefault(module, {})[f"lora_{rest[0]}"] = array[0]
+    add_probe(modules, probe, manifest, 1.0)
     return modules
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from edgezo.adapters import A, B
 from edgezo.config import ALL_LINEAR, ALPHA_LIMIT, RANK_LIMIT
 from edgezo.errors import AdapterError, first_line
 from edgezo.manifest import Manifest
+from edgezo.runtime.attention_probe import add_probe
 from edgezo.runtime.head_rows import NO_ROWS, HeadRows, head_as_lora, head_module, refuse_beside_lora, refuse_unnamed_head
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.prefix import Prefix
@@ -30,8 +32,8 @@ OWN_SIZES = tuple(zip(PATTERNS, ("lora_alpha", "r"), strict=True))
 UNSUPPORTED = ("use_dora", "modules_to_save", *PATTERNS, "lora_bias", "alora_invocation_tokens")
 
 
-def read_peft_config(path: Path, head: str | None = None) -> dict[str, Any]:
-    """adapter_config.json of a PEFT folder; the module `head` may have a rank and an alpha of its own.
+def read_peft_config(path: Path, own: Collection[str] = ()) -> dict[str, Any]:
+    """adapter_config.json of a PEFT folder; the modules `own` may have a rank and an alpha of their own.
 
     Raises:
         AdapterError: it is not there, not readable, or asks for what edgezo has not.
@@ -51,7 +53,7 @@ def read_peft_config(path: Path, head: str | None = None) -> dict[str, Any]:
         raise AdapterError(f"{file}: holds a {type(config).__name__}, not settings; save the adapter again")
     for name in [*UNSUPPORTED, *(["bias"] if config.get("bias", "none") != "none" else [])]:
         patterns = config.get(name) if name in PATTERNS else None
-        if config.get(name) and not (isinstance(patterns, dict) and patterns.keys() == {head}):
+        if config.get(name) and not (isinstance(patterns, dict) and patterns.keys() <= set(own)):
             raise AdapterError(f"{file}: has {name} = {config[name]!r}, which edgezo does not do; train the adapter without it")
     if config.get("peft_type") == "LORA":
         rank, alpha = config.get("r"), config.get("lora_alpha")
@@ -78,7 +80,8 @@ def is_target(module: str, config: dict[str, Any]) -> bool:
 def write_peft(adapter: Lora | Prefix, manifest: Manifest, folder: Path, head: HeadRows = NO_ROWS) -> None:
     """Write a folder that `peft.PeftModel.from_pretrained` loads onto the source model.
 
-    Rows of the head are LoRA of their number at the head: A the rows, B ones at their tokens.
+    Rows of the head are LoRA of their number at the head: A the rows, B ones at their tokens. A probe is joined to the LoRA of its layers, or
+    stands alone there with a scaling of 1.
 
     Args:
         adapter: to write.
@@ -107,17 +110,21 @@ def write_peft(adapter: Lora | Prefix, manifest: Manifest, folder: Path, head: H
             "encoder_hidden_size": heads * head_dim,
         }  # fmt: skip
     else:
-        tensors = {}
-        for target, a, b in zip(adapter.targets, adapter.matrices(A), adapter.matrices(B), strict=True):
-            tensors[f"{STEM}{target.a}"], tensors[f"{STEM}{target.b}"] = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
-        modules, patterns = _target_modules(adapter, manifest), {}
-        refuse_beside_lora(head, manifest, {target.module for target in adapter.targets}, "a PEFT folder")
+        matrices = zip(adapter.targets, adapter.matrices(A), adapter.matrices(B), strict=True)
+        pairs = {target.module: {A: a, B: b} for target, a, b in matrices}
+        modules, scalings = _target_modules(adapter, manifest), dict.fromkeys(pairs, adapter.scaling)
+        refuse_beside_lora(head, manifest, pairs, "a PEFT folder")
+        add_probe(pairs, head.probe, manifest, adapter.scaling)
         if len(head.tokens):
-            module, count, parts = head_module(manifest), len(head.tokens), head_as_lora(folder, head, manifest)
-            tensors[f"{STEM}{module}.lora_A.weight"], tensors[f"{STEM}{module}.lora_B.weight"] = (
-                np.ascontiguousarray(parts[name].T) for name in (A, B)
-            )
-            modules, patterns = [*modules, module], {"rank_pattern": {module: count}, "alpha_pattern": {module: count}}
+            pairs[head_module(manifest)] = head_as_lora(folder, head, manifest)
+        modules += [module for module in pairs if module not in scalings]
+        tensors = {
+            f"{STEM}{module}.{name}.weight": np.ascontiguousarray(array.T) for module, pair in pairs.items() for name, array in pair.items()
+        }
+        ranks = {module: pair[B].shape[0] for module, pair in pairs.items()}
+        own = {module: rank for module, rank in ranks.items() if module not in scalings or rank != adapter.rank}
+        alphas = {module: scalings.get(module, 1) * rank for module, rank in own.items()}
+        patterns = {"rank_pattern": own, "alpha_pattern": alphas} if own else {}
         alpha = int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha
         config = {
             **common, "peft_type": "LORA", "r": adapter.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",

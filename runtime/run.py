@@ -16,6 +16,7 @@ from edgezo.config import TuneConfig, describe
 from edgezo.errors import RunError
 from edgezo.manifest import Manifest
 from edgezo.runtime import noise
+from edgezo.runtime.attention_probe import probe_fits
 from edgezo.runtime.corpus import sha256_data
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.journal import Journal
@@ -158,9 +159,10 @@ def check_base(run: Run, model: EdgeModel) -> None:
         raise RunError(
             f"{run.directory}: was tuned from another edge model (base {recorded[:12]}) than {model.directory} ({found[:12]}); give the one it was tuned from"
         )
-    if run.journal.heads and not model.takes_head_rows:
+    fits = all(probe_fits(head.probe, model.manifest) for head in run.journal.heads.values())
+    if run.journal.heads and not (model.takes_head_rows and fits):
         raise RunError(
-            f"{run.directory}: has an exact start, and {model.directory} was exported without inputs for rows of the head; export it again, or give the one it was tuned from"
+            f"{run.directory}: has an exact start, and {model.directory} was exported without inputs for it; export it again, or give the one it was tuned from"
         )
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from edgezo.adapters import ATTENTION, PROBE_ROWS
 from edgezo.errors import EdgeModelError
 from edgezo.runtime.model import Array, EdgeModel
 
@@ -34,6 +35,18 @@ Candidate = Pair | Masked | Classified
 # feeds of the copies of some groups, in order, every side of each after the other
 Copies = Callable[[Sequence[int], Sequence[int]], dict[str, Array]]
 Scores = list[npt.NDArray[np.float64]]  # of each pair, [completion tokens], in nats
+
+
+class States(NamedTuple):
+    """Candidates as a forward saw them.
+
+    scores: as `Sequences.log_probs`. hidden: float32 [pairs, width], what the head read to score the first token of every pair. attention:
+    float32 [pairs, layers * in_features], the attention outputs there that a probe may read; no columns where none were asked for.
+    """
+
+    scores: Scores
+    hidden: npt.NDArray[np.float32]
+    attention: npt.NDArray[np.float32]
 
 
 def forward_tokens(candidate: Candidate) -> int:
@@ -120,22 +133,25 @@ class Sequences:
             raise EdgeModelError(f"{self.model.directory}: its scoring graph has no output hidden; export the model again")
         # a target of no meaning: the graph wants one a row
         pairs = [(text, [self.pad]) if isinstance(text, list) else text._replace(target=0) for text in texts]
-        return self.log_probs_and_states(pairs)[1]
+        return self.states(pairs).hidden
 
-    def log_probs_and_states(self, pairs: Sequence[Candidate]) -> tuple[Scores, npt.NDArray[np.float32]]:
-        """As `log_probs`, and what the head read to score the first token of every pair: float32 [pairs, width]."""
+    def states(self, pairs: Sequence[Candidate], attention: bool = False) -> States:
+        """Scores and what they were made from; attention outputs of a model that can be given a probe of them."""
         layout, feeds = _lay_out(pairs), self.model.feeds()
         scores = np.empty(len(layout.scored))
-        states: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(layout.hidden)
+        read: list[tuple[Array, ...]] = [()] * len(layout.hidden)
         for tile in self._tiles(0, layout, sides=1):
             own, (wanted,) = self._feeds([layout], [tile], sides=1)
             self.forward_rows += len(tile.sequences)
-            scores[wanted], found = self.model.scoring.run(["log_probs", "hidden"], {**{name: own[name] for name in self.inputs}, **feeds})
-            for row, state in zip(tile.hidden, found, strict=True):
-                states[row] = state
+            given = {**{name: own[name] for name in self.inputs}, **feeds, **({PROBE_ROWS: own["hidden_rows"]} if attention else {})}
+            outputs = ["log_probs", "hidden", *([ATTENTION] if attention else [])]
+            scores[wanted], *found = self.model.scoring.run(outputs, given)
+            for row, *parts in zip(tile.hidden, *found, strict=True):
+                read[row] = tuple(parts)
         ends = np.cumsum([_scored_count(pair) for pair in pairs])
         firsts = [layout.scored[end - _scored_count(pair)][0] for end, pair in zip(ends, pairs, strict=True)]
-        return np.split(scores, ends[:-1]), np.stack([states[row] for row in firsts])
+        stacked = [np.stack(parts) for parts in zip(*(read[row] for row in firsts), strict=True)]
+        return States(np.split(scores, ends[:-1]), *stacked, *([] if attention else [np.empty((len(pairs), 0), np.float32)]))
 
     def stacked(self, groups: Sequence[Sequence[Candidate]], sides: Sequence[int], copies: Copies) -> list[list[Scores]]:
         """Scores of every group of pairs under its own copies of the weights, as many copies in one forward as fit.

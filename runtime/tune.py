@@ -109,7 +109,7 @@ def tune(
         given = [head_record(model.head)] if previous is None and config.init is not None and len(model.head.tokens) else []
         begun, exact = time.monotonic(), ExactStart(given, None)
         if previous is None and config.start == "exact":
-            reporter.stage("solving the rows of the head")
+            reporter.stage("solving the exact start")
             exact = start_exactly(model, theta.objective, dataset, reporter.notice)
         spent = time.monotonic() - begun
         if measuring is not config:

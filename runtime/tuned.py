@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from safetensors import SafetensorError
 
-from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, A, B
+from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, PROBE_A, A, B
 from edgezo.errors import AdapterError, ConfigError, RunError, first_line
 from edgezo.manifest import ALIGNMENT, Manifest, StoredFile, Tensor, Tuned
 from edgezo.manifest_reader import read_manifest
@@ -172,8 +172,10 @@ def _write_edge(model: EdgeModel, folder: Path, tuned: list[Tuned]) -> None:
 
 
 def _write_head(head: HeadRows, folder: Path) -> list[Tensor]:
-    """The rows of the head as a file of the edge model, which the runtime feeds to the graphs."""
+    """The rows of the head, and a probe, as a file of the edge model, which the runtime feeds to the graphs."""
     tensors, parts = [], [(HEAD_TOKENS, head.tokens.astype("<i8")), (HEAD_ROWS, np.ascontiguousarray(head.rows, "<f4"))]
+    if head.probe.size:
+        parts.append((PROBE_A, np.ascontiguousarray(head.probe, "<f4")))
     with open(folder / HEAD_FILE, "wb") as file:
         for name, array in parts:
             file.write(bytes(-file.tell() % ALIGNMENT))

@@ -3,14 +3,16 @@
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS
+from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, PROBE_A
 from edgezo.errors import EdgeModelError
 from edgezo.manifest import Manifest, StoredFile, Tensor
 from edgezo.manifest_reader import verify_file
+from edgezo.runtime.attention_probe import NO_PROBE
 from edgezo.runtime.head_rows import NO_ROWS, HeadRows
 from edgezo.storage import CHUNK_BYTES
 
@@ -50,16 +52,21 @@ def read_head(directory: Path, manifest: Manifest) -> HeadRows:
     Raises:
         EdgeModelError: they are not finite, or of tokens that it has not.
     """
-    stored = {tensor.name: tensor for tensor in manifest.tensors if tensor.name in {HEAD_TOKENS, HEAD_ROWS}}
+    stored = {tensor.name: tensor for tensor in manifest.tensors if tensor.name in {HEAD_TOKENS, HEAD_ROWS, PROBE_A}}
     if not stored:
         return NO_ROWS
-    tokens, rows = (
-        np.fromfile(directory / tensor.file, np.dtype(tensor.dtype).newbyteorder("<"), tensor.size, offset=tensor.offset)
-        for tensor in (stored[HEAD_TOKENS], stored[HEAD_ROWS])
-    )
+
+    def read(name: str) -> npt.NDArray[Any]:
+        tensor = stored[name]
+        dtype = np.dtype(tensor.dtype).newbyteorder("<")
+        return np.fromfile(directory / tensor.file, dtype, tensor.size, offset=tensor.offset).reshape(tensor.shape)
+
+    tokens, rows = read(HEAD_TOKENS), read(HEAD_ROWS)
+    probe = read(PROBE_A) if PROBE_A in stored else NO_PROBE
     size = len(manifest.classes) or manifest.origin.vocab_size
-    if len(np.unique(tokens)) != len(tokens) or not (tokens.min() >= 0 and tokens.max() < size) or not np.isfinite(rows).all():
+    known = len(np.unique(tokens)) == len(tokens) and tokens.min() >= 0 and tokens.max() < size
+    if not (known and np.isfinite(rows).all() and np.isfinite(probe).all()):
         raise EdgeModelError(
             f"{directory / stored[HEAD_ROWS].file}: rows of the head of tokens that the model has not, twice, or not finite; copy or merge the edge model again"
         )
-    return HeadRows(tokens, rows.reshape(stored[HEAD_ROWS].shape))
+    return HeadRows(tokens, rows, probe)

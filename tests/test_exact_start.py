@@ -17,8 +17,8 @@ from sklearn.linear_model import LogisticRegression
 
 import edgezo
 from edgezo.errors import AdapterError, ConfigError, EdgeModelError, RunError
-from edgezo.runtime import exact_start, head_rows
-from edgezo.runtime.exact_start import Features, first_tokens
+from edgezo.runtime import exact_start, head_rows, softmax_fit
+from edgezo.runtime.exact_start import first_tokens
 from edgezo.runtime.examples import Example
 from edgezo.runtime.head_rows import NO_ROWS, HeadRows, summed
 from edgezo.runtime.journal import Journal
@@ -28,6 +28,7 @@ from edgezo.runtime.lbfgs import minimize
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.peft_folder import write_peft
 from edgezo.runtime.scoring import Classified, Sequences
+from edgezo.runtime.softmax_fit import Turned, fit_softmax, held_out_losses
 from edgezo.runtime.tuned import write_tuned
 from edgezo.storage import sha256_file
 
@@ -47,6 +48,12 @@ def tuned_run(directory: Path, run: Path, rows: str, **settings: Any) -> Any:
     return edgezo.tune(directory, run, data=rows, valid=rows, **{**TASK, **FEW, **settings})
 
 
+def only(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Exact starts of one kind, whichever promises more."""
+    every = exact_start.fits
+    monkeypatch.setattr(exact_start, "fits", lambda *given: ((fit, loss) for fit, loss in every(*given) if fit.name.startswith(kind)))
+
+
 # the solution
 
 
@@ -59,33 +66,35 @@ def test_lbfgs_finds_the_minimum_of_a_quadratic() -> None:
 
 
 @pytest.mark.parametrize(("count", "width"), [(60, 8), (12, 40)])
-def test_the_fit_is_that_of_scikit_learn(count: int, width: int) -> None:
+def test_the_fit_is_that_of_scikit_learn(count: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without scores of the base and without a constant the problem is multinomial logistic regression, C = 1 / (n * penalty)."""
     random = np.random.default_rng(1)
     states, gold = random.normal(size=(count, width)), np.arange(count) % 3
     states[:, 0] += gold
-    basis = exact_start._principal(states)
-    features = Features(states @ basis, np.zeros((count, 3)), gold)
-    found = basis @ exact_start._solve(features, 0.05, 1e-12)
-    reference = LogisticRegression(C=1 / (count * 0.05), fit_intercept=False, tol=1e-10, max_iter=10_000).fit(states, gold)
-    assert np.abs(found.T - reference.coef_).max() < 1e-4
+    monkeypatch.setattr(softmax_fit, "PENALTIES", (0.05,))
+    monkeypatch.setattr(softmax_fit, "TOLERANCE", 1e-10)
+    found = fit_softmax(states, np.zeros((count, 3)), gold)
+    scale = np.sqrt((states**2).mean(axis=0))
+    reference = LogisticRegression(C=1 / (count * 0.05), fit_intercept=False, tol=1e-10, max_iter=10_000).fit(states / scale, gold)
+    assert np.abs((found.weights * scale[:, None]).T - reference.coef_).max() < 1e-4
+    assert found.before == pytest.approx(np.log(3))
 
 
 def test_the_penalty_is_chosen_on_rows_that_the_fit_has_not_seen() -> None:
     """Labels without any relation to the states: strong penalties are best, and the weakest are not tried."""
     random = np.random.default_rng(2)
     gold = random.integers(0, 2, 40)
-    losses = exact_start._held_out_losses(Features(random.normal(size=(40, 40)), np.zeros((40, 2)), gold))
+    losses = held_out_losses(Turned(random.normal(size=(40, 40)), np.zeros((40, 2)), gold))
     assert min(losses.values()) > 0.99 * np.log(2)
     assert min(losses, key=lambda penalty: losses[penalty]) >= 10
-    assert len(losses) < len(exact_start.PENALTIES)
+    assert len(losses) < len(softmax_fit.PENALTIES)
 
 
 def test_rows_in_turns_of_their_labels_are_held_out_as_others() -> None:
     """Folds that took every third row would hold out one label each, and learn nothing of it."""
     gold = np.arange(60) % 3
     states = np.eye(3)[gold] + 0.1 * np.random.default_rng(3).normal(size=(60, 3))
-    assert min(exact_start._held_out_losses(Features(states, np.zeros((60, 3)), gold)).values()) < 0.2
+    assert min(held_out_losses(Turned(states, np.zeros((60, 3)), gold)).values()) < 0.2
 
 
 def test_candidates_that_share_a_first_token_have_no_rows_of_their_own() -> None:
@@ -107,7 +116,7 @@ def test_rows_change_the_logits_of_their_tokens_alone(export_tiny: Callable[...,
     model = EdgeModel(export_tiny("llama", **settings), threads=1)
     prompt, others = [264, 308, 288], [5, 9, 200]
     pairs = [(prompt, [token]) for token in (17, 31, *others)]
-    scores, (state, *_) = Sequences(model).log_probs_and_states(pairs)
+    scores, (state, *_) = Sequences(model).states(pairs)[:2]
     before = np.concatenate(scores)
     random = np.random.default_rng(0)
     model.head = HeadRows(np.array([31, 17]), random.normal(size=(len(state), 2)).astype(np.float32))
@@ -236,7 +245,8 @@ def test_a_classifier_starts_exactly_and_goes_to_hugging_face(tmp_path: Path, ro
         write_tuned(directory, [tmp_path / "run"], [1.0], "last", tmp_path / "peft", "peft", threads=1)
 
 
-def test_what_the_start_did_is_told(lora_dir: Path, rows: str, tmp_path: Path, invoke: Any) -> None:
+def test_what_the_start_did_is_told(lora_dir: Path, rows: str, tmp_path: Path, invoke: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "rows of the head")
     options = ["--template", TASK["template"], "--labels", TASK["labels"], "--threads", "1", "--directions", "4", "--steps", "1"]
     found = invoke("tune", str(lora_dir), "--data", rows, "--valid", rows, "-o", str(tmp_path / "run"), *options)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -277,9 +287,10 @@ def test_an_exact_start_that_cannot_be_is_refused(
 # elsewhere
 
 
-@pytest.fixture
-def run(lora_dir: Path, rows: str, tmp_path: Path) -> tuple[Path, Any]:
-    """A run of LoRA with an exact start, and the scores of its last step."""
+@pytest.fixture(params=["rows of the head", "a probe"])
+def run(lora_dir: Path, rows: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Any]:
+    """A run of LoRA with an exact start of either kind, and the scores of its last step."""
+    only(monkeypatch, request.param)
     tuned_run(lora_dir, tmp_path / "run", rows, lr=5e-2, rank=1)
     return tmp_path / "run", edge_log_probs(EdgeModel(lora_dir, run=tmp_path / "run", step="last", threads=1), make_pairs())
 

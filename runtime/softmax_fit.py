@@ -1,0 +1,145 @@
+"""Penalised multinomial logistic regression on top of scores that are there already, solved to the end.
+
+    minimise over V   mean over rows of -log softmax(c s + V^T x)[gold] + penalty / 2 * sum_dk (r_d V_dk)^2
+
+x: features; s: the candidates' scores of the untuned model, c: the share of them that is kept; r_d: the root mean square of x_d over the rows. With
+c = 1 the penalty pulls to the model as it is, so that few rows change little. It is chosen on held-out folds, and so is c where there is a choice.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from edgezo.runtime import noise
+from edgezo.runtime.lbfgs import minimize
+
+PENALTIES = tuple(10.0 ** (power / 2) for power in range(4, -7, -1))
+FOLDS = 3
+TOLERANCE = 1e-4  # of the fits that are compared; the last is finer
+CHUNK_FEATURES = 2048  # that are float64 at a time
+
+Floats = npt.NDArray[np.float64]
+
+
+class SoftmaxFit(NamedTuple):
+    """A solution.
+
+    weights: float64 [features, K]. share: of the scores, c. held_out: mean loss in nats of every row by a fit of the other folds. before:
+    that of the scores alone.
+    """
+
+    weights: Floats
+    share: float
+    held_out: float
+    before: float
+
+
+class Turned(NamedTuple):
+    """Features along their principal axes.
+
+    states: float64 [n, axes], less those after the neutral prompt when scores are calibrated. scores: float64 [n, K], what they are added to.
+    gold: int64 [n].
+    """
+
+    states: Floats
+    scores: Floats
+    gold: npt.NDArray[np.int64]
+
+
+def fit_softmax(
+    features: npt.NDArray[np.floating], scores: Floats, gold: npt.NDArray[np.int64], groups: int = 1, shares: Sequence[float] = (1.0,)
+) -> SoftmaxFit:
+    """Solve for V, the penalty chosen on held-out folds of the rows, and the share of the scores with it.
+
+    Args:
+        features: [n, features], more or fewer than rows.
+        scores: [n, K].
+        gold: of 0 to K - 1.
+        groups: parts of the features that are each as large as a feature set of its own; the penalty is as many times as strong.
+        shares: to choose from.
+    """
+    scale = np.sqrt(np.concatenate([(part.astype(np.float64) ** 2).mean(axis=0) for part in _parts(features)]) * groups)
+    scale[scale == 0] = 1.0
+    axes, back = _principal(features, scale)
+    losses = {(share, penalty): loss for share in shares for penalty, loss in held_out_losses(Turned(axes, share * scores, gold)).items()}
+    share, penalty = best = min(losses, key=lambda choice: losses[choice])
+    solution = back @ solve(Turned(axes, share * scores, gold), penalty, TOLERANCE / 100)
+    if len(back) != len(scale):  # in terms of rows: more features than those
+        solution = np.concatenate([part.T @ solution for part in _parts(features, scale)])
+    return SoftmaxFit(solution / scale[:, None], share, losses[best], mean_loss(scores, gold))
+
+
+def folds(count: int) -> npt.NDArray[np.int64]:
+    """A fold for each row: rows of a file may come label by label, in turns."""
+    return noise.permutation(0, count, 0) % min(FOLDS, count)
+
+
+def held_out_losses(turned: Turned) -> dict[float, float]:
+    """By penalty, from the strongest down until two were no better: the mean loss in nats of every row by a fit of the other folds."""
+    count, fold = len(turned.gold), folds(len(turned.gold))
+    solved: dict[int, Floats] = {}  # of the penalty before: a start near the solution
+    losses: dict[float, float] = {}
+    for penalty in PENALTIES:
+        total = 0.0
+        for held in range(fold.max() + 1):
+            inside, outside = fold != held, fold == held
+            if not inside.any():
+                return {penalty: math.inf}  # one row: nothing to choose by
+            rows = solved[held] = solve(Turned(*(part[inside] for part in turned)), penalty, TOLERANCE, solved.get(held))
+            total += outside.sum() * mean_loss(turned.scores[outside] + turned.states[outside] @ rows, turned.gold[outside])
+        losses[penalty] = float(total) / count
+        if min(list(losses.values())[-2:]) > min(losses.values()):
+            break
+    return losses
+
+
+def solve(turned: Turned, penalty: float, tolerance: float, start: Floats | None = None) -> Floats:
+    """V float64 [axes, K] for states along their principal axes, where a quarter of the second moment and the penalty are nearly the curvature."""
+    states, scores, gold = turned
+    shape, count = (states.shape[1], scores.shape[1]), len(gold)
+    unit = 1 / np.sqrt((states**2).mean(axis=0)[:, None] / 4 + penalty)  # of each axis; a tenth of the iterations
+
+    def loss(point: Floats) -> tuple[float, Floats]:
+        rows = unit * point.reshape(shape)
+        logits = scores + states @ rows
+        wrong = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+        wrong[np.arange(count), gold] -= 1
+        gradient = unit * (states.T @ wrong / count + penalty * rows)
+        return mean_loss(logits, gold) + penalty / 2 * float((rows**2).sum()), gradient.ravel()
+
+    first = np.zeros(shape) if start is None else start / unit
+    found: Floats = unit * minimize(loss, first.ravel(), tolerance=tolerance).reshape(shape)
+    return found
+
+
+def mean_loss(logits: Floats, gold: npt.NDArray[np.int64]) -> float:
+    """Mean of -log softmax(logits)[gold], nats."""
+    return float((np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(gold)), gold]).mean())
+
+
+def _parts(features: npt.NDArray[np.floating], scale: Floats | None = None) -> Iterator[Floats]:
+    """Columns of the features as float64, scaled, a memory's worth at a time."""
+    for first in range(0, features.shape[1], CHUNK_FEATURES):
+        part = features[:, first : first + CHUNK_FEATURES].astype(np.float64)
+        yield part if scale is None else part / scale[first : first + CHUNK_FEATURES]
+
+
+def _principal(features: npt.NDArray[np.floating], scale: Floats) -> tuple[Floats, Floats]:
+    """Scaled features along their principal axes, and what a solution there is multiplied by: to weights of the scaled features where
+    these are no more than rows, else to shares of the rows that sum up to them.
+    """
+    count, width = features.shape
+    if count >= width:
+        scaled = features / scale
+        axes: Floats = np.linalg.eigh(scaled.T @ scaled)[1]
+        return scaled @ axes, axes
+    gram = np.zeros((count, count))
+    for part in _parts(features, scale):
+        gram += part @ part.T
+    values, vectors = np.linalg.eigh(gram)
+    kept = values > values[-1] * np.finfo(np.float64).eps * count
+    root = np.sqrt(values[kept])
+    return vectors[:, kept] * root, vectors[:, kept] / root
