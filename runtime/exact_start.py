@@ -28,7 +28,7 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.probe_fit import RATIO, contrasts, read_linearly, relative_change
 from edgezo.runtime.scoring import Candidate, Classified, Masked
-from edgezo.runtime.softmax_fit import Floats, SoftmaxFit, fit_softmax
+from edgezo.runtime.softmax_fit import Floats, SoftmaxFit, fit_softmax, read_out
 
 CHUNK = 256  # rows between two looks at the clock
 SHARE = 1 / 6  # of a time budget, that forwards of the start may take; a probe reads its rows twice
@@ -172,7 +172,7 @@ def _written(
     moved = relative_change(features.states[: len(small.gold)], small.states)
     written, there = changed(RATIO / max(moved, RATIO / 1e6), len(examples))
     # the scores have moved, too: what the rows of the head add makes up for that
-    wanted = features.attention @ probe.weights + probe.share * features.scores - there.scores
+    wanted = read_out(features.attention, probe.weights) + probe.share * features.scores - there.scores
     rows = read_linearly(there.states.astype(np.float64), wanted @ basis) @ basis.T
     return HeadRows(tokens, rows.astype(np.float32), written.probe)
 

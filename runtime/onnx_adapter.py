@@ -69,6 +69,8 @@ def onnx_matrices(path: Path, manifest: Manifest) -> dict[str, dict[str, Array]]
         modules[head_module(manifest)] = head_as_lora(path, HeadRows(tokens, rows), manifest)
     probe = np.array(parameters.pop(PROBE_A).numpy()) if PROBE_A in parameters else NO_PROBE
     parameters.pop(PROBE_B, None)
+    if probe.size and not manifest.probes:
+        raise AdapterError(f"{path}: has a probe of the attention, and this edge model was exported without inputs for it; export it again")
     if not (probe.dtype == np.float32 and probe.ndim == 3 and probe_fits(probe, manifest) and np.isfinite(probe).all()):
         raise AdapterError(f"{path}: its probe of shape {list(probe.shape)} is no finite float32 of this model's layers; it cannot be used")
     for name, value in parameters.items():

@@ -139,17 +139,20 @@ class Sequences:
         """Scores and what they were made from; attention outputs of a model that can be given a probe of them."""
         layout, feeds = _lay_out(pairs), self.model.feeds()
         scores = np.empty(len(layout.scored))
-        read: list[tuple[Array, ...]] = [()] * len(layout.hidden)
+        ends = np.cumsum([_scored_count(pair) for pair in pairs])
+        firsts = [layout.scored[end - _scored_count(pair)][0] for end, pair in zip(ends, pairs, strict=True)]
+        kept = set(firsts)
+        read: dict[int, list[Array]] = {}
         for tile in self._tiles(0, layout, sides=1):
             own, (wanted,) = self._feeds([layout], [tile], sides=1)
             self.forward_rows += len(tile.sequences)
-            given = {**{name: own[name] for name in self.inputs}, **feeds, **({PROBE_ROWS: own["hidden_rows"]} if attention else {})}
-            outputs = ["log_probs", "hidden", *([ATTENTION] if attention else [])]
-            scores[wanted], *found = self.model.scoring.run(outputs, given)
-            for row, *parts in zip(tile.hidden, *found, strict=True):
-                read[row] = tuple(parts)
-        ends = np.cumsum([_scored_count(pair) for pair in pairs])
-        firsts = [layout.scored[end - _scored_count(pair)][0] for end, pair in zip(ends, pairs, strict=True)]
+            places = [place for place, row in enumerate(tile.hidden) if row in kept]
+            given = {**{name: own[name] for name in self.inputs}, **feeds}
+            if attention:
+                given[PROBE_ROWS] = own["hidden_rows"][places]
+            scores[wanted], hidden, *found = self.model.scoring.run(["log_probs", "hidden", *([ATTENTION] if attention else [])], given)
+            for place, *parts in zip(places, hidden[places], *found, strict=True):
+                read[tile.hidden[place]] = parts
         stacked = [np.stack(parts) for parts in zip(*(read[row] for row in firsts), strict=True)]
         return States(np.split(scores, ends[:-1]), *stacked, *([] if attention else [np.empty((len(pairs), 0), np.float32)]))
 

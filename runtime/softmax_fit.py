@@ -72,6 +72,15 @@ def fit_softmax(
     return SoftmaxFit(solution / scale[:, None], share, losses[best], mean_loss(scores, gold))
 
 
+def read_out(features: npt.NDArray[np.floating], weights: Floats) -> Floats:
+    """features @ weights in float64, without a float64 copy of all features."""
+    firsts = range(0, features.shape[1], CHUNK_FEATURES)
+    total: Floats = sum(
+        (part @ weights[first : first + CHUNK_FEATURES] for first, part in zip(firsts, _parts(features), strict=True)), np.zeros(())
+    )
+    return total
+
+
 def folds(count: int) -> npt.NDArray[np.int64]:
     """A fold for each row: rows of a file may come label by label, in turns."""
     return noise.permutation(0, count, 0) % min(FOLDS, count)

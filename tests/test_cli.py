@@ -293,7 +293,7 @@ def test_a_chat_gets_no_second_beginning_of_text(command: Command, tmp_path: Pat
 
 
 def test_generate_with_a_run_is_the_tuned_model(command: Command) -> None:
-    assert command("tune", "edge", "-o", "run", *TASK, "--steps", "9", "--lr", "1e-2", "--seed", "3").code == 0
+    assert command("tune", "edge", "-o", "run", *TASK, "--steps", "9", "--lr", "1e-2", "--seed", "3", "--start", "none").code == 0
     found = one_object(command("generate", "edge", "--run", "run", "--prompt", "the film is", "--max-tokens", "20", "--json").out)
     assert found["text"] == EdgeModel("edge", run="run", threads=1).generate("the film is", 20)
     assert found["text"] != EdgeModel("edge", threads=1).generate("the film is", 20)
@@ -396,7 +396,7 @@ def test_inspect_of_a_run(command: Command) -> None:
         ("alpha", "16"),
         ("tune a", "no"),
         ("start", "none"),
-        ("start rows", "4096"),
+        ("start rows", "2048"),
         ("seed", "5"),
         ("noise", "rademacher"),
         ("schedule", "linear"),

@@ -344,7 +344,8 @@ def test_a_damaged_head_file_is_refused(lora_dir: Path, run: tuple[Path, Any], t
         EdgeModel(tmp_path / "out", threads=1)
     manifest["tensors"] = [tensor for tensor in manifest["tensors"] if tensor["name"] != "head_tokens"]
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
-    message = f"{tmp_path / 'out' / 'manifest.json'}: its rows of the head (head_rows) do not fit each other; export the model again"
+    left = ", ".join(name for name in ("head_rows", "probe_A") if name in {tensor["name"] for tensor in manifest["tensors"]})
+    message = f"{tmp_path / 'out' / 'manifest.json'}: its rows of the head ({left}) do not fit each other; export the model again"
     with pytest.raises(EdgeModelError, match=f"^{re.escape(message)}$"):
         EdgeModel(tmp_path / "out", threads=1)
 
@@ -363,11 +364,19 @@ def test_an_older_export_refuses_what_it_cannot_be_fed(lora_dir: Path, run: tupl
     write_tuned(lora_dir, [run[0]], [1.0], "last", tmp_path / "a.onnx_adapter", "onnx-adapter", threads=1)
     old = Path(shutil.copytree(lora_dir, tmp_path / "old"))
     manifest = json.loads((old / "manifest.json").read_text())
-    (old / "manifest.json").write_text(json.dumps({**manifest, "version": 3}))
-    reason = f"{run[0]}: has an exact start, and {old} was exported without inputs for rows of the head; export it again, or give the one it was tuned from"
+    (old / "manifest.json").write_text(json.dumps({**manifest, "version": 3, "probes": []}))
+    reason = (
+        f"{run[0]}: has an exact start, and {old} was exported without inputs for it; export it again, or give the one it was tuned from"
+    )
     with pytest.raises(RunError, match=f"^{re.escape(reason)}$"):
         EdgeModel(old, run=run[0], threads=1)
-    reason = f"{tmp_path / 'a.onnx_adapter'}: changes rows of the head, and {old} was exported without inputs for them; export it again"
+    probed = read_journal(run[0] / "journal.bin").heads[0].probe.size
+    missing = (
+        "has a probe of the attention, and this edge model was exported without inputs for it"
+        if probed
+        else f"changes rows of the head, and {old} was exported without inputs for them"
+    )
+    reason = f"{tmp_path / 'a.onnx_adapter'}: {missing}; export it again"
     with pytest.raises(AdapterError, match=f"^{re.escape(reason)}$"):
         EdgeModel(old, adapter=tmp_path / "a.onnx_adapter", threads=1)
 

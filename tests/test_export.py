@@ -19,7 +19,7 @@ import torch
 import transformers
 from optimum.exporters.onnx import main_export
 
-from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS
+from edgezo.adapters import OPTIONAL_INPUTS, PROBE_ROWS
 from edgezo.errors import ConfigError, EdgezoError, ExportError
 from edgezo.export import export_model, verify
 from edgezo.export.decoder import EXPORTED
@@ -27,7 +27,6 @@ from edgezo.manifest import Graph, Manifest, Tensor
 from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.model import EdgeModel
 
-HEAD = {HEAD_TOKENS, HEAD_ROWS}
 PROMPT = np.array([[5, 270, 17, 301, 88, 264, 19, 300, 42, 7]])
 FACTS_LIMIT = 1 << 20  # bytes that two graphs without weights stay well below
 
@@ -173,7 +172,8 @@ def test_the_generation_graph_gives_the_sources_logits_through_its_cache(exporte
 
 def test_every_tunable_tensor_is_an_overridable_initializer_of_the_scoring_graph(exported: Exported) -> None:
     listed = {value.name for value in session(exported.directory / exported.manifest.scoring.file).get_overridable_initializers()}
-    assert listed == exported.parameters.keys() | HEAD
+    assert listed - OPTIONAL_INPUTS == exported.parameters.keys()
+    assert listed & OPTIONAL_INPUTS >= OPTIONAL_INPUTS - {PROBE_ROWS}
 
 
 def test_the_graphs_hold_no_weight_and_point_to_no_other_directory(exported: Exported) -> None:
@@ -278,7 +278,9 @@ def test_tunable_chooses_by_name_and_freezes_the_rest(source_dir: Path, tmp_path
     }
     for graph in (manifest.scoring, manifest.generation):
         listed = {value.name for value in session(tmp_path / "edge" / graph.file).get_overridable_initializers()}
-        assert listed == chosen | HEAD | {"model.embed_tokens.weight"}, "the tied embedding has two uses: not packed for one of them"
+        assert listed - OPTIONAL_INPUTS == chosen | {"model.embed_tokens.weight"}, (
+            "the tied embedding has two uses: not packed for one of them"
+        )
     assert EdgeModel(tmp_path / "edge", threads=1).weights.keys() == chosen
 
 

@@ -62,7 +62,7 @@ def inspect(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_the_undamaged_model_is_accepted(edge_dir: Path) -> None:
     model = EdgeModel(edge_dir, threads=1)
     assert len(model.weights) == 20
-    assert model.manifest.version == 4
+    assert model.manifest.version == 5
 
 
 def test_a_manifest_of_version_1_is_read(edge_dir: Path) -> None:
@@ -141,11 +141,12 @@ def test_json_of_another_format_is_refused(edge_dir: Path, data: str) -> None:
     assert refusal(edge_dir) == "/manifest.json: not an edge model manifest (format is not 'edgezo-edge-model')"
 
 
-@pytest.mark.parametrize("version", [0, 5, 99, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 6, 99, "1", None, [1]])
 def test_an_unknown_version_is_refused_by_number(edge_dir: Path, version: object) -> None:
     edit(edge_dir, lambda raw: raw.update(version=version))
     assert (
-        refusal(edge_dir) == f"/manifest.json: manifest version {version!r}, this edgezo reads 1, 2, 3 and 4; export again or update edgezo"
+        refusal(edge_dir)
+        == f"/manifest.json: manifest version {version!r}, this edgezo reads 1, 2, 3, 4 and 5; export again or update edgezo"
     )
 
 
@@ -409,8 +410,8 @@ def use(model: EdgeModel, graph: str) -> None:
         (lambda path: (path / "manifest.json").unlink(), f": {NO_EDGE_MODEL}"),
         (lambda path: (path / "manifest.json").write_text("{"), "/manifest.json: not readable as JSON ("),
         (
-            lambda path: edit(path, lambda raw: raw.update(version=5)),
-            "/manifest.json: manifest version 5, this edgezo reads 1, 2, 3 and 4;",
+            lambda path: edit(path, lambda raw: raw.update(version=6)),
+            "/manifest.json: manifest version 6, this edgezo reads 1, 2, 3, 4 and 5;",
         ),
         (
             lambda path: edit(path, lambda raw: raw["tokenizer"].update(file="../x")),
