@@ -12,7 +12,7 @@ HEAD_TOKENS, HEAD_ROWS = "head_tokens", "head_rows"  # int64 [K], float32 [width
 # a probe of the attention, written into the residual stream: float32 [layers, in_features, R] and [R, out_features]
 PROBE_A, PROBE_B = "probe_A", "probe_B"
 PROBE_ROWS, ATTENTION = "probe_rows", "attention"  # int64 [P] in, float32 [P, layers * in_features] out
-OPTIONAL_INPUTS = {HEAD_TOKENS, HEAD_ROWS, PROBE_A, PROBE_B, PROBE_ROWS}  # of an exact start; each has a default of no elements
+OPTIONAL_INPUTS = {HEAD_TOKENS, HEAD_ROWS, PROBE_A, PROBE_B, PROBE_ROWS}  # of an exact start; by default they change nothing
 PREFIX = "prefix"  # float32 [layers, 2 (key, value), heads, tokens, head_dim]
 
 

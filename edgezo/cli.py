@@ -111,7 +111,8 @@ def tune_command(
     start: Annotated[
         str | None,
         setting(
-            "start", text="exact: solve the rows of the head for the label words first; none. [default: exact where rows have label words]"
+            "start",
+            text="exact: put what a linear model learns from a forward or two a row into the weights first; none. [default: exact where rows have label words]",
         ),
     ] = None,
     start_rows: Annotated[int | None, setting("start_rows")] = None,

@@ -103,9 +103,10 @@ class TuneConfig(BaseModel):
     tune_a: bool = Field(False, description="tune LoRA's A too; else B alone (LoRA-FA)")
     init: str | None = Field(None, description="adapter to start from: a PEFT folder or an .onnx_adapter file")
     start: Literal["exact", "none"] | None = Field(
-        None, description="exact: rows of the head for the label words are solved first; exact for label words when unset, else none"
+        None,
+        description="exact: what a linear model learns from one forward a row is put into the weights first; exact for label words when unset, else none",
     )
-    start_rows: int = Field(2048, gt=1, description="training rows that an exact start reads at most, one forward each")
+    start_rows: int = Field(2048, gt=1, description="training rows that an exact start reads at most, one or two forwards each")
     seed: int = Field(0, ge=0, lt=1 << 64, description="of noise and data order; 0 is an ordinary seed")
     noise: Literal["rademacher", "gaussian", "sphere"] = Field("rademacher", description="distribution of z")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="of the learning rate")

@@ -96,10 +96,11 @@ def add_lora(model: onnx.ModelProto, targets: list[LoraTarget], *, stacked: bool
         surgery.constant("edgezo/lora/first", [0])
     grouped: set[str] = set()
     for index, target in enumerate(targets):
-        # defaults of rank 0, and of one output: the branch of a base without adapter is a column of zeros
+        # one output, not all: the branch of a base without adapter is a column of zeros; of rank 1, not 0, since products over no elements
+        # are not zero before onnxruntime 1.20
         a_copies, b_copies = ("a_copies", "b_copies") if stacked else (1, 1)
-        surgery.overridable(target.a, np.zeros((1, target.in_features, 0), np.float32), [a_copies, target.in_features, "rank"])
-        surgery.overridable(target.b, np.zeros((1, 0, 1), np.float32), [b_copies, "rank", f"out{index}"])
+        surgery.overridable(target.a, np.zeros((1, target.in_features, 1), np.float32), [a_copies, target.in_features, "rank"])
+        surgery.overridable(target.b, np.zeros((1, 1, 1), np.float32), [b_copies, "rank", f"out{index}"])
     # ALBERT's layers share their weights: a target has several readers then, and one A and B
     readers = [
         (surgery.position(node), index, use, node)

@@ -48,15 +48,16 @@ def attention_outputs(decoder: Decoder) -> list[LoraTarget]:
 
 def add_attention_probe(model: onnx.ModelProto, targets: Sequence[LoraTarget]) -> None:
     """Let the output projections be changed by PROBE_A [layers, in, R] and PROBE_B [R, out], and make their inputs at PROBE_ROWS of the flat
-    positions [batch * sequence] the value ATTENTION [rows, layers * in]. The defaults have R = 0 and no rows.
+    positions [batch * sequence] the value ATTENTION [rows, layers * in]. The defaults are zeros with R = 1, and no rows.
     """
     if not targets:
         return
     surgery, p = Surgery(model.graph), "edgezo/probe/"
     width = targets[0].in_features
-    surgery.overridable(PROBE_A, np.zeros((len(targets), width, 0), np.float32), [len(targets), width, "probe_rank"])
+    # rank 1 of zeros, since products over no elements are not zero before onnxruntime 1.20
+    surgery.overridable(PROBE_A, np.zeros((len(targets), width, 1), np.float32), [len(targets), width, "probe_rank"])
     # one output, not all: the branch of a base without a probe is a column of zeros
-    surgery.overridable(PROBE_B, np.zeros((0, 1), np.float32), ["probe_rank", "probe_width"])
+    surgery.overridable(PROBE_B, np.zeros((1, 1), np.float32), ["probe_rank", "probe_width"])
     surgery.overridable(PROBE_ROWS, np.zeros(0, np.int64), ["probe_count"])
     flat = surgery.constant(p + "flat", [-1, width])
     parts = []

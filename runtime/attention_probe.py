@@ -4,6 +4,7 @@ W_l + B^T A_l^T for the output projections W_l of attention in the upper layers;
 for all models of one width: signs of the PROBE stream over sqrt(width) (docs/noise.md).
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 
@@ -16,13 +17,17 @@ from edgezo.runtime import noise
 from edgezo.runtime.noise import Direction
 
 Floats = npt.NDArray[np.float32]
+Pairs = dict[str, dict[str, Floats]]
 NO_PROBE: Floats = np.zeros((0, 0, 0), np.float32)
 
 
+@functools.cache
 def probe_directions(rank: int, width: int) -> Floats:
-    """B float32 [rank, width]: where in the residual stream each read-out is written, of length 1."""
+    """B float32 [rank, width]: where in the residual stream each read-out is written, of length 1. Read-only."""
     drawn = [noise.signs(Direction(0, 0, number), noise.tensor_id(PROBE_B), width, noise.PROBE) for number in range(rank)]
-    return np.stack(drawn).astype(np.float32) / np.float32(np.sqrt(width)) if drawn else np.zeros((0, width), np.float32)
+    directions: Floats = np.stack(drawn).astype(np.float32) / np.float32(np.sqrt(width))
+    directions.flags.writeable = False
+    return directions
 
 
 def probe_feeds(probe: Floats, manifest: Manifest) -> dict[str, Floats]:
@@ -51,7 +56,7 @@ def probe_deltas(probe: Floats, manifest: Manifest) -> dict[str, Callable[[], Fl
     return {f"{target.module}.weight": partial(make, target, read) for target, read in zip(manifest.probes, probe, strict=True)}
 
 
-def add_probe(pairs: dict[str, dict[str, Floats]], probe: Floats, manifest: Manifest, scaling: float) -> None:
+def add_probe(pairs: Pairs, probe: Floats, manifest: Manifest, scaling: float) -> None:
     """Join a probe to LoRA by module, {lora_A: A^T [in, rank], lora_B: B^T [rank, out]}, along the rank; where there was none it stands alone.
 
     Args:
@@ -70,15 +75,16 @@ def add_probe(pairs: dict[str, dict[str, Floats]], probe: Floats, manifest: Mani
             pairs[target.module] = {A: a, B: b}
 
 
-def take_probe(pairs: dict[str, dict[str, Floats]], manifest: Manifest, scaling: float) -> Floats:
-    """Part `pairs` from the probe that `add_probe` joined to them: the last rows of B that are its directions. NO_PROBE where there is none."""
+def take_probe(pairs: Pairs, manifest: Manifest, scaling: float) -> Floats:
+    """Part `pairs` from the probe that `add_probe` joined to them: the last rows of B that are its directions. NO_PROBE where there is none,
+    and `pairs` is as it was.
+    """
     targets = {target.module for target in manifest.adapter.targets} if manifest.adapter is not None else set()
     found = [pairs.get(target.module, {}) for target in manifest.probes]
-    if not found or any(pair.keys() != {A, B} or pair[A].shape[1:] != pair[B].shape[:1] for pair in found):
+    ranks = {_probe_rank(target, pair) for target, pair in zip(manifest.probes, found, strict=True)}
+    if len(ranks) != 1 or ranks == {0}:
         return NO_PROBE
-    rank = min(_written(pair[B]) for pair in found)
-    if not rank:
-        return NO_PROBE
+    (rank,) = ranks
     parts = []
     for target, pair in zip(manifest.probes, found, strict=True):
         parts.append(pair[A][:, -rank:] * np.float32(scaling if target.module in targets else 1))
@@ -86,10 +92,17 @@ def take_probe(pairs: dict[str, dict[str, Floats]], manifest: Manifest, scaling:
             del pairs[target.module]
         else:
             pairs[target.module] = {A: pair[A][:, :-rank], B: pair[B][:-rank]}
-    return np.stack(parts) if len({part.shape for part in parts}) == 1 else NO_PROBE
+    return np.stack(parts)
 
 
-def _written(b: Floats) -> int:
-    """How many of the last rows are the first directions of a probe."""
-    directions = probe_directions(*b.shape)
-    return max((rank for rank in range(b.shape[0] + 1) if np.array_equal(b[b.shape[0] - rank :], directions[:rank])), default=0)
+def _probe_rank(target: LoraTarget, pair: dict[str, Floats]) -> int:
+    """How many of the last rows of B are the first directions of a probe; 0 for matrices that do not fit each other or the layer."""
+    if pair.keys() != {A, B} or (pair[A].shape[0], *pair[B].shape[::-1]) != (target.in_features, target.out_features, pair[A].shape[1]):
+        return 0
+    b = pair[B]
+    first = probe_directions(1, target.out_features)
+    begins = np.flatnonzero((b == first).all(axis=1))
+    if not len(begins):
+        return 0
+    rank = b.shape[0] - int(begins[0])
+    return rank if np.array_equal(b[-rank:], probe_directions(rank, target.out_features)) else 0

@@ -82,6 +82,7 @@ def _derive_again(run: Run, model: EdgeModel, every: int, progress: Callable[[in
     """Replay, and on the way run the forwards of every so-manieth step."""
     dataset = read_dataset(model, run.config)
     check_same(run, dataset.config, journal_header(model.manifest, dataset.config, run.start))
+    dataset = dataset.with_offsets(run.journal.offsets)
     order, weights = dataset.order(), mutable_weights(model, run.config, run.start)
     objective = Objective(Sequences(model), dataset.task, run.config)
     if objective.name == "dpo":

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from edgezo.config import ADAPTER_DEFAULTS, TuneConfig
-from edgezo.errors import DataError
+from edgezo.errors import DataError, RunError
 from edgezo.runtime import noise
 from edgezo.runtime.corpus import is_corpus, pack, packs, read_data
 from edgezo.runtime.data import Row
-from edgezo.runtime.examples import Example, Examples, make_examples
+from edgezo.runtime.examples import Example, Examples, Offsets, make_examples
 from edgezo.runtime.masked import CAUSAL, ModelFacts
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import add_references
@@ -35,6 +35,23 @@ class Dataset(NamedTuple):
             return part._replace(examples=add_references(sequences, part.examples))
 
         return self._replace(train=referred(self.train), valid=referred(self.valid) if self.valid is not None else None)
+
+    def with_offsets(self, offsets: Offsets | None) -> "Dataset":
+        """The same with offsets of training rows.
+
+        Raises:
+            RunError: they are of other rows.
+        """
+        if offsets is None:
+            return self
+        found = list(self.train.examples)
+        if not (offsets.rows < len(found)).all() or offsets.values.shape[1] != len(self.task.words):
+            raise RunError(
+                f"{self.config.data}: has {len(found)} rows of {len(self.task.words)} labels, the run's offsets are of others; the run cannot go on"
+            )
+        for row, values in zip(offsets.rows.tolist(), offsets.values.tolist(), strict=True):
+            found[row] = found[row]._replace(offset=tuple(values))
+        return self._replace(train=self.train._replace(examples=found))
 
     def order(self) -> DataOrder:
         """Which rows each step sees."""

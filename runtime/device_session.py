@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from edgezo.adapters import HEAD_ROWS, OPTIONAL_INPUTS, PROBE_B
+from edgezo.adapters import HEAD_ROWS, OPTIONAL_INPUTS, PROBE_A, PROBE_B
 from edgezo.errors import EdgeModelError
 from edgezo.runtime.device import Device, make_session
 from edgezo.runtime.device_passes import DevicePasses
@@ -72,6 +72,7 @@ class DeviceSession(Session):
 
 
 def _default(value: Any) -> Array:
-    """What the graph itself has for an input of an exact start that is left out: no elements."""
-    shape = {HEAD_ROWS: [1, 0], PROBE_B: [0, 1]}.get(value.name, [size if isinstance(size, int) else 0 for size in value.shape])
+    """What the graph itself has for an input of an exact start that is left out: no elements, or a rank of zeros."""
+    absent = int(value.name in {PROBE_A, PROBE_B})
+    shape = [1, 0] if value.name == HEAD_ROWS else [size if isinstance(size, int) else absent for size in value.shape]
     return np.zeros(shape, np.int64 if value.type == "tensor(int64)" else np.float32)

@@ -21,19 +21,19 @@ from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime import noise
 from edgezo.runtime.dataset import Dataset, spread
 from edgezo.runtime.evaluation import Evaluation
-from edgezo.runtime.examples import Example
+from edgezo.runtime.examples import Example, Offsets
 from edgezo.runtime.head_rows import NO_ROWS, HeadRows, summed
-from edgezo.runtime.journal_records import Record, evaluation_records, head_record
+from edgezo.runtime.journal_records import Record, evaluation_records, head_record, offsets_record
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.probe_fit import RATIO, contrasts, read_linearly, relative_change
 from edgezo.runtime.scoring import Candidate, Classified, Masked
-from edgezo.runtime.softmax_fit import Floats, SoftmaxFit, fit_softmax, read_out
+from edgezo.runtime.softmax_fit import Floats, HeldOut, SoftmaxFit, fit_softmax, read_out
 
 CHUNK = 256  # rows between two looks at the clock
 SHARE = 1 / 6  # of a time budget, that forwards of the start may take; a probe reads its rows twice
 ATTENTION_BYTES = 1 << 28  # of attention outputs that are held; rows beyond it are not used
-SCALE_ROWS = 64  # that a probe's scale is measured on
+SCALE_ROWS, SCALE_TRIES = 64, 3  # that a probe's scale is measured on, and how often
 PROBE_SHARES = (1.0, 0.0)  # of the scores that a probe may stand on; SST-2, 2,000 rows: held-out loss 0.344 and 0.338, test 85.9 and 86.5 %
 
 
@@ -51,18 +51,22 @@ class Features(NamedTuple):
 
 
 class HeadFit(NamedTuple):
-    """A solution to try: what it is called, its held-out loss in nats, and what makes it, which may take forwards."""
+    """A solution to try: what it is called, the rows by fits of other rows, and what makes it, which may take forwards.
+
+    `make` returns the solution, and the scores that the rows have with it, float64 [n, K].
+    """
 
     name: str
-    held_out: float
-    make: Callable[[], HeadRows]
+    held_out: HeldOut
+    make: Callable[[], tuple[HeadRows, Floats]]
 
 
 class ExactStart(NamedTuple):
-    """What the journal keeps of a start, and the validation of the model before it."""
+    """What the journal keeps of a start, the validation of the model before it, and offsets of the rows that it has seen."""
 
     records: list[Record]
-    untuned: Evaluation | None
+    untuned: Evaluation | None = None
+    offsets: Offsets | None = None
 
 
 def resolve_start(model: EdgeModel, dataset: Dataset, notice: Callable[[str], None]) -> Dataset:
@@ -83,31 +87,35 @@ def resolve_start(model: EdgeModel, dataset: Dataset, notice: Callable[[str], No
 def start_exactly(model: EdgeModel, objective: Objective, dataset: Dataset, notice: Callable[[str], None]) -> ExactStart:
     """Give the model the solution that helps its validation rows, the one that promises more tried first; without such rows that one."""
     config, valid = dataset.config, dataset.valid
-    chosen = spread(dataset.train.examples, config.start_rows)
+    chosen = np.array(spread(list(range(len(dataset.train.examples))), config.start_rows))
     # a file may come label by label, and parts of the rows are used for themselves
-    examples = [chosen[row] for row in noise.permutation(config.seed, len(chosen), 0)]
+    rows = chosen[noise.permutation(config.seed, len(chosen), 0)]
+    examples = [dataset.train.examples[row] for row in rows]
     before = objective.evaluate(valid.examples) if valid is not None else None
     seconds = SHARE * 60 * config.minutes if config.minutes is not None else math.inf
     features = read_features(objective, examples, len(dataset.task.words), seconds)
     examples, loss = examples[: len(features.gold)], math.nan
     found, refused = model.head, "lower the held-out loss"
     for fit, loss in fits(objective, examples, features):
-        model.head = summed([found, fit.make()], [1.0, 1.0])
+        made, scores = fit.make()
+        model.head = summed([found, made], [1.0, 1.0])
         after = objective.evaluate(valid.examples) if valid is not None else None
         gain = _gain(fit, loss, before, after)
         if before is None or after is None or after.score() > before.score():
             notice(f"exact start: {fit.name} for {len(dataset.task.words)} label words, from {len(examples)} rows: {gain}")
             told = evaluation_records(0, before, True) if before is not None else []
-            return ExactStart([*told, head_record(model.head)], before)
+            unseen = fit.held_out.logits - scores  # softmax does not see a constant of a row
+            offsets = Offsets(rows[: len(examples)], (unseen - unseen.mean(axis=1, keepdims=True)).astype(np.float32))
+            return ExactStart([*told, head_record(model.head), offsets_record(offsets)], before, offsets)
         refused = f"help the validation rows ({gain})"
         model.head = found
     notice(f"exact start: what {len(examples)} rows teach does not {refused}; the run starts from the model as it is")
-    return ExactStart([head_record(found)] if len(found.tokens) else [], None)
+    return ExactStart([head_record(found)] if len(found.tokens) else [])
 
 
 def _gain(fit: HeadFit, loss: float, before: Evaluation | None, after: Evaluation | None) -> str:
     if before is None or after is None or before.accuracy is None or after.accuracy is None:
-        return f"held-out loss {loss:.3f} -> {fit.held_out:.3f}"
+        return f"held-out loss {loss:.3f} -> {fit.held_out.loss:.3f}"
     return f"validation accuracy {100 * before.accuracy:.1f} % -> {100 * after.accuracy:.1f} %, loss {before.loss:.3f} -> {after.loss:.3f}"
 
 
@@ -141,24 +149,31 @@ def fits(objective: Objective, examples: Sequence[Example], features: Features) 
     """
     tokens = np.array(first_tokens(examples, features.scores.shape[1]), np.int64)
     head = fit_softmax(features.states, features.scores, features.gold)
-    found = [HeadFit("rows of the head", head.held_out, lambda: HeadRows(tokens, head.weights.astype(np.float32)))]
+
+    def rows_of_the_head() -> tuple[HeadRows, Floats]:
+        return HeadRows(tokens, head.weights.astype(np.float32)), features.scores + features.states @ head.weights
+
+    found = [HeadFit("rows of the head", head.held_out, rows_of_the_head)]
     layers = len(objective.sequences.model.manifest.probes)
     if features.attention.size:
         probe = fit_softmax(features.attention, features.scores, features.gold, layers, PROBE_SHARES)
         name = f"a probe of the attention of {layers} layers"
         found.append(HeadFit(name, probe.held_out, lambda: _written(objective, examples, features, tokens, probe)))
-    for fit in sorted(found, key=lambda fit: fit.held_out):
-        if fit.held_out < head.before:
+    for fit in sorted(found, key=lambda fit: fit.held_out.loss):
+        if fit.held_out.loss < head.before:
             yield fit, head.before
 
 
 def _written(
     objective: Objective, examples: Sequence[Example], features: Features, tokens: npt.NDArray[np.int64], probe: SoftmaxFit
-) -> HeadRows:
-    """The probe written into the residual stream, as large as moves the hidden states by RATIO, and rows of the head that read it there."""
+) -> tuple[HeadRows, Floats]:
+    """The probe written into the residual stream, as large as moves the hidden states by RATIO, rows of the head that read it there, and the
+    scores with them.
+    """
     model, candidates = objective.sequences.model, len(tokens)
     before, basis = model.head, contrasts(candidates)
     read = (probe.weights @ basis).reshape(len(model.manifest.probes), -1, candidates - 1)
+    read = np.pad(read, ((0, 0), (0, 0), (before.probe.shape[2], 0)))  # directions that a start before this one left free
 
     def changed(scale: float, rows: int) -> tuple[HeadRows, Features]:
         written = HeadRows(NO_ROWS.tokens, NO_ROWS.rows, (scale * read).astype(np.float32))
@@ -168,13 +183,18 @@ def _written(
         finally:
             model.head = before
 
-    _, small = changed(1.0, SCALE_ROWS)
-    moved = relative_change(features.states[: len(small.gold)], small.states)
-    written, there = changed(RATIO / max(moved, RATIO / 1e6), len(examples))
+    scale = 1.0
+    for _ in range(SCALE_TRIES):
+        _, small = changed(scale, SCALE_ROWS)
+        moved = relative_change(features.states[: len(small.gold)], small.states)
+        scale *= RATIO / max(moved, RATIO / 1e6)
+        if 1 / 2 < moved / RATIO < 2:
+            break
+    written, there = changed(scale, len(examples))
     # the scores have moved, too: what the rows of the head add makes up for that
     wanted = read_out(features.attention, probe.weights) + probe.share * features.scores - there.scores
     rows = read_linearly(there.states.astype(np.float64), wanted @ basis) @ basis.T
-    return HeadRows(tokens, rows.astype(np.float32), written.probe)
+    return HeadRows(tokens, rows.astype(np.float32), written.probe), there.scores + there.states @ rows
 
 
 def _target(pair: Candidate) -> int:
@@ -218,11 +238,11 @@ def read_features(
 
 
 def _read_chunk(objective: Objective, examples: Sequence[Example], candidates: int, attention: bool) -> Features:
-    read = objective.sequences.states([pair for example in examples for pair in example.pairs], attention)
+    read = objective.sequences.states([pair for example in examples for pair in example.pairs], attention, stride=candidates)
     scores = np.stack(objective.candidate_scores(read.scores, examples))
 
     def one_a_row(states: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        apart = states.reshape(len(examples), len(states) // len(examples), states.shape[1])[:, ::candidates]
+        apart = states.reshape(len(examples), len(states) // len(examples), states.shape[1])
         found: npt.NDArray[np.float32] = apart[:, 0] - apart[:, 1] if apart.shape[1] > 1 else apart[:, 0]
         return found
 

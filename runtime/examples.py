@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from edgezo.errors import DataError
 from edgezo.runtime.data import Row
 from edgezo.runtime.masked import class_candidates, mask_place, masked_candidates
@@ -25,6 +28,7 @@ class Example(NamedTuple):
     fields: of the row, for a user's own objective.
     answers: the texts that are right, where an answer is generated.
     reference: log-probabilities of the candidates under the model that a preference is relative to, in nats.
+    offset: what is added to the scores of the candidates where a loss is measured, in nats (`Offsets`).
     """
 
     pairs: Sequence[Candidate]
@@ -32,6 +36,19 @@ class Example(NamedTuple):
     fields: Mapping[str, Any] = MappingProxyType({})
     answers: tuple[str, ...] = ()
     reference: tuple[float, ...] = ()
+    offset: tuple[float, ...] = ()
+
+
+class Offsets(NamedTuple):
+    """For training rows that an exact start has learned from: their scores by fits that had not seen them, less those of the start itself.
+
+    With them a loss falls where the start generalises better, not where it knows its own rows still better.
+
+    rows: int64 [n], places among the training examples. values: float32 [n, candidates], in nats.
+    """
+
+    rows: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float32]
 
 
 class Examples(NamedTuple):

@@ -1,6 +1,6 @@
-"""The journal, version 3: what a run is. Base weights and journal give the tuned weights. The format is docs/journal.md.
+"""The journal, version 4: what a run is. Base weights and journal give the tuned weights. The format is docs/journal.md.
 
-8 bytes   b"EDGEZOJ3"
+8 bytes   b"EDGEZOJ4"
 4 bytes   header length n, little-endian
 n bytes   header, JSON in UTF-8
 4 bytes   CRC-32 of all before

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from edgezo.errors import RunError
 from edgezo.runtime.evaluation import Evaluation, best_step
+from edgezo.runtime.examples import Offsets
 from edgezo.runtime.head_rows import HeadRows
 from edgezo.runtime.journal_records import (
     CHECKSUM,
@@ -19,6 +20,7 @@ from edgezo.runtime.journal_records import (
     LENGTH,
     MAGIC,
     METRICS,
+    OFFSETS,
     PROBE,
     READABLE,
     SETTINGS,
@@ -29,6 +31,7 @@ from edgezo.runtime.journal_records import (
     json_object,
     read_head_record,
     read_metrics,
+    read_offsets,
     record_bytes,
     step_record,
 )
@@ -55,6 +58,7 @@ class JournalContents(NamedTuple):
     others: dict[str, float]
     heads: dict[int, HeadRows]
     untuned: Evaluation | None
+    offsets: Offsets | None = None
     lr_scale: float = 1.0
     undos: int = 0
     quiet_step: int | None = None
@@ -141,6 +145,8 @@ def _with_record(path: Path, contents: JournalContents, record: bytes, end: int,
         first = len(contents.heads) == 1 and not contents.records
         # what was evaluated before is the untuned model; step 0 has these rows
         return contents._replace(untuned=contents.evaluations.pop(0, None)) if first else contents
+    if kind == OFFSETS:
+        return contents._replace(offsets=read_offsets(path, payload))
     if kind == METRICS:
         return contents._replace(others=read_metrics(path, payload[LENGTH.size :]))
     if kind == UNDO:

@@ -11,6 +11,7 @@ import numpy as np
 from edgezo.errors import RunError
 from edgezo.runtime.attention_probe import NO_PROBE
 from edgezo.runtime.evaluation import Evaluation
+from edgezo.runtime.examples import Offsets
 from edgezo.runtime.head_rows import HeadRows
 
 MAGIC = b"EDGEZOJ4"
@@ -19,18 +20,19 @@ READABLE = (
     b"EDGEZOJ2",
     b"EDGEZOJ3",
     MAGIC,
-)  # 2 added the record of other metrics, 3 those of the head and of an undo, 4 that of a probe; what older ones have means the same
+)  # 2 added the record of other metrics, 3 those of the head and of an undo, 4 those of a probe and of offsets; what older ones have means the same
 JOURNAL_BYTES_LIMIT = 1 << 30  # 63 million steps
 HEADER_BYTES_LIMIT = 1 << 20
 SETTINGS_BYTES_LIMIT = 1 << 16
-STEP, DIRECTIONS, EVALUATION, METRICS, SETTINGS, HEAD, PROBE, UNDO = b"S", b"D", b"E", b"M", b"C", b"H", b"P", b"U"
+STEP, DIRECTIONS, EVALUATION, METRICS, SETTINGS, HEAD, PROBE, OFFSETS, UNDO = b"S", b"D", b"E", b"M", b"C", b"H", b"P", b"O", b"U"
 STEP_PAYLOAD = struct.Struct("<fff")
 DIRECTIONS_PAYLOAD = struct.Struct("<Hff")  # how many projected gradients follow, learning rate, loss
 DIRECTIONS_LIMIT = (1 << 16) - 1
 EVALUATION_PAYLOAD = struct.Struct("<IIddd?")
 HEAD_SIZES = struct.Struct("<II")  # width, tokens
 PROBE_SIZES = struct.Struct("<IIIII")  # width, tokens; layers, in_features and rank of the probe
-HEAD_NUMBERS_LIMIT = 1 << 26
+OFFSETS_SIZES = struct.Struct("<II")  # rows, candidates
+NUMBERS_LIMIT = 1 << 26  # of a head and its probe, or of offsets
 UNDO_PAYLOAD = struct.Struct("<If")  # steps that stay, factor on the learning rate from here on
 LENGTH = struct.Struct("<I")
 CHECKSUM = struct.Struct("<I")
@@ -62,10 +64,16 @@ def record_bytes(data: bytes, position: int, directions: int) -> int:
         return EVALUATION_BYTES
     if kind in (HEAD, PROBE):
         layout = HEAD_SIZES if kind == HEAD else PROBE_SIZES
-        sizes = data[position + 1 : position + 1 + layout.size]
-        width, count, *probe = layout.unpack(sizes) if len(sizes) == layout.size else (HEAD_NUMBERS_LIMIT, 1)
-        numbers = width * count + (math.prod(probe) if probe else 0)
-        return 1 + layout.size + 4 * (count + numbers) + CHECKSUM.size if 0 < width * count <= numbers <= HEAD_NUMBERS_LIMIT else 0
+        body = data[position + 1 : position + 1 + layout.size]
+        width, count, *probe = layout.unpack(body) if len(body) == layout.size else (NUMBERS_LIMIT // 2, 1, NUMBERS_LIMIT // 2, 1, 1)
+        parts = [width * count, *([math.prod(probe)] if kind == PROBE else [])]
+        whole = min(parts) > 0 and sum(parts) <= NUMBERS_LIMIT
+        return 1 + layout.size + 4 * (count + sum(parts)) + CHECKSUM.size if whole else 0
+    if kind == OFFSETS:
+        sizes = data[position + 1 : position + 1 + OFFSETS_SIZES.size]
+        count, candidates = OFFSETS_SIZES.unpack(sizes) if len(sizes) == OFFSETS_SIZES.size else (NUMBERS_LIMIT // 2, 1)
+        numbers = count * (1 + candidates)
+        return 1 + OFFSETS_SIZES.size + 4 * numbers + CHECKSUM.size if 0 < numbers <= NUMBERS_LIMIT else 0
     if kind == UNDO:
         return UNDO_BYTES
     if kind in (SETTINGS, METRICS):
@@ -96,6 +104,21 @@ def head_record(head: HeadRows) -> Record:
     if not head.probe.size:
         return HEAD, HEAD_SIZES.pack(*head.rows.shape) + rows
     return PROBE, PROBE_SIZES.pack(*head.rows.shape, *head.probe.shape) + rows + np.ascontiguousarray(head.probe, "<f4").tobytes()
+
+
+def offsets_record(offsets: Offsets) -> Record:
+    """Offsets of training rows: little-endian uint32 rows, float32 values [n, candidates]."""
+    values = np.ascontiguousarray(offsets.values, "<f4").tobytes()
+    return OFFSETS, OFFSETS_SIZES.pack(*offsets.values.shape) + offsets.rows.astype("<u4").tobytes() + values
+
+
+def read_offsets(path: Path, payload: bytes) -> Offsets:
+    count, candidates = OFFSETS_SIZES.unpack_from(payload)
+    rows = np.frombuffer(payload, "<u4", count, OFFSETS_SIZES.size).astype(np.int64)
+    values = np.frombuffer(payload, "<f4", -1, OFFSETS_SIZES.size + 4 * count).astype(np.float32).reshape(count, candidates)
+    if not np.isfinite(values).all() or len(np.unique(rows)) != count:
+        raise RunError(f"{path}: a record of offsets holds NaN, infinity or a row twice, which no run writes; the run cannot be used")
+    return Offsets(rows, values)
 
 
 def json_record(kind: bytes, value: dict[str, Any]) -> Record:

@@ -123,7 +123,10 @@ class Objective:
             return -float(sum(float(part.sum()) for part in parts)) / sum(map(len, parts))
         gold = [example.gold for example in examples]
         with np.errstate(invalid="ignore"):  # NaN is the estimator's to refuse
-            scores = self.candidate_scores(parts, examples)
+            scores = [
+                row + np.array(example.offset) if example.offset else row
+                for row, example in zip(self.candidate_scores(parts, examples), examples, strict=True)
+            ]
             if name in {"preference", "dpo"}:
                 return float(np.logaddexp(0, -self.config.beta * self._margins(name, scores, examples)).mean())
             if name == "cross-entropy":

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, PROBE_A, PROBE_B
+from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, PROBE_A, PROBE_B, A, B
 from edgezo.errors import AdapterError, first_line
 from edgezo.manifest import Manifest
-from edgezo.runtime.attention_probe import NO_PROBE, add_probe, probe_fits
+from edgezo.runtime.attention_probe import NO_PROBE, add_probe, probe_feeds, probe_fits
 from edgezo.runtime.head_rows import NO_ROWS, HeadRows, head_as_lora, head_module, refuse_beside_lora
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.prefix import Prefix
@@ -68,9 +68,12 @@ def onnx_matrices(path: Path, manifest: Manifest) -> dict[str, dict[str, Array]]
         tokens, rows = (np.array(parameters.pop(name).numpy()) for name in (HEAD_TOKENS, HEAD_ROWS))
         modules[head_module(manifest)] = head_as_lora(path, HeadRows(tokens, rows), manifest)
     probe = np.array(parameters.pop(PROBE_A).numpy()) if PROBE_A in parameters else NO_PROBE
-    parameters.pop(PROBE_B, None)
+    directions = np.array(parameters.pop(PROBE_B).numpy()) if PROBE_B in parameters else None
     if probe.size and not manifest.probes:
         raise AdapterError(f"{path}: has a probe of the attention, and this edge model was exported without inputs for it; export it again")
+    own = directions is not None and np.array_equal(directions, probe_feeds(probe, manifest).get(PROBE_B, NO_PROBE))
+    if probe.size and not own:
+        raise AdapterError(f"{path}: its probe writes along other directions than edgezo's; it cannot be used")
     if not (probe.dtype == np.float32 and probe.ndim == 3 and probe_fits(probe, manifest) and np.isfinite(probe).all()):
         raise AdapterError(f"{path}: its probe of shape {list(probe.shape)} is no finite float32 of this model's layers; it cannot be used")
     for name, value in parameters.items():
@@ -79,6 +82,8 @@ def onnx_matrices(path: Path, manifest: Manifest) -> dict[str, dict[str, Array]]
         if rest not in {"A.weight", "B.weight"} or array.ndim != 3 or array.dtype != np.float32 or not np.isfinite(array).all():
             raise AdapterError(f"{path}: parameter {name!r} is no LoRA matrix of finite float32; it cannot be used")
         modules.setdefault(module, {})[f"lora_{rest[0]}"] = array[0]
+    if probe.size and any(pair.keys() != {A, B} for pair in modules.values()):
+        raise AdapterError(f"{path}: a layer has lora_A or lora_B alone, both are needed; save the adapter again")
     add_probe(modules, probe, manifest, 1.0)
     return modules
 

@@ -40,8 +40,8 @@ Scores = list[npt.NDArray[np.float64]]  # of each pair, [completion tokens], in 
 class States(NamedTuple):
     """Candidates as a forward saw them.
 
-    scores: as `Sequences.log_probs`. hidden: float32 [pairs, width], what the head read to score the first token of every pair. attention:
-    float32 [pairs, layers * in_features], the attention outputs there that a probe may read; no columns where none were asked for.
+    scores: as `Sequences.log_probs`. hidden: float32 [n, width], what the head read to score the first token of the n pairs asked for.
+    attention: float32 [n, layers * in_features], the attention outputs there that a probe may read; no columns where none were asked for.
     """
 
     scores: Scores
@@ -135,12 +135,12 @@ class Sequences:
         pairs = [(text, [self.pad]) if isinstance(text, list) else text._replace(target=0) for text in texts]
         return self.states(pairs).hidden
 
-    def states(self, pairs: Sequence[Candidate], attention: bool = False) -> States:
-        """Scores and what they were made from; attention outputs of a model that can be given a probe of them."""
+    def states(self, pairs: Sequence[Candidate], attention: bool = False, stride: int = 1) -> States:
+        """Scores of all pairs, and what every stride-th was made from; attention outputs of a model that can be given a probe of them."""
         layout, feeds = _lay_out(pairs), self.model.feeds()
         scores = np.empty(len(layout.scored))
         ends = np.cumsum([_scored_count(pair) for pair in pairs])
-        firsts = [layout.scored[end - _scored_count(pair)][0] for end, pair in zip(ends, pairs, strict=True)]
+        firsts = [layout.scored[end - _scored_count(pair)][0] for end, pair in zip(ends, pairs, strict=True)][::stride]
         kept = set(firsts)
         read: dict[int, list[Array]] = {}
         for tile in self._tiles(0, layout, sides=1):
@@ -154,7 +154,7 @@ class Sequences:
             for place, *parts in zip(places, hidden[places], *found, strict=True):
                 read[tile.hidden[place]] = parts
         stacked = [np.stack(parts) for parts in zip(*(read[row] for row in firsts), strict=True)]
-        return States(np.split(scores, ends[:-1]), *stacked, *([] if attention else [np.empty((len(pairs), 0), np.float32)]))
+        return States(np.split(scores, ends[:-1]), *stacked, *([] if attention else [np.empty((len(firsts), 0), np.float32)]))
 
     def stacked(self, groups: Sequence[Sequence[Candidate]], sides: Sequence[int], copies: Copies) -> list[list[Scores]]:
         """Scores of every group of pairs under its own copies of the weights, as many copies in one forward as fit.

@@ -27,14 +27,21 @@ Floats = npt.NDArray[np.float64]
 class SoftmaxFit(NamedTuple):
     """A solution.
 
-    weights: float64 [features, K]. share: of the scores, c. held_out: mean loss in nats of every row by a fit of the other folds. before:
-    that of the scores alone.
+    weights: float64 [features, K]. share: of the scores, c. held_out: of every row by a fit of the other folds. before: mean loss in nats of
+    the scores alone.
     """
 
     weights: Floats
     share: float
-    held_out: float
+    held_out: "HeldOut"
     before: float
+
+
+class HeldOut(NamedTuple):
+    """Mean loss in nats of rows by fits that have not seen them, and their logits, float64 [n, K]."""
+
+    loss: float
+    logits: Floats
 
 
 class Turned(NamedTuple):
@@ -64,12 +71,12 @@ def fit_softmax(
     scale = np.sqrt(np.concatenate([(part.astype(np.float64) ** 2).mean(axis=0) for part in _parts(features)]) * groups)
     scale[scale == 0] = 1.0
     axes, back = _principal(features, scale)
-    losses = {(share, penalty): loss for share in shares for penalty, loss in held_out_losses(Turned(axes, share * scores, gold)).items()}
-    share, penalty = best = min(losses, key=lambda choice: losses[choice])
+    tried = {(share, penalty): found for share in shares for penalty, found in held_out(Turned(axes, share * scores, gold)).items()}
+    share, penalty = best = min(tried, key=lambda choice: tried[choice].loss)
     solution = back @ solve(Turned(axes, share * scores, gold), penalty, TOLERANCE / 100)
     if len(back) != len(scale):  # in terms of rows: more features than those
         solution = np.concatenate([part.T @ solution for part in _parts(features, scale)])
-    return SoftmaxFit(solution / scale[:, None], share, losses[best], mean_loss(scores, gold))
+    return SoftmaxFit(solution / scale[:, None], share, tried[best], mean_loss(scores, gold))
 
 
 def read_out(features: npt.NDArray[np.floating], weights: Floats) -> Floats:
@@ -86,23 +93,24 @@ def folds(count: int) -> npt.NDArray[np.int64]:
     return noise.permutation(0, count, 0) % min(FOLDS, count)
 
 
-def held_out_losses(turned: Turned) -> dict[float, float]:
-    """By penalty, from the strongest down until two were no better: the mean loss in nats of every row by a fit of the other folds."""
-    count, fold = len(turned.gold), folds(len(turned.gold))
+def held_out(turned: Turned) -> dict[float, HeldOut]:
+    """By penalty, from the strongest down until two were no better: every row by a fit of the other folds."""
+    fold = folds(len(turned.gold))
     solved: dict[int, Floats] = {}  # of the penalty before: a start near the solution
-    losses: dict[float, float] = {}
+    tried: dict[float, HeldOut] = {}
     for penalty in PENALTIES:
-        total = 0.0
+        logits = turned.scores.copy()
         for held in range(fold.max() + 1):
             inside, outside = fold != held, fold == held
             if not inside.any():
-                return {penalty: math.inf}  # one row: nothing to choose by
+                return {penalty: HeldOut(math.inf, logits)}  # one row: nothing to choose by
             rows = solved[held] = solve(Turned(*(part[inside] for part in turned)), penalty, TOLERANCE, solved.get(held))
-            total += outside.sum() * mean_loss(turned.scores[outside] + turned.states[outside] @ rows, turned.gold[outside])
-        losses[penalty] = float(total) / count
-        if min(list(losses.values())[-2:]) > min(losses.values()):
+            logits[outside] += turned.states[outside] @ rows
+        tried[penalty] = HeldOut(mean_loss(logits, turned.gold), logits)
+        losses = [found.loss for found in tried.values()]
+        if min(losses[-2:]) > min(losses):
             break
-    return losses
+    return tried
 
 
 def solve(turned: Turned, penalty: float, tolerance: float, start: Floats | None = None) -> Floats:

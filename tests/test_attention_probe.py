@@ -143,9 +143,9 @@ def test_the_solution_that_promises_less_is_tried_where_the_other_does_not_help(
         for place, (fit, loss) in enumerate(every(*given)):
             yield (fit if place else HeadFit(fit.name, fit.held_out, partial(turned, fit))), loss
 
-    def turned(fit: HeadFit) -> HeadRows:
-        head = fit.make()
-        return head._replace(rows=-head.rows)
+    def turned(fit: HeadFit) -> tuple[HeadRows, Any]:
+        head, scores = fit.make()
+        return head._replace(rows=-head.rows), scores
 
     monkeypatch.setattr(exact_start, "fits", turned_round)
     notices: list[str] = []

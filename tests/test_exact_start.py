@@ -16,19 +16,22 @@ from reference import edge_log_probs, make_pairs, network_log_probs, peft_networ
 from sklearn.linear_model import LogisticRegression
 
 import edgezo
+from edgezo.config import make_config
 from edgezo.errors import AdapterError, ConfigError, EdgeModelError, RunError
 from edgezo.runtime import exact_start, head_rows, softmax_fit
-from edgezo.runtime.exact_start import first_tokens
-from edgezo.runtime.examples import Example
+from edgezo.runtime.dataset import read_dataset
+from edgezo.runtime.exact_start import first_tokens, read_features
+from edgezo.runtime.examples import Example, Offsets
 from edgezo.runtime.head_rows import NO_ROWS, HeadRows, summed
 from edgezo.runtime.journal import Journal
 from edgezo.runtime.journal_reader import read_journal
-from edgezo.runtime.journal_records import evaluation_records, head_record
+from edgezo.runtime.journal_records import evaluation_records, head_record, offsets_record
 from edgezo.runtime.lbfgs import minimize
 from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.objective import Objective
 from edgezo.runtime.peft_folder import write_peft
 from edgezo.runtime.scoring import Classified, Sequences
-from edgezo.runtime.softmax_fit import Turned, fit_softmax, held_out_losses
+from edgezo.runtime.softmax_fit import Turned, fit_softmax, held_out, mean_loss
 from edgezo.runtime.tuned import write_tuned
 from edgezo.storage import sha256_file
 
@@ -84,7 +87,8 @@ def test_the_penalty_is_chosen_on_rows_that_the_fit_has_not_seen() -> None:
     """Labels without any relation to the states: strong penalties are best, and the weakest are not tried."""
     random = np.random.default_rng(2)
     gold = random.integers(0, 2, 40)
-    losses = held_out_losses(Turned(random.normal(size=(40, 40)), np.zeros((40, 2)), gold))
+    tried = held_out(Turned(random.normal(size=(40, 40)), np.zeros((40, 2)), gold))
+    losses = {penalty: found.loss for penalty, found in tried.items()}
     assert min(losses.values()) > 0.99 * np.log(2)
     assert min(losses, key=lambda penalty: losses[penalty]) >= 10
     assert len(losses) < len(softmax_fit.PENALTIES)
@@ -94,7 +98,7 @@ def test_rows_in_turns_of_their_labels_are_held_out_as_others() -> None:
     """Folds that took every third row would hold out one label each, and learn nothing of it."""
     gold = np.arange(60) % 3
     states = np.eye(3)[gold] + 0.1 * np.random.default_rng(3).normal(size=(60, 3))
-    assert min(held_out_losses(Turned(states, np.zeros((60, 3)), gold)).values()) < 0.2
+    assert min(found.loss for found in held_out(Turned(states, np.zeros((60, 3)), gold)).values()) < 0.2
 
 
 def test_candidates_that_share_a_first_token_have_no_rows_of_their_own() -> None:
@@ -202,12 +206,60 @@ def test_a_run_killed_between_its_start_and_its_first_evaluation_goes_on(lora_di
     assert contents.evaluations[0] == whole.start
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     (tmp_path / "killed" / "journal.bin").unlink()
-    first = [*evaluation_records(0, contents.untuned, True), head_record(contents.heads[0])]
+    assert contents.offsets is not None
+    first = [*evaluation_records(0, contents.untuned, True), head_record(contents.heads[0]), offsets_record(contents.offsets)]
     Journal.create(tmp_path / "killed" / "journal.bin", contents.header, first).close()
     assert read_journal(tmp_path / "killed" / "journal.bin").evaluations == {}
     resumed = edgezo.tune(lora_dir, tmp_path / "killed", resume=True, threads=1)
     assert (resumed.before, resumed.start, resumed.best) == (whole.before, whole.start, whole.best)
     assert (tmp_path / "killed" / "journal.bin").read_bytes() == (tmp_path / "whole" / "journal.bin").read_bytes()
+
+
+def test_losses_are_measured_as_if_the_start_had_not_seen_their_rows(lora_dir: Path, rows: str, tmp_path: Path) -> None:
+    """Offset scores are those of fits on the other folds, for the rows of the file in their order."""
+    tuned_run(lora_dir, tmp_path / "run", rows, steps=0)
+    offsets = read_journal(tmp_path / "run" / "journal.bin").offsets
+    assert offsets is not None
+    assert sorted(offsets.rows) == list(range(len(ROWS)))
+    model = EdgeModel(lora_dir, threads=1)
+    config = make_config(None, {"data": rows}, None, {**{name: TASK[name] for name in ("template", "labels")}, **FEW})
+    dataset = read_dataset(model, config)
+    objective = Objective(Sequences(model), dataset.task, dataset.config)
+    examples = [dataset.train.examples[row] for row in offsets.rows]
+    (fit, _), *_ = exact_start.fits(objective, examples, read_features(objective, examples, 2))
+    model.head, scores = fit.make()
+    gold = np.array([example.gold for example in examples])
+    assert mean_loss(scores + offsets.values, gold) == pytest.approx(fit.held_out.loss, abs=1e-4)
+    assert mean_loss(scores, gold) < 0.9 * fit.held_out.loss
+    given = dataset.with_offsets(offsets)
+    assert objective.loss(given.train.examples) == pytest.approx(fit.held_out.loss, abs=1e-3)
+    assert objective.loss(dataset.train.examples) == pytest.approx(mean_loss(scores, gold), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        Offsets(np.array([1, 1]), np.zeros((2, 2), np.float32)),
+        Offsets(np.array([0, 1]), np.full((2, 2), np.nan, np.float32)),
+    ],
+)
+def test_offsets_that_no_run_writes_are_refused(tmp_path: Path, offsets: Offsets) -> None:
+    Journal.create(tmp_path / "j", {"config": {}}, [offsets_record(offsets)]).close()
+    message = f"{tmp_path / 'j'}: a record of offsets holds NaN, infinity or a row twice, which no run writes; the run cannot be used"
+    with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
+        read_journal(tmp_path / "j")
+
+
+def test_offsets_are_read_as_written_and_torn_anywhere_left_out(tmp_path: Path) -> None:
+    offsets = Offsets(np.array([5, 2, 9]), np.arange(6, dtype=np.float32).reshape(3, 2))
+    Journal.create(tmp_path / "j", {"config": {}}, [offsets_record(offsets)]).close()
+    data = (tmp_path / "j").read_bytes()
+    found = read_journal(tmp_path / "j").offsets
+    assert found is not None
+    assert (found.rows.tolist(), found.values.tolist()) == ([5, 2, 9], [[0, 1], [2, 3], [4, 5]])
+    for cut in range(1, len(offsets_record(offsets)[1]) + 5):
+        (tmp_path / "j").write_bytes(data[:-cut])
+        assert read_journal(tmp_path / "j").offsets is None
 
 
 def test_the_steps_of_a_run_are_derived_again_with_its_head(lora_dir: Path, rows: str, tmp_path: Path, invoke: Any) -> None:
