@@ -51,14 +51,14 @@ class Features(NamedTuple):
 
 
 class HeadFit(NamedTuple):
-    """A solution to try: what it is called, the rows by fits of other rows, and what makes it, which may take forwards.
-
-    `make` returns the solution, and the scores that the rows have with it, float64 [n, K].
+    """A solution to try: what it is called, the rows by fits of other rows, their logits by the fit itself, float64 [n, K], and what puts it into
+    the weights, which may take forwards.
     """
 
     name: str
     held_out: HeldOut
-    make: Callable[[], tuple[HeadRows, Floats]]
+    seen: Floats
+    make: Callable[[], HeadRows]
 
 
 class ExactStart(NamedTuple):
@@ -97,15 +97,14 @@ def start_exactly(model: EdgeModel, objective: Objective, dataset: Dataset, noti
     examples, loss = examples[: len(features.gold)], math.nan
     found, refused = model.head, "lower the held-out loss"
     for fit, loss in fits(objective, examples, features):
-        made, scores = fit.make()
-        model.head = summed([found, made], [1.0, 1.0])
+        model.head = summed([found, fit.make()], [1.0, 1.0])
         after = objective.evaluate(valid.examples) if valid is not None else None
         gain = _gain(fit, loss, before, after)
         if before is None or after is None or after.score() > before.score():
             notice(f"exact start: {fit.name} for {len(dataset.task.words)} label words, from {len(examples)} rows: {gain}")
             told = evaluation_records(0, before, True) if before is not None else []
-            unseen = fit.held_out.logits - scores  # softmax does not see a constant of a row
-            offsets = Offsets(rows[: len(examples)], (unseen - unseen.mean(axis=1, keepdims=True)).astype(np.float32))
+            less = fit.held_out.logits - fit.seen  # softmax does not see a constant of a row
+            offsets = Offsets(rows[: len(examples)], (less - less.mean(axis=1, keepdims=True)).astype(np.float32))
             return ExactStart([*told, head_record(model.head), offsets_record(offsets)], before, offsets)
         refused = f"help the validation rows ({gain})"
         model.head = found
@@ -149,27 +148,28 @@ def fits(objective: Objective, examples: Sequence[Example], features: Features) 
     """
     tokens = np.array(first_tokens(examples, features.scores.shape[1]), np.int64)
     head = fit_softmax(features.states, features.scores, features.gold)
-
-    def rows_of_the_head() -> tuple[HeadRows, Floats]:
-        return HeadRows(tokens, head.weights.astype(np.float32)), features.scores + features.states @ head.weights
-
-    found = [HeadFit("rows of the head", head.held_out, rows_of_the_head)]
+    seen = features.scores + read_out(features.states, head.weights)
+    found = [HeadFit("rows of the head", head.held_out, seen, lambda: HeadRows(tokens, head.weights.astype(np.float32)))]
     layers = len(objective.sequences.model.manifest.probes)
     if features.attention.size:
         probe = fit_softmax(features.attention, features.scores, features.gold, layers, PROBE_SHARES)
+        wanted = probe.share * features.scores + read_out(features.attention, probe.weights)
         name = f"a probe of the attention of {layers} layers"
-        found.append(HeadFit(name, probe.held_out, lambda: _written(objective, examples, features, tokens, probe)))
+        found.append(HeadFit(name, probe.held_out, wanted, lambda: _written(objective, examples, features, tokens, probe, wanted)))
     for fit in sorted(found, key=lambda fit: fit.held_out.loss):
         if fit.held_out.loss < head.before:
             yield fit, head.before
 
 
 def _written(
-    objective: Objective, examples: Sequence[Example], features: Features, tokens: npt.NDArray[np.int64], probe: SoftmaxFit
-) -> tuple[HeadRows, Floats]:
-    """The probe written into the residual stream, as large as moves the hidden states by RATIO, rows of the head that read it there, and the
-    scores with them.
-    """
+    objective: Objective,
+    examples: Sequence[Example],
+    features: Features,
+    tokens: npt.NDArray[np.int64],
+    probe: SoftmaxFit,
+    wanted: Floats,
+) -> HeadRows:
+    """The probe written into the residual stream, as large as moves the hidden states by RATIO, and rows of the head that read it there."""
     model, candidates = objective.sequences.model, len(tokens)
     before, basis = model.head, contrasts(candidates)
     read = (probe.weights @ basis).reshape(len(model.manifest.probes), -1, candidates - 1)
@@ -192,9 +192,8 @@ def _written(
             break
     written, there = changed(scale, len(examples))
     # the scores have moved, too: what the rows of the head add makes up for that
-    wanted = read_out(features.attention, probe.weights) + probe.share * features.scores - there.scores
-    rows = read_linearly(there.states.astype(np.float64), wanted @ basis) @ basis.T
-    return HeadRows(tokens, rows.astype(np.float32), written.probe), there.scores + there.states @ rows
+    rows = read_linearly(there.states.astype(np.float64), (wanted - there.scores) @ basis) @ basis.T
+    return HeadRows(tokens, rows.astype(np.float32), written.probe)
 
 
 def _target(pair: Candidate) -> int:

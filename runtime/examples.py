@@ -40,7 +40,7 @@ class Example(NamedTuple):
 
 
 class Offsets(NamedTuple):
-    """For training rows that an exact start has learned from: their scores by fits that had not seen them, less those of the start itself.
+    """For training rows that an exact start has learned from: their scores by fits that had not seen them, less those by the fit of all.
 
     With them a loss falls where the start generalises better, not where it knows its own rows still better.
 

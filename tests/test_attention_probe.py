@@ -141,11 +141,11 @@ def test_the_solution_that_promises_less_is_tried_where_the_other_does_not_help(
     def turned_round(*given: Any) -> Any:
         """The first solution is of the wrong sign."""
         for place, (fit, loss) in enumerate(every(*given)):
-            yield (fit if place else HeadFit(fit.name, fit.held_out, partial(turned, fit))), loss
+            yield (fit if place else fit._replace(make=partial(turned, fit))), loss
 
-    def turned(fit: HeadFit) -> tuple[HeadRows, Any]:
-        head, scores = fit.make()
-        return head._replace(rows=-head.rows), scores
+    def turned(fit: HeadFit) -> HeadRows:
+        head = fit.make()
+        return head._replace(rows=-head.rows)
 
     monkeypatch.setattr(exact_start, "fits", turned_round)
     notices: list[str] = []
