@@ -102,9 +102,9 @@ class TuneConfig(BaseModel):
     alpha: float = Field(16.0, gt=0, le=ALPHA_LIMIT, allow_inf_nan=False, description="of LoRA, whose scaling is alpha / rank")
     tune_a: bool = Field(False, description="tune LoRA's A too; else B alone (LoRA-FA)")
     init: str | None = Field(None, description="adapter to start from: a PEFT folder or an .onnx_adapter file")
-    start: Literal["exact", "none"] | None = Field(
+    start: Literal["exact", "head", "none"] | None = Field(
         None,
-        description="exact: what a linear model learns from one forward a row is put into the weights first; exact for label words when unset, else none",
+        description="exact: what a linear model learns from forwards of the rows is put into the weights first; head: into rows of the head alone; exact for label words when unset, else none",
     )
     start_rows: int = Field(2048, gt=1, description="training rows that an exact start reads at most, one or two forwards each")
     seed: int = Field(0, ge=0, lt=1 << 64, description="of noise and data order; 0 is an ordinary seed")

@@ -76,11 +76,11 @@ def resolve_start(model: EdgeModel, dataset: Dataset, notice: Callable[[str], No
         ConfigError: one was asked for and cannot be.
     """
     asked, problem = dataset.config.start, obstacle(model, dataset)
-    if asked == "exact" and problem is not None:
-        raise ConfigError(f"--start exact: {problem}; or give --start none")
+    if asked in {"exact", "head"} and problem is not None:
+        raise ConfigError(f"--start {asked}: {problem}; or give --start none")
     if asked is None and problem is not None and dataset.task.kind == "classification":
         notice(f"no exact start: {problem}")
-    start = "exact" if asked != "none" and problem is None else "none"
+    start = (asked or "exact") if problem is None else "none"
     return dataset._replace(config=dataset.config.model_copy(update={"start": start}))
 
 
@@ -93,7 +93,7 @@ def start_exactly(model: EdgeModel, objective: Objective, dataset: Dataset, noti
     examples = [dataset.train.examples[row] for row in rows]
     before = objective.evaluate(valid.examples) if valid is not None else None
     seconds = SHARE * 60 * config.minutes if config.minutes is not None else math.inf
-    features = read_features(objective, examples, len(dataset.task.words), seconds)
+    features = read_features(objective, examples, len(dataset.task.words), seconds, attention=None if config.start == "exact" else False)
     examples, loss = examples[: len(features.gold)], math.nan
     found, refused = model.head, "lower the held-out loss"
     for fit, loss in fits(objective, examples, features):

@@ -108,7 +108,7 @@ def tune(
             reporter.notice(f"forwards of at most {fit_batches(theta, everything, memory)} tokens keep to {memory / 1e6:.0f} MB")
         given = [head_record(model.head)] if previous is None and config.init is not None and len(model.head.tokens) else []
         begun, exact = time.monotonic(), ExactStart(given)
-        if previous is None and config.start == "exact":
+        if previous is None and config.start != "none":
             reporter.stage("solving the exact start")
             exact = start_exactly(model, theta.objective, dataset, reporter.notice)
         dataset = dataset.with_offsets(exact.offsets if previous is None else previous.journal.offsets)

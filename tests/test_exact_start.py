@@ -220,12 +220,12 @@ def test_losses_are_measured_as_if_the_start_had_not_seen_their_rows(
 ) -> None:
     """Offset scores are those of fits on the other folds, for the rows of the file in their order."""
     only(monkeypatch, "rows of the head")
-    tuned_run(lora_dir, tmp_path / "run", rows, steps=0, labels="a,b")
+    tuned_run(lora_dir, tmp_path / "run", rows, steps=0, labels="what,of")
     offsets = read_journal(tmp_path / "run" / "journal.bin").offsets
     assert offsets is not None
     assert sorted(offsets.rows) == list(range(len(ROWS)))
     model = EdgeModel(lora_dir, threads=1)
-    config = make_config(None, {"data": rows}, None, {"template": TASK["template"], "labels": "a,b", **FEW})
+    config = make_config(None, {"data": rows}, None, {"template": TASK["template"], "labels": "what,of", **FEW})
     dataset = read_dataset(model, config)
     objective = Objective(Sequences(model), dataset.task, dataset.config)
     examples = [dataset.train.examples[row] for row in offsets.rows]
@@ -312,6 +312,14 @@ def test_what_the_start_did_is_told(lora_dir: Path, rows: str, tmp_path: Path, i
     )
     assert told in " ".join(found.err.split())
     assert re.search(rf"^before +accuracy {before:.1f} %.*\nexact start +accuracy {start:.1f} %", found.out, re.M)
+
+
+def test_a_start_of_the_head_alone_leaves_the_attention_as_it_is(lora_dir: Path, rows: str, tmp_path: Path) -> None:
+    tuned_run(lora_dir, tmp_path / "run", rows, steps=0, start="head")
+    head = read_journal(tmp_path / "run" / "journal.bin").heads[0]
+    assert len(head.tokens) == 2
+    assert not head.probe.size
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["start"] == "head"
 
 
 @pytest.mark.parametrize(
