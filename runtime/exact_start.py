@@ -97,8 +97,12 @@ def start_exactly(model: EdgeModel, objective: Objective, dataset: Dataset, noti
     examples, loss = examples[: len(features.gold)], math.nan
     found, refused = model.head, "lower the held-out loss"
     for fit, loss in fits(objective, examples, features):
-        model.head = summed([found, fit.make()], [1.0, 1.0])
-        after = objective.evaluate(valid.examples) if valid is not None else None
+        try:
+            model.head = summed([found, fit.make()], [1.0, 1.0])
+            after = objective.evaluate(valid.examples) if valid is not None else None
+        except NonFiniteLossError:  # of the changed model; as it was it gave the features
+            model.head, refused = found, f"keep the losses finite ({fit.name})"
+            continue
         gain = _gain(fit, loss, before, after)
         if before is None or after is None or after.score() > before.score():
             notice(f"exact start: {fit.name} for {len(dataset.task.words)} label words, from {len(examples)} rows: {gain}")

@@ -160,6 +160,30 @@ def test_the_solution_that_promises_less_is_tried_where_the_other_does_not_help(
     assert ("rows of the head for" in told) == (not contents.heads[0].probe.size)
 
 
+def test_a_solution_that_breaks_the_model_is_left_out(
+    lora_dir: Path, tmp_path: Path, write_rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = exact_start.fits
+    rows = [{"text": f"{word} film", "label": label} for label, words in enumerate((["bad", "poor"], ["good", "fine"])) for word in words]
+
+    def broken(fit: HeadFit) -> HeadRows:
+        head = fit.make()
+        return head._replace(rows=head.rows + np.float32(3e38))
+
+    def all_broken(*given: Any) -> Any:
+        return ((fit._replace(make=partial(broken, fit)), loss) for fit, loss in every(*given))
+
+    monkeypatch.setattr(exact_start, "fits", all_broken)
+    notices: list[str] = []
+    reporter, data = edgezo.Reporter(notice=notices.append), write_rows(rows * 4)
+    settings = {"template": "{text} It was", "labels": "terrible,great", "threads": 1, "steps": 0, "lr": 0.1, "eps": 0.01}
+    result = edgezo.tune(lora_dir, tmp_path / "run", data=data, valid=data, reporter=reporter, **settings)
+    assert result.start is None or result.start == result.before
+    assert read_journal(tmp_path / "run" / "journal.bin").heads == {}
+    (told,) = [text for text in notices if text.startswith("exact start")]
+    assert "does not keep the losses finite" in told
+
+
 # formats
 
 

@@ -454,8 +454,10 @@ def test_an_exact_start_alone_is_written_without_a_note(lora_dir: Path, rows: st
 def test_the_average_of_runs_averages_their_rows(lora_dir: Path, rows: str, run: tuple[Path, Any], tmp_path: Path) -> None:
     tuned_run(lora_dir, tmp_path / "other", rows, start_rows=8, lr=5e-2, rank=1)
     write_tuned(lora_dir, [run[0], tmp_path / "other"], [0.25, 0.75], "last", tmp_path / "out", "edge", threads=1)
-    one, other = (EdgeModel(lora_dir, run=path, threads=1).head.rows for path in (run[0], tmp_path / "other"))
-    assert np.abs(EdgeModel(tmp_path / "out", threads=1).head.rows - (0.25 * one + 0.75 * other)).max() < 1e-6
+    one, other = (EdgeModel(lora_dir, run=path, threads=1).head for path in (run[0], tmp_path / "other"))
+    found = EdgeModel(tmp_path / "out", threads=1).head
+    assert np.abs(found.rows - (0.25 * one.rows + 0.75 * other.rows)).max() < 1e-6
+    assert np.allclose(found.probe, 0.25 * one.probe + 0.75 * other.probe, atol=1e-5)
 
 
 def test_a_peft_folder_of_a_prefix_cannot_hold_them(prefix_dir: Path, rows: str, tmp_path: Path) -> None:
