@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import tiny
 import torch
@@ -14,7 +15,7 @@ from reference import edge_log_probs, make_pairs, network_log_probs
 from sklearn.linear_model import Ridge
 
 import edgezo
-from edgezo.adapters import ATTENTION
+from edgezo.adapters import ATTENTION, HEAD_ROWS, PROBE_A, PROBE_B
 from edgezo.errors import RunError
 from edgezo.runtime import exact_start, noise, probe_fit
 from edgezo.runtime.attention_probe import NO_PROBE, add_probe, probe_directions, take_probe
@@ -67,6 +68,19 @@ def test_a_probe_is_a_change_of_these_weights(export_tiny: Callable[..., Path], 
             change = torch.from_numpy(read @ directions)
             module.weight += change if name == "gpt2" else change.T
     assert np.abs(found - network_log_probs(network, make_pairs())).max() < 1e-4
+
+
+@pytest.mark.parametrize("graph", ["scoring.onnx", "generation.onnx"])
+def test_no_product_of_the_base_is_over_no_elements(lora_dir: Path, graph: str) -> None:
+    """Before onnxruntime 1.20 such a product is not zero, but whatever lies in memory."""
+    loaded = onnx.load(lora_dir / graph, load_external_data=False).graph
+    factors = {name for node in loaded.node if node.op_type == "MatMul" for name in node.input}
+    given = [
+        tensor for tensor in loaded.initializer if tensor.name in factors or "lora_" in tensor.name or tensor.name in {PROBE_A, PROBE_B}
+    ]
+    assert {PROBE_A, PROBE_B} <= {tensor.name for tensor in given}
+    empty = [tensor.name for tensor in given if 0 in tensor.dims]
+    assert empty == [HEAD_ROWS]  # no columns, but one row
 
 
 @pytest.mark.parametrize("settings", [{"adapter": "lora"}, {"adapter": "lora", "weights": "int4"}, {"adapter": "prefix"}])
