@@ -118,7 +118,7 @@ def tuning() -> Iterator["Reporter"]:
         say = (progress.console if live else console).print
         total: int | None = None
         shown = 0.0
-        smooth: float | None = None
+        smooth, seen = 0.0, 0  # a mean at first, then one that forgets
 
         def begin(step: int, total_steps: int | None) -> None:
             nonlocal total
@@ -130,9 +130,10 @@ def tuning() -> Iterator["Reporter"]:
                 say(f"  {text}")
 
         def step(report: "StepReport") -> None:
-            nonlocal shown, smooth
-            smooth = report.loss if smooth is None else 0.95 * smooth + 0.05 * report.loss
-            note = f"loss {smooth:.4f}  {report.step_seconds:.2f} s/step"
+            nonlocal shown, smooth, seen
+            seen += 1
+            smooth += (report.loss - smooth) * max(1 / seen, 0.05)
+            note = f"mean loss {smooth:.4f}  {report.step_seconds:.2f} s/step"
             count = f"{report.step}/{total}" if total else f"step {report.step}"
             progress.update(task, description="tuning", completed=report.progress, count=count, note=note)
             if not live and (report.progress - shown >= 1 / LINES_PER_RUN or report.progress >= 1):

@@ -123,7 +123,7 @@ def test_tune_tells_before_after_and_what_to_do_next(command: Command) -> None:
 
 def test_tune_shows_its_progress_on_standard_error(command: Command) -> None:
     found = command("tune", "edge", "-o", "run", *PLAIN, "--valid", "rows.jsonl", "--steps", "3", "--eval-every", "2", "--lr", "1e-4")
-    step = r"loss \d+\.\d{4}  \d+\.\d\d s/step  \d+:\d\d left\n"
+    step = r"mean loss \d+\.\d{4}  \d+\.\d\d s/step  \d+:\d\d left\n"
     matches(
         "  reading data\n  checking that the engine sees changes of every tunable tensor\n  measuring the loss around the start\n"
         r"  eps \S+, measured on 16 rows: projected gradients there and at a quarter of it differ by \d+ %\n"
