@@ -95,9 +95,14 @@ def take_probe(pairs: Pairs, manifest: Manifest, scaling: float) -> Floats:
     return np.stack(parts)
 
 
+def fits_layer(target: LoraTarget, pair: dict[str, Floats]) -> bool:
+    """Whether A^T and B^T are both there, and fit each other and the layer."""
+    return pair.keys() == {A, B} and (pair[A].shape[0], *pair[B].shape[::-1]) == (target.in_features, target.out_features, pair[A].shape[1])
+
+
 def _probe_rank(target: LoraTarget, pair: dict[str, Floats]) -> int:
     """How many of the last rows of B are the first directions of a probe; 0 for matrices that do not fit each other or the layer."""
-    if pair.keys() != {A, B} or (pair[A].shape[0], *pair[B].shape[::-1]) != (target.in_features, target.out_features, pair[A].shape[1]):
+    if not fits_layer(target, pair):
         return 0
     b = pair[B]
     first = probe_directions(1, target.out_features)

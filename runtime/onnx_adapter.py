@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, PROBE_A, PROBE_B, A, B
+from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, PROBE_A, PROBE_B
 from edgezo.errors import AdapterError, first_line
 from edgezo.manifest import Manifest
-from edgezo.runtime.attention_probe import NO_PROBE, add_probe, probe_feeds, probe_fits
+from edgezo.runtime.attention_probe import NO_PROBE, add_probe, fits_layer, probe_feeds, probe_fits
 from edgezo.runtime.head_rows import NO_ROWS, HeadRows, head_as_lora, head_module, refuse_beside_lora
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.prefix import Prefix
@@ -71,19 +71,19 @@ def onnx_matrices(path: Path, manifest: Manifest) -> dict[str, dict[str, Array]]
     directions = np.array(parameters.pop(PROBE_B).numpy()) if PROBE_B in parameters else None
     if probe.size and not manifest.probes:
         raise AdapterError(f"{path}: has a probe of the attention, and this edge model was exported without inputs for it; export it again")
+    if not (probe.dtype == np.float32 and probe.ndim == 3 and probe_fits(probe, manifest) and np.isfinite(probe).all()):
+        raise AdapterError(f"{path}: its probe of shape {list(probe.shape)} is no finite float32 of this model's layers; it cannot be used")
     own = directions is not None and np.array_equal(directions, probe_feeds(probe, manifest).get(PROBE_B, NO_PROBE))
     if probe.size and not own:
         raise AdapterError(f"{path}: its probe writes along other directions than edgezo's; it cannot be used")
-    if not (probe.dtype == np.float32 and probe.ndim == 3 and probe_fits(probe, manifest) and np.isfinite(probe).all()):
-        raise AdapterError(f"{path}: its probe of shape {list(probe.shape)} is no finite float32 of this model's layers; it cannot be used")
     for name, value in parameters.items():
         module, _, rest = name.rpartition(".lora_")
         array = np.array(value.numpy())
         if rest not in {"A.weight", "B.weight"} or array.ndim != 3 or array.dtype != np.float32 or not np.isfinite(array).all():
             raise AdapterError(f"{path}: parameter {name!r} is no LoRA matrix of finite float32; it cannot be used")
         modules.setdefault(module, {})[f"lora_{rest[0]}"] = array[0]
-    if probe.size and any(pair.keys() != {A, B} for pair in modules.values()):
-        raise AdapterError(f"{path}: a layer has lora_A or lora_B alone, both are needed; save the adapter again")
+    if probe.size and not all(fits_layer(target, modules[target.module]) for target in manifest.probes if target.module in modules):
+        raise AdapterError(f"{path}: lora_A and lora_B of a layer with a probe do not fit it; save the adapter again")
     add_probe(modules, probe, manifest, 1.0)
     return modules
 

@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import tiny
 import torch
-from reference import edge_log_probs, make_pairs, network_log_probs
+from reference import edge_log_probs, make_pairs, network_log_probs, randomise
 from sklearn.linear_model import Ridge
 
 import edgezo
 from edgezo.adapters import ATTENTION, HEAD_ROWS, PROBE_A, PROBE_B
-from edgezo.errors import RunError
+from edgezo.errors import AdapterError, RunError
 from edgezo.runtime import exact_start, noise, probe_fit
 from edgezo.runtime.attention_probe import NO_PROBE, add_probe, probe_directions, take_probe
 from edgezo.runtime.exact_start import HeadFit
@@ -218,6 +219,37 @@ def test_a_probe_goes_through_lora_and_back(lora_dir: Path) -> None:
     assert list(pairs) == [target.module]
     assert np.array_equal(pairs[target.module]["lora_A"], own["lora_A"])
     assert take_probe(pairs, manifest, 2.0) is NO_PROBE
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("probe_A", np.ones(5, np.float32), "its probe of shape [5] is no finite float32 of this model's layers; it cannot be used"),
+        (
+            "probe_A",
+            np.full((2, 32, 1), np.nan, np.float32),
+            "its probe of shape [2, 32, 1] is no finite float32 of this model's layers; it cannot be used",
+        ),
+        ("probe_B", np.ones((3, 32), np.float32), "its probe writes along other directions than edgezo's; it cannot be used"),
+        (
+            "model.layers.0.self_attn.o_proj.lora_A.weight",
+            np.ones((1, 7, 8), np.float32),
+            "lora_A and lora_B of a layer with a probe do not fit it; save the adapter again",
+        ),
+    ],
+)
+def test_a_damaged_probe_in_an_adapter_file_is_refused(lora_dir: Path, tmp_path: Path, name: str, array: Any, message: str) -> None:
+    model, path = EdgeModel(lora_dir, threads=1), tmp_path / "a.onnx_adapter"
+    randomise(model)
+    assert model.adapter is not None
+    feeds = {**model.adapter.feeds(), **random_probe(model).feeds(model.manifest), name: array}
+    file = onnxruntime.AdapterFormat()
+    file.set_adapter_version(1)
+    file.set_model_version(1)
+    file.set_parameters({key: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)) for key, value in feeds.items()})
+    file.export_adapter(str(path))
+    with pytest.raises(AdapterError, match=f"^{re.escape(f'{path}: {message}')}$"):
+        EdgeModel(lora_dir, adapter=path, threads=1)
 
 
 def test_a_record_is_read_as_written_and_torn_anywhere_left_out(tmp_path: Path) -> None:
