@@ -1,9 +1,11 @@
 """One table over tasks and methods: zero-shot, in-context, linear probe, and tuned for some minutes each; every cell a command of its own.
 
     python -m examples.bench.tasks RESULTS --data DATA --lora EDGE --full EDGE --prefix EDGE --tasks sst2,trec --minutes 10
+    python -m examples.bench.tasks RESULTS --data DATA --classifier 'minilm-{task}' --tasks sst2,trec
 
 A cell that is in RESULTS already is not run again, so that the bench can be stopped and go on. The data folder has TASK/train.jsonl,
-TASK/validation.jsonl and TASK/test.jsonl, with the fields of the task's recipe.
+TASK/validation.jsonl and TASK/test.jsonl, with the fields of the task's recipe. A classifier is exported with the classes of one task: {task}
+in its path stands for that. Options that are not of this command are those of `edgezo tune`.
 """
 
 import argparse
@@ -19,8 +21,22 @@ from typing import Any, NamedTuple
 from edgezo.recipe import read_recipe, recipe_path, summarize
 
 TUNED = ("full", "lora", "prefix", "classifier")
-METHODS = ("zero-shot", "in-context", "probe", *TUNED)
+METHODS = {
+    "zero-shot": "lora",
+    "in-context": "lora",
+    "probe": "lora",
+    **{name: name for name in TUNED[:3]},
+    "classifier-probe": "classifier",
+    "classifier": "classifier",
+}
 SHOTS = 8
+TEXTS = {
+    "sst2": "{sentence}",
+    "trec": "{question}",
+    "rte": "{premise} {hypothesis}",
+    "agnews": "{text}",
+    "sms_spam": "{text}",
+}  # that classifiers read
 
 
 class Cell(NamedTuple):
@@ -36,8 +52,8 @@ def run_cell(method: str, task: str, options: argparse.Namespace) -> Cell:
     """Learn on the training rows and measure on the test rows."""
     folder = options.data / task
     test = str(_first_rows(folder / "test.jsonl", options.results / f"{task}.test.jsonl", options.test_rows))
-    recipe = ["--task", _recipe(task, method)]
-    edge = str(getattr(options, method if method in TUNED else "lora"))
+    recipe = ["--template", TEXTS[task]] if METHODS[method] == "classifier" else ["--task", _recipe(task)]
+    edge = str(getattr(options, METHODS[method])).format(task=task)
     begun = time.monotonic()
     if method in TUNED:
         run = options.results / f"{task}.{method}.run"
@@ -48,7 +64,7 @@ def run_cell(method: str, task: str, options: argparse.Namespace) -> Cell:
         found, peak = _edgezo("eval", edge, "--data", test, "--run", str(run))
         return Cell(found, tuned["forward_rows"], time.monotonic() - begun, max(peak, tune_peak))
     train, valid = str(folder / "train.jsonl"), str(folder / "validation.jsonl")
-    if method == "probe":
+    if method.endswith("probe"):
         found, peak = _edgezo("probe", edge, "--data", train, "--valid", valid, "--test", test, *recipe)
         return Cell(found["evaluation"], found["train_rows"] + found["valid_rows"], time.monotonic() - begun, peak)
     shots = ["--shots", str(SHOTS), "--train", train] if method == "in-context" else []
@@ -63,11 +79,10 @@ def _first_rows(path: Path, copy: Path, rows: int) -> Path:
     return copy
 
 
-def _recipe(task: str, method: str) -> str:
-    """A recipe of the package, or a file beside this one; classifiers have no label words."""
-    name = f"{task}.classifier" if method == "classifier" else task
-    own = Path(__file__).with_name(f"{name}.yaml")
-    return str(own) if own.is_file() else name
+def _recipe(task: str) -> str:
+    """A recipe of the package, or a file beside this one."""
+    own = Path(__file__).with_name(f"{task}.yaml")
+    return str(own) if own.is_file() else task
 
 
 def _edgezo(*arguments: str) -> tuple[dict[str, Any], int]:
@@ -86,7 +101,7 @@ def show(results: Path) -> str:
     """The table of all cells, in Markdown."""
     lines = ["| task | method | test | learning rows | minutes | peak MB |", "|---|---|---|---|---|---|"]
     cells = {path.stem: Cell(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(results.glob("*.json"))}
-    for name, cell in sorted(cells.items(), key=lambda item: (item[0].split(".")[0], METHODS.index(item[0].split(".")[1]))):
+    for name, cell in sorted(cells.items(), key=lambda item: (item[0].split(".")[0], list(METHODS).index(item[0].split(".")[1]))):
         task, method = name.split(".")
         kept = {key: value for key, value in cell.metrics.items() if key in {"accuracy", "f1", "exact_match", "macro_f1"}}
         shown = ", ".join(f"{key.replace('_', ' ')} {100 * value:.1f} %" for key, value in kept.items())
@@ -103,17 +118,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--test-rows", type=int, default=300)
     for name in TUNED:
-        parser.add_argument(f"--{name}", type=Path, help=f"edge model for the method {name}; without it the method is left out")
+        parser.add_argument(f"--{name}", help=f"edge model for the method {name}; without it the method is left out")
     arguments, settings = parser.parse_known_args()
     arguments.settings = settings
     arguments.results.mkdir(parents=True, exist_ok=True)
     for task in arguments.tasks.split(","):
-        for method in METHODS:
+        classes = summarize(read_recipe(recipe_path(_recipe(task)))).kind == "classification"
+        for method, kind in METHODS.items():
             path = arguments.results / f"{task}.{method}.json"
-            if path.exists() or getattr(arguments, method if method in TUNED else "lora") is None:
+            if path.exists() or getattr(arguments, kind) is None or (not classes and (method == "probe" or kind == "classifier")):
                 continue
-            if method == "probe" and summarize(read_recipe(recipe_path(_recipe(task, method)))).kind != "classification":
-                continue  # no classes
             cell = run_cell(method, task, arguments)
             path.write_text(json.dumps(cell._asdict()), encoding="utf-8")
             sys.stderr.write(f"{task} {method}: {cell.metrics}\n")
