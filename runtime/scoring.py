@@ -49,6 +49,17 @@ class States(NamedTuple):
     attention: npt.NDArray[np.float32]
 
 
+class TokenStates(NamedTuple):
+    """Tokens of completions, and what a forward made of the text before each.
+
+    hidden: float32 [n, width], final hidden states. log_probs: float32 [n, K], of the tokens asked for. tokens: int64 [n], those that stand there.
+    """
+
+    hidden: npt.NDArray[np.float32]
+    log_probs: npt.NDArray[np.float32]
+    tokens: npt.NDArray[np.int64]
+
+
 def forward_tokens(candidate: Candidate) -> int:
     """Tokens that a forward reads of a candidate; the last token of a completion is only a target."""
     return len(candidate.tokens) if isinstance(candidate, Masked | Classified) else len(candidate[0]) + len(candidate[1]) - 1
@@ -155,6 +166,28 @@ class Sequences:
                 read[tile.hidden[place]] = parts
         stacked = [np.stack(parts) for parts in zip(*(read[row] for row in firsts), strict=True)]
         return States(np.split(scores, ends[:-1]), *stacked, *([] if attention else [np.empty((len(firsts), 0), np.float32)]))
+
+    def token_states(self, pairs: Sequence[Pair], tokens: npt.NDArray[np.int64]) -> TokenStates:
+        """Hidden states that all tokens of completions are scored from, and log p there of other tokens.
+
+        Args:
+            pairs: prompt and completion token ids, neither empty.
+            tokens: int64 [K].
+        """
+        layout, feeds = _lay_out(pairs), self.model.feeds()
+        parts: list[tuple[list[int], Array, Array]] = []
+        for tile in self._tiles(0, layout, sides=1):
+            own, _ = self._feeds([layout], [tile], sides=1)
+            self.forward_rows += len(tile.sequences)
+            count = len(tile.hidden)
+            own["pair_rows"], own["pair_targets"] = np.repeat(np.arange(count), len(tokens)), np.tile(tokens, count)
+            given = {**{name: own[name] for name in self.inputs}, **feeds}
+            found, states = self.model.scoring.run(["log_probs", "hidden"], given)
+            parts.append((tile.hidden, states, found.reshape(count, len(tokens))))
+        places, hidden, log_probs = (np.concatenate(part) for part in zip(*parts, strict=True))
+        rows, targets = np.array(layout.scored, np.int64).T
+        order = np.argsort(places)[rows]
+        return TokenStates(hidden[order], log_probs[order], targets)
 
     def stacked(self, groups: Sequence[Sequence[Candidate]], sides: Sequence[int], copies: Copies) -> list[list[Scores]]:
         """Scores of every group of pairs under its own copies of the weights, as many copies in one forward as fit.

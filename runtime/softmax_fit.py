@@ -57,7 +57,12 @@ class Turned(NamedTuple):
 
 
 def fit_softmax(
-    features: npt.NDArray[np.floating], scores: Floats, gold: npt.NDArray[np.int64], groups: int = 1, shares: Sequence[float] = (1.0,)
+    features: npt.NDArray[np.floating],
+    scores: Floats,
+    gold: npt.NDArray[np.int64],
+    groups: int = 1,
+    shares: Sequence[float] = (1.0,),
+    fold: npt.NDArray[np.int64] | None = None,
 ) -> SoftmaxFit:
     """Solve for V, the penalty chosen on held-out folds of the rows, and the share of the scores with it.
 
@@ -67,11 +72,13 @@ def fit_softmax(
         gold: of 0 to K - 1.
         groups: parts of the features that are each as large as a feature set of its own; the penalty is as many times as strong.
         shares: to choose from.
+        fold: of each row, from 0; drawn when None.
     """
+    fold = folds(len(gold)) if fold is None else fold
     scale = np.sqrt(np.concatenate([(part.astype(np.float64) ** 2).mean(axis=0) for part in _parts(features)]) * groups)
     scale[scale == 0] = 1.0
     axes, back = _principal(features, scale)
-    tried = {(share, penalty): found for share in shares for penalty, found in held_out(Turned(axes, share * scores, gold)).items()}
+    tried = {(share, penalty): found for share in shares for penalty, found in held_out(Turned(axes, share * scores, gold), fold).items()}
     share, penalty = best = min(tried, key=lambda choice: tried[choice].loss)
     solution = back @ solve(Turned(axes, share * scores, gold), penalty, TOLERANCE / 100)
     if len(back) != len(scale):  # in terms of rows: more features than those
@@ -93,9 +100,8 @@ def folds(count: int) -> npt.NDArray[np.int64]:
     return noise.permutation(0, count, 0) % min(FOLDS, count)
 
 
-def held_out(turned: Turned) -> dict[float, HeldOut]:
+def held_out(turned: Turned, fold: npt.NDArray[np.int64]) -> dict[float, HeldOut]:
     """By penalty, from the strongest down until two were no better: every row by a fit of the other folds."""
-    fold = folds(len(turned.gold))
     solved: dict[int, Floats] = {}  # of the penalty before: a start near the solution
     tried: dict[float, HeldOut] = {}
     for penalty in PENALTIES:

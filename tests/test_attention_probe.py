@@ -20,9 +20,8 @@ from edgezo.adapters import ATTENTION, HEAD_ROWS, PROBE_A, PROBE_B
 from edgezo.errors import AdapterError, RunError
 from edgezo.runtime import exact_start, noise, probe_fit
 from edgezo.runtime.attention_probe import NO_PROBE, add_probe, probe_directions, take_probe
-from edgezo.runtime.exact_start import HeadFit
 from edgezo.runtime.generate import generate
-from edgezo.runtime.head_rows import NO_ROWS, HeadRows
+from edgezo.runtime.head_rows import NO_ROWS, HeadFit, HeadRows
 from edgezo.runtime.journal import Journal
 from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.journal_records import head_record
@@ -150,19 +149,19 @@ def test_the_ridge_is_chosen_on_rows_that_were_not_read() -> None:
 def test_the_solution_that_promises_less_is_tried_where_the_other_does_not_help(
     lora_dir: Path, tmp_path: Path, write_rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    every = exact_start.fits
+    every = exact_start.label_fits
     rows = [{"text": f"{word} film", "label": label} for label, words in enumerate((["bad", "poor"], ["good", "fine"])) for word in words]
 
     def turned_round(*given: Any) -> Any:
         """The first solution is of the wrong sign."""
-        for place, (fit, loss) in enumerate(every(*given)):
-            yield (fit if place else fit._replace(make=partial(turned, fit))), loss
+        for place, fit in enumerate(every(*given)):
+            yield fit if place else fit._replace(make=partial(turned, fit))
 
     def turned(fit: HeadFit) -> HeadRows:
         head = fit.make()
         return head._replace(rows=-head.rows)
 
-    monkeypatch.setattr(exact_start, "fits", turned_round)
+    monkeypatch.setattr(exact_start, "label_fits", turned_round)
     notices: list[str] = []
     reporter, data = edgezo.Reporter(notice=notices.append), write_rows(rows * 4)
     settings = {"template": "{text} It was", "labels": "terrible,great", "threads": 1, "steps": 0, "lr": 0.1, "eps": 0.01}
@@ -178,7 +177,7 @@ def test_the_solution_that_promises_less_is_tried_where_the_other_does_not_help(
 def test_a_solution_that_breaks_the_model_is_left_out(
     lora_dir: Path, tmp_path: Path, write_rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    every = exact_start.fits
+    every = exact_start.label_fits
     rows = [{"text": f"{word} film", "label": label} for label, words in enumerate((["bad", "poor"], ["good", "fine"])) for word in words]
 
     def broken(fit: HeadFit) -> HeadRows:
@@ -186,9 +185,9 @@ def test_a_solution_that_breaks_the_model_is_left_out(
         return head._replace(rows=head.rows + np.float32(3e38))
 
     def all_broken(*given: Any) -> Any:
-        return ((fit._replace(make=partial(broken, fit)), loss) for fit, loss in every(*given))
+        return (fit._replace(make=partial(broken, fit)) for fit in every(*given))
 
-    monkeypatch.setattr(exact_start, "fits", all_broken)
+    monkeypatch.setattr(exact_start, "label_fits", all_broken)
     notices: list[str] = []
     reporter, data = edgezo.Reporter(notice=notices.append), write_rows(rows * 4)
     settings = {"template": "{text} It was", "labels": "terrible,great", "threads": 1, "steps": 0, "lr": 0.1, "eps": 0.01}

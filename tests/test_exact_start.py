@@ -20,18 +20,18 @@ from edgezo.config import make_config
 from edgezo.errors import AdapterError, ConfigError, EdgeModelError, RunError
 from edgezo.runtime import exact_start, head_rows, softmax_fit
 from edgezo.runtime.dataset import read_dataset
-from edgezo.runtime.exact_start import first_tokens, read_features
 from edgezo.runtime.examples import Example, Offsets
 from edgezo.runtime.head_rows import NO_ROWS, HeadRows, summed
 from edgezo.runtime.journal import Journal
 from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.journal_records import evaluation_records, head_record, offsets_record
+from edgezo.runtime.label_start import first_tokens, read_features
 from edgezo.runtime.lbfgs import minimize
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.peft_folder import write_peft
 from edgezo.runtime.scoring import Classified, Sequences
-from edgezo.runtime.softmax_fit import Turned, fit_softmax, held_out, mean_loss
+from edgezo.runtime.softmax_fit import Turned, fit_softmax, held_out
 from edgezo.runtime.tuned import write_tuned
 from edgezo.storage import sha256_file
 
@@ -53,8 +53,8 @@ def tuned_run(directory: Path, run: Path, rows: str, **settings: Any) -> Any:
 
 def only(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Exact starts of one kind, whichever promises more."""
-    every = exact_start.fits
-    monkeypatch.setattr(exact_start, "fits", lambda *given: ((fit, loss) for fit, loss in every(*given) if fit.name.startswith(kind)))
+    every = exact_start.label_fits
+    monkeypatch.setattr(exact_start, "label_fits", lambda *given: (fit for fit in every(*given) if fit.name.startswith(kind)))
 
 
 # the solution
@@ -87,7 +87,7 @@ def test_the_penalty_is_chosen_on_rows_that_the_fit_has_not_seen() -> None:
     """Labels without any relation to the states: strong penalties are best, and the weakest are not tried."""
     random = np.random.default_rng(2)
     gold = random.integers(0, 2, 40)
-    tried = held_out(Turned(random.normal(size=(40, 40)), np.zeros((40, 2)), gold))
+    tried = held_out(Turned(random.normal(size=(40, 40)), np.zeros((40, 2)), gold), softmax_fit.folds(40))
     losses = {penalty: found.loss for penalty, found in tried.items()}
     assert min(losses.values()) > 0.99 * np.log(2)
     assert min(losses, key=lambda penalty: losses[penalty]) >= 10
@@ -98,7 +98,7 @@ def test_rows_in_turns_of_their_labels_are_held_out_as_others() -> None:
     """Folds that took every third row would hold out one label each, and learn nothing of it."""
     gold = np.arange(60) % 3
     states = np.eye(3)[gold] + 0.1 * np.random.default_rng(3).normal(size=(60, 3))
-    assert min(found.loss for found in held_out(Turned(states, np.zeros((60, 3)), gold)).values()) < 0.2
+    assert min(found.loss for found in held_out(Turned(states, np.zeros((60, 3)), gold), softmax_fit.folds(60)).values()) < 0.2
 
 
 def test_candidates_that_share_a_first_token_have_no_rows_of_their_own() -> None:
@@ -229,14 +229,10 @@ def test_losses_are_measured_as_if_the_start_had_not_seen_their_rows(
     dataset = read_dataset(model, config)
     objective = Objective(Sequences(model), dataset.task, dataset.config)
     examples = [dataset.train.examples[row] for row in offsets.rows]
-    (fit, _), *_ = exact_start.fits(objective, examples, read_features(objective, examples, 2))
+    (fit, *_) = exact_start.label_fits(objective, examples, read_features(objective, examples, 2))
     model.head = fit.make()
-    gold = np.array([example.gold for example in examples])
-    assert mean_loss(fit.seen + offsets.values, gold) == pytest.approx(fit.held_out.loss, abs=1e-4)
-    assert mean_loss(fit.seen, gold) < 0.9 * fit.held_out.loss
-    given = dataset.with_offsets(offsets)
-    assert objective.loss(given.train.examples) == pytest.approx(fit.held_out.loss, abs=1e-3)
-    assert objective.loss(dataset.train.examples) == pytest.approx(mean_loss(fit.seen, gold), abs=1e-3)
+    assert objective.loss(dataset.with_offsets(offsets).train.examples) == pytest.approx(fit.held_out, abs=1e-3)
+    assert objective.loss(dataset.train.examples) < 0.9 * fit.held_out
 
 
 @pytest.mark.parametrize(
@@ -325,7 +321,10 @@ def test_a_start_of_the_head_alone_leaves_the_attention_as_it_is(lora_dir: Path,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"labels": None, "template": None}, "--start exact: rows of kind completion have no label words; or give --start none"),
+        (
+            {"labels": None, "template": None},
+            "--start exact: rows of kind choice are compared with each other, and only label words and texts have one; or give --start none",
+        ),
         (
             {"labels": "great,great film"},
             "--start exact: the label words great, great film do not begin with tokens of their own, choose other words; or give --start none",
@@ -335,7 +334,7 @@ def test_a_start_of_the_head_alone_leaves_the_attention_as_it_is(lora_dir: Path,
 def test_an_exact_start_that_cannot_be_is_refused(
     lora_dir: Path, write_rows: Callable[..., str], tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    rows = write_rows([{**row, "prompt": row["text"], "completion": " yes"} for row in ROWS])
+    rows = write_rows([{**row, "prompt": row["text"], "choices": ["yes", "no"], "answer": 0} for row in ROWS])
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         tuned_run(lora_dir, tmp_path / "run", rows, start="exact", **settings)
     assert not (tmp_path / "run").exists()
