@@ -1,0 +1,159 @@
+"""The exact start of texts: what the fit says is what the changed model gives."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Command
+
+import edgezo
+from edgezo.config import make_config
+from edgezo.errors import NonFiniteLossError
+from edgezo.runtime import token_start
+from edgezo.runtime.dataset import read_dataset
+from edgezo.runtime.head_rows import HeadRows
+from edgezo.runtime.journal_reader import read_journal
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.objective import Objective
+from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.softmax_fit import mean_loss, read_out
+from edgezo.runtime.token_start import read_positions, token_fits
+
+FEW: dict[str, Any] = {"steps": 0, "lr": 0.1, "eps": 0.01, "threads": 1}
+ANSWERS = {"good": " it was great", "fine": " it was great fun", "bad": " it was terrible", "poor": " what a terrible film"}
+ROWS = [{"prompt": f"a {word} film:", "completion": ANSWERS[word], "answer": ANSWERS[word].strip()} for word in ANSWERS] * 6
+KINDS: dict[str, list[dict[str, Any]]] = {
+    "completion": [{name: row[name] for name in ("prompt", "completion")} for row in ROWS],
+    "answer": [{name: row[name] for name in ("prompt", "answer")} for row in ROWS],
+    "text": [{"text": row["prompt"] + row["completion"]} for row in ROWS],
+}
+
+
+@pytest.fixture
+def lora_dir(export_tiny: Callable[..., Path]) -> Path:
+    return export_tiny("llama", adapter="lora")
+
+
+@pytest.fixture
+def rows(write_rows: Callable[..., str]) -> str:
+    return write_rows(KINDS["completion"])
+
+
+def opened(directory: Path, rows: str) -> tuple[EdgeModel, Objective, list[Any]]:
+    model = EdgeModel(directory, threads=1)
+    dataset = read_dataset(model, make_config(None, {"data": rows, "steps": 0}))
+    return model, Objective(Sequences(model), dataset.task, dataset.config), dataset.train.examples
+
+
+def completions(examples: list[Any]) -> list[Any]:
+    return [example.pairs[0] for example in examples]
+
+
+def test_states_and_log_probabilities_are_those_of_every_token(lora_dir: Path, rows: str) -> None:
+    model, objective, examples = opened(lora_dir, rows)
+    pairs, tokens = completions(examples), np.array([5, 9, 11])
+    found = objective.sequences.token_states(pairs, tokens)
+    before = [prompt + completion[:place] for prompt, completion in pairs for place in range(len(completion))]
+    assert found.tokens.tolist() == [token for _, completion in pairs for token in completion]
+    assert np.abs(found.hidden - objective.sequences.hidden_states(before)).max() < 1e-4
+    alone = Sequences(model).log_probs([(text, [int(token)]) for text in before for token in tokens])
+    assert np.abs(found.log_probs.ravel() - np.concatenate(alone)).max() < 1e-4
+    assert objective.sequences.forward_rows < len(before) + len(pairs)
+
+
+@pytest.mark.parametrize("tokens", [3, 64])
+def test_the_fit_tells_the_loss_of_the_changed_model(lora_dir: Path, rows: str, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """With rows for few of the tokens that are written, or for all of them."""
+    monkeypatch.setattr(token_start, "TOKENS", tokens)
+    model, objective, examples = opened(lora_dir, rows)
+    before = objective.loss(examples)
+    chosen, found = read_positions(objective, completions(examples))
+    assert len(chosen) == min(tokens, len(set(found.gold.tolist()) - {len(chosen)})) or tokens == 3
+    assert np.allclose(np.exp(found.scores).sum(axis=1), 1)
+    (fit,) = token_fits(objective, examples, np.inf)
+    model.head = fit.make()
+    assert model.head.tokens.tolist() == chosen.tolist()
+    changed = np.hstack([model.head.rows, np.zeros((len(model.head.rows), 1))])
+    promised = mean_loss(found.scores + read_out(found.states, changed), found.gold) - mean_loss(found.scores, found.gold)
+    assert promised < -0.5
+    assert objective.loss(examples) - before == pytest.approx(promised, abs=1e-3)
+
+
+def test_the_tokens_chosen_are_those_most_wrong(lora_dir: Path, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_start, "TOKENS", 2)
+    _, objective, examples = opened(lora_dir, rows)
+    pairs = completions(examples)
+    every = np.unique([token for _, completion in pairs for token in completion])
+    found = objective.sequences.token_states(pairs, every)
+    wrong = np.abs(np.exp(found.log_probs) - (found.tokens[:, None] == every)).sum(axis=0)
+    assert read_positions(objective, pairs)[0].tolist() == sorted(every[np.argsort(-wrong)[:2]].tolist())
+
+
+def test_texts_are_held_out_whole(lora_dir: Path, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of one text that were in several folds would tell of each other."""
+    folds: list[Any] = []
+    every = token_start.fit_softmax
+    monkeypatch.setattr(token_start, "fit_softmax", lambda *given, fold: (folds.append(fold), every(*given, fold=fold))[1])
+    _, objective, examples = opened(lora_dir, rows)
+    list(token_fits(objective, examples, np.inf))
+    lengths = [len(completion) for _, completion in completions(examples)]
+    assert [set(part.tolist()) for part in np.split(folds[0], np.cumsum(lengths)[:-1])] == [{place % 3} for place in range(len(lengths))]
+
+
+def test_no_more_texts_are_read_than_there_is_time_and_room_for(lora_dir: Path, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_start, "CHUNK", 5)
+    _, objective, examples = opened(lora_dir, rows)
+    assert set(read_positions(objective, completions(examples), seconds=0)[1].texts) == set(range(5))
+    monkeypatch.setattr(token_start, "POSITIONS", 22)
+    assert len(read_positions(objective, completions(examples))[1].texts) == 22
+
+
+def test_a_model_without_finite_scores_is_refused(lora_dir: Path, rows: str) -> None:
+    model, objective, examples = opened(lora_dir, rows)
+    model.head = HeadRows(np.array([5]), np.full((model.manifest.origin.hidden_size, 1), np.nan, np.float32))
+    with pytest.raises(NonFiniteLossError, match=r"^the model gives no finite log-probabilities or hidden states; export it again$"):
+        read_positions(objective, completions(examples))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_starts_from_it_by_default(
+    invoke: Command, lora_dir: Path, tmp_path: Path, write_rows: Callable[..., str], kind: str
+) -> None:
+    """It lowers the loss, is kept in the journal, has steps below it and is rebuilt bit for bit."""
+    data, notices = write_rows(KINDS[kind]), []
+    reporter = edgezo.Reporter(notice=notices.append)
+    result = edgezo.tune(lora_dir, tmp_path / "run", data=data, valid=data, reporter=reporter, **{**FEW, "steps": 3, "lr": 1e-3})
+    assert result.before is not None
+    assert result.start is not None
+    assert result.start.loss < 0.8 * result.before.loss
+    (told,) = [text for text in notices if text.startswith("exact start")]
+    assert told.startswith("exact start: rows of the head for ")
+    assert f"validation loss {result.before.loss:.3f} -> {result.start.loss:.3f}" in told
+    head = read_journal(tmp_path / "run" / "journal.bin").heads[0]
+    assert head.rows.shape == (EdgeModel(lora_dir).manifest.origin.hidden_size, len(head.tokens))
+    assert invoke("verify", str(tmp_path / "run"), "--base", str(lora_dir), "--every", "1", "--threads", "1").code == 0
+
+
+def test_the_merged_model_writes_what_the_run_writes(invoke: Command, lora_dir: Path, tmp_path: Path, rows: str) -> None:
+    edgezo.tune(lora_dir, tmp_path / "run", data=rows, **FEW)
+    assert (
+        invoke("merge", str(lora_dir), str(tmp_path / "run"), "-o", str(tmp_path / "merged"), "--format", "edge", "--step", "0").code == 0
+    )
+    untuned, tuned = EdgeModel(lora_dir, threads=1), EdgeModel(lora_dir, run=tmp_path / "run", step=0, threads=1)
+    merged, prompt = EdgeModel(tmp_path / "merged", threads=1), ROWS[0]["prompt"]
+    assert merged.generate(prompt, 4) == tuned.generate(prompt, 4) != untuned.generate(prompt, 4)
+
+
+def test_a_solution_that_does_not_help_the_validation_rows_is_left(lora_dir: Path, tmp_path: Path, write_rows: Callable[..., str]) -> None:
+    rows, others = (
+        [{"prompt": f"a {word} film:", "completion": end} for word in ANSWERS] * 4 for end in (" it was great", " what bad plot")
+    )
+    notices: list[str] = []
+    reporter, valid = edgezo.Reporter(notice=notices.append), write_rows(others, "valid.jsonl")
+    result = edgezo.tune(lora_dir, tmp_path / "run", data=write_rows(rows), valid=valid, reporter=reporter, **FEW)
+    assert result.start is None
+    assert read_journal(tmp_path / "run" / "journal.bin").heads == {}
+    (told,) = [text for text in notices if text.startswith("exact start")]
+    assert told.startswith("exact start: what the training rows teach does not help the validation rows (validation loss ")
