@@ -37,7 +37,11 @@ def export_command(
     ] = ALL_LINEAR,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Length of the prefix.")] = PREFIX_TOKENS,
     weights: Annotated[
-        str, typer.Option("--weights", help="How frozen weights are stored: fp32, int8 or int4 (weights only, activations stay fp32).")
+        str,
+        typer.Option(
+            "--weights",
+            help="How frozen weights are stored: fp32, int8 or int4 (weights only, activations stay fp32); or fp16, for --device cuda.",
+        ),
     ] = "fp32",
     classes: Annotated[
         str | None,
@@ -113,7 +117,9 @@ def export_rows(output: "Path", result: "ExportResult") -> list[tuple[str, str]]
     if checked.greedy_tokens_equal is not None:
         equal += f", {checked.greedy_tokens_equal} greedy tokens equal"
     if checked.quantization_loss_change is not None:
-        equal += f"; quantising to {manifest.weights} changed the loss by {checked.quantization_loss_change:+.4f} nats a token"
+        equal += f"; rounding weights to {manifest.weights} changed the loss by {checked.quantization_loss_change:+.4f} nats a token"
+    if checked.half_log_prob_difference is not None:
+        equal += f", products in fp16 log-probabilities by up to {checked.half_log_prob_difference:.1e}"
     return [
         *rows,
         ("checked", equal),

@@ -11,13 +11,13 @@ from edgezo.quantization import Precision, Quantized
 from edgezo.storage import write_atomically
 
 FORMAT: Final = "edgezo-edge-model"
-VERSION: Final = 5
-# 2 added adapter, weights, quantized tensors, config; 3 families and classes; 4 pooling, head; 5 probes; what older ones have means the same
-READABLE = (1, 2, 3, 4, 5)
+VERSION: Final = 6
+# 2 added adapter, weights, quantized tensors, config; 3 families and classes; 4 pooling, head; 5 probes; 6 float16; what older ones have means the same
+READABLE = (1, 2, 3, 4, 5, 6)
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES_LIMIT = 64 << 20
 ALIGNMENT = 4096  # bytes; every tensor starts on a page, so that any system can map it
-ITEM_BYTES = {"float32": 4, "int64": 8, "bool": 1, "uint8": 1}
+ITEM_BYTES = {"float32": 4, "float16": 2, "int64": 8, "bool": 1, "uint8": 1}
 
 Pooling = Literal["mean", "cls"]
 Family = Literal["causal", "masked", "classifier"]
@@ -55,7 +55,7 @@ class Tensor(Record):
 
     name: str = Field(min_length=1)
     shape: list[int]
-    dtype: Literal["float32", "int64", "bool", "uint8"]
+    dtype: Literal["float32", "float16", "int64", "bool", "uint8"]
     file: str
     offset: int = Field(ge=0)
     tunable: bool
@@ -108,13 +108,15 @@ class Verification(Record):
     """What the check at the end of the export measured against the source model.
 
     greedy_tokens_equal: None where there is no generation graph.
-    quantization_loss_change: nats a token of the probes that quantising the weights cost; None for fp32.
+    quantization_loss_change: nats a token of the probes that rounding the weights cost; None for fp32.
+    half_log_prob_difference: largest_log_prob_difference with products rounded to float16; None unless weights are.
     """
 
     largest_log_prob_difference: float
     greedy_tokens_equal: int | None = None
     onnxruntime: str
     quantization_loss_change: float | None = None
+    half_log_prob_difference: float | None = None
 
 
 class Tuned(Record):
@@ -142,7 +144,7 @@ class Manifest(Record):
     """
 
     format: Literal["edgezo-edge-model"] = FORMAT
-    version: Literal[1, 2, 3, 4, 5] = VERSION
+    version: Literal[1, 2, 3, 4, 5, 6] = VERSION
     edgezo: str
     origin: Origin
     tokenizer: TokenizerFacts

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from edgezo.adapters import Record
 
-Precision = Literal["fp32", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
 
 
 class Quantized(Record):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 import onnx
 
@@ -44,6 +45,11 @@ class Decoder:
     parts: dict[str, Part] = field(default_factory=dict)
     family: Family = "causal"
     head: str | None = None
+
+    @property
+    def in_half(self) -> list[str]:
+        """Names of the weights that `freeze` made float16."""
+        return [name for name, weight in self.weights.items() if weight.array.dtype == np.float16]
 
     @property
     def past_inputs(self) -> list[onnx.ValueInfoProto]:

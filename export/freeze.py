@@ -1,4 +1,4 @@
-"""Frozen weights as the engine likes them: linear weights transposed once at export, or quantised weight-only to int8 or int4."""
+"""Frozen weights as the engine likes them: linear weights transposed once at export, in half precision, or quantised weight-only to int8 or int4."""
 
 from collections.abc import Iterable
 
@@ -8,6 +8,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from edgezo.export.decoder import Decoder, Part, Weight
+from edgezo.export.half import round_to_half
 from edgezo.export.surgery import Surgery, Use
 from edgezo.export.weights import LAYER
 from edgezo.quantization import Precision, Quantized
@@ -25,8 +26,8 @@ def freeze(decoder: Decoder, frozen: Iterable[str], precision: Precision) -> Non
 
     A weight that is used as Transpose and MatMul is stored transposed, so that the engine packs it straight from the file, without a
     folded copy in between. With int8 or int4 the weights of linear layers and the token embedding become blocks of integers:
-    w[o, i] = scales[o, i // 32] * (q[o, i] - 2**(bits - 1)); the arrays of `decoder` are overwritten by these very values, so that a
-    source model that shares them is the model to compare with.
+    w[o, i] = scales[o, i // 32] * (q[o, i] - 2**(bits - 1)), with fp16 they become float16; the arrays of `decoder` are overwritten by
+    these very values, so that a source model that shares them is the model to compare with.
     """
     surgery = Surgery(decoder.model.graph)
     ids = {"input_ids", *(node.output[0] for node, index in surgery.uses("input_ids") if node.op_type == "Reshape" and index == 0)}
@@ -34,17 +35,22 @@ def freeze(decoder: Decoder, frozen: Iterable[str], precision: Precision) -> Non
         weight, uses = decoder.weights[name], surgery.uses(name)
         linear = [use for use in uses if _is_linear(surgery, *use)]
         lookups = [node for node, index in uses if node.op_type == "Gather" and index == 0 and node.input[1] in ids]
-        if precision != "fp32" and uses and len(linear) + len(lookups) == len(uses):
+        fits = bool(uses) and len(linear) + len(lookups) == len(uses)
+        if fits and precision in BITS:
             if not (lookups and weight.array.shape[1] % BLOCK):
                 _quantize_uses(decoder, surgery, weight, linear, lookups, BITS[precision])
-        elif linear and len(linear) == len(uses) and all(node.op_type == "Transpose" for node, _ in uses):
+            continue
+        if fits and precision == "fp16":
+            weight.array = round_to_half(weight)
+        if linear and len(linear) == len(uses) and all(node.op_type == "Transpose" for node, _ in uses):
             for transpose, _ in uses:
                 for node, index in surgery.uses(transpose.output[0]):
                     node.input[index] = name
                 surgery.replace(transpose)
             weight.array = np.ascontiguousarray(weight.array.T)
             weight.transposed = not weight.transposed
-            _set_input(surgery.graph, name, TensorProto.FLOAT, weight.array.shape)
+        if fits:
+            _set_input(surgery.graph, name, helper.np_dtype_to_tensor_dtype(weight.array.dtype), weight.array.shape)
     surgery.finish()
 
 

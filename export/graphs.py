@@ -14,6 +14,7 @@ from edgezo.errors import ExportError
 from edgezo.export.adapters import LINEAR, add_lora, add_prefix
 from edgezo.export.attention_probe import add_attention_probe
 from edgezo.export.decoder import Decoder, Part
+from edgezo.export.half import multiply_in_half
 from edgezo.export.head_rows import add_head_rows
 from edgezo.export.simplify import merge_equal_nodes
 from edgezo.manifest import ITEM_BYTES, Graph, PastState, Tensor
@@ -22,7 +23,7 @@ HIDDEN_ROWS, PAIR_ROWS, PAIR_TARGETS = "hidden_rows", "pair_rows", "pair_targets
 HIDDEN, LOG_PROBS, LOGITS = "hidden", "log_probs", "logits"
 IR_VERSION = 8  # >= 4 makes initializers that are inputs overridable; 8 is read by onnxruntime 1.18
 ELEMENTWISE = {"Cast", "Mul", "Div", "Add", "Sub", "Tanh", "Identity"}  # logit scaling and soft caps after the head
-TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL, "uint8": TensorProto.UINT8}
+TYPES = {dtype: helper.np_dtype_to_tensor_dtype(np.dtype(dtype)) for dtype in ITEM_BYTES}
 
 
 def scoring_graph(decoder: Decoder, adapter: Adapter | None = None, probes: Sequence[LoraTarget] = ()) -> tuple[onnx.ModelProto, Graph]:
@@ -67,6 +68,7 @@ def scoring_graph(decoder: Decoder, adapter: Adapter | None = None, probes: Sequ
     if probes:
         outputs.append((ATTENTION, ["probe_count", None]))
     _set_outputs(graph, outputs)
+    multiply_in_half(graph, decoder.in_half)
     _prune(graph)
     merge_equal_nodes(graph)
     inputs = _fed(graph, decoder)
@@ -87,6 +89,7 @@ def generation_graph(decoder: Decoder, adapter: Adapter | None = None, probes: S
     kept = [onnx.ValueInfoProto.FromString(output.SerializeToString()) for output in presents]
     _set_outputs(graph, [(LOGITS, ["hidden_count", "vocabulary"])])
     graph.output.extend(kept)
+    multiply_in_half(graph, decoder.in_half)
     _prune(graph)
     merge_equal_nodes(graph)
     past = []

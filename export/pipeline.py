@@ -73,7 +73,7 @@ def export_model(
         progress: called with the name of each stage as it begins.
 
     Raises:
-        ExportError: the model cannot be exported, or differs from its source (with the weights as quantised) by more than 2e-3 in a
+        ExportError: the model cannot be exported, or differs from its source (with the weights as rounded) by more than 2e-3 in a
             log-probability or in one of 16 greedy tokens. Nothing is left at `output` then.
         ConfigError: `tunable` or `targets` matches nothing; settings that exclude each other.
     """
@@ -101,9 +101,9 @@ def export_model(
     unquantized = None
     if precision != "fp32":
         if not source.shares_weights:
-            raise ExportError(f"{model}: a model.onnx cannot be quantised and checked here; give the Hugging Face folder it was made from")
+            raise ExportError(f"{model}: a model.onnx cannot be rounded and checked here; give the Hugging Face folder it was made from")
         unquantized = probe_logits(source)
-        progress(f"quantising weights to {weights}")
+        progress(f"rounding weights to {weights}")
     freeze(decoder, [name for name in list(decoder.weights) if name not in chosen], precision)
     described = None
     if adapter == "lora":
@@ -177,7 +177,7 @@ def _check_settings(tunable: str, adapter: str | None, targets: str, tokens: int
         raise ConfigError(f"--adapter {adapter}: is neither lora nor prefix nor norms; did you mean {near[0]}?")
     if weights not in get_args(Precision):
         raise ConfigError(
-            f"--weights {weights}: fp32, int8 or int4; these are of weights alone, since int8 activations round away the difference of losses that tuning measures"
+            f"--weights {weights}: fp32, fp16, int8 or int4; integers are of weights alone, since int8 activations round away the difference of losses that tuning measures"
         )
     if adapter is not None and tunable != "all":
         raise ConfigError(f"--adapter {adapter} freezes the whole base, --tunable {tunable} tunes some of it; give one of the two")
@@ -186,7 +186,7 @@ def _check_settings(tunable: str, adapter: str | None, targets: str, tokens: int
     if adapter != "prefix" and tokens != PREFIX_TOKENS:
         raise ConfigError(f"--tokens {tokens}: says how long a prefix is; add --adapter prefix or leave it out")
     if weights != "fp32" and adapter in {None, "all"} and tunable == "all":
-        raise ConfigError(f"--weights {weights}: quantised weights cannot be tuned; add --adapter lora, or leave --weights out")
+        raise ConfigError(f"--weights {weights}: rounded weights cannot be tuned; add --adapter lora, or leave --weights out")
     check_targets(targets)
     tunable_pattern(tunable if adapter in {None, "lora", "prefix"} else str(adapter))
     return cast(Precision, weights)

@@ -5,13 +5,16 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime
 
 from edgezo.errors import ExportError, first_line
+from edgezo.export.half import LARGEST, keep_rounding
 from edgezo.export.source import Source
 from edgezo.manifest import Family, Graph, Verification
 
 LOG_PROB_TOLERANCE = 2e-3
+HALF_TOLERANCE = 0.1
 GREEDY_TOKENS = 16
 PROBES = ("The quick brown fox jumps over the lazy dog, and then it", "Question: what is the capital of France? Answer:", "It was")
 
@@ -41,23 +44,45 @@ def verify(directory: Path, scoring: Graph, generation: Graph | None, source: So
         unquantized: `probe_logits` before the weights were quantised, to tell what that changed.
 
     Raises:
-        ExportError: a log-probability differs by more than 2e-3, or one of 16 greedy tokens differs.
+        ExportError: a log-probability differs by more than 2e-3, or one of 16 greedy tokens differs; with float16 weights also when
+            products rounded to float16 give another one by more than HALF_TOLERANCE, or none that is finite.
     """
     probes = _probes(source)
     logits = probe_logits(source)
     own = [_log_probs(values, probe) for values, probe in zip(logits, probes, strict=True)]
-    difference = _largest_difference(_score(directory, scoring, probes, source.decoder.family), own)
+    difference = _largest_difference(_score(_session(directory / scoring.file), scoring, probes, source.decoder.family), own)
     if not difference <= LOG_PROB_TOLERANCE:
         raise ExportError(
             f"{source.origin.id}: log-probabilities of the edge model differ from the source by up to {difference:.2e}, allowed are {LOG_PROB_TOLERANCE:.0e}; this architecture cannot be exported faithfully"
         )
     before = [_log_probs(values, probe) for values, probe in zip(unquantized, probes, strict=True)] if unquantized else own
+    rounded = _rounded_difference(directory, scoring, source, probes, own) if source.decoder.in_half else None
     return Verification(
         largest_log_prob_difference=difference,
         greedy_tokens_equal=_equal_greedy_tokens(directory, generation, source, probes) if generation is not None else None,
         onnxruntime=onnxruntime.__version__,
         quantization_loss_change=_loss_change(before, own, source.decoder.family) if unquantized else None,
+        half_log_prob_difference=rounded,
     )
+
+
+def _rounded_difference(directory: Path, scoring: Graph, source: Source, probes: list[Probe], own: list[npt.NDArray[np.float64]]) -> float:
+    """The largest difference when what is multiplied with float16 weights, and the products, are rounded to float16 too."""
+    graph = keep_rounding(onnx.load(directory / scoring.file, load_external_data=False))
+    path = directory / "rounded.onnx"  # beside the weights that it refers to
+    onnx.save(graph, path)
+    found = _score(_session(path, optimised=False), scoring, probes, source.decoder.family)
+    path.unlink()
+    difference = _largest_difference(found, own)
+    if not np.isfinite(difference):
+        raise ExportError(
+            f"{source.origin.id}: in half precision its log-probabilities are not finite, activations exceed {LARGEST}; export with --weights int8, or leave --weights out"
+        )
+    if difference > HALF_TOLERANCE:
+        raise ExportError(
+            f"{source.origin.id}: in half precision log-probabilities differ from the source by up to {difference:.2e}, allowed are {HALF_TOLERANCE:g}; export with --weights int8, or leave --weights out"
+        )
+    return difference
 
 
 def _loss_change(before: list[npt.NDArray[np.float64]], after: list[npt.NDArray[np.float64]], family: Family) -> float:
@@ -99,10 +124,12 @@ def _equal_greedy_tokens(directory: Path, generation: Graph, source: Source, pro
     return len(found)
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
+def _session(path: Path, optimised: bool = True) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # one warning per overridable initializer otherwise
     options.enable_mem_reuse = False  # its planning takes seconds for many nodes (runtime/session.py)
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -111,9 +138,8 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
         ) from error
 
 
-def _score(directory: Path, graph: Graph, probes: list[Probe], family: Family) -> list[npt.NDArray[np.float64]]:
+def _score(session: onnxruntime.InferenceSession, graph: Graph, probes: list[Probe], family: Family) -> list[npt.NDArray[np.float64]]:
     """Log-probability of every target of right-padded probes, through the scoring graph."""
-    session = _session(directory / graph.file)
     width = max(len(probe.tokens) for probe in probes)
     ids, mask = np.zeros((len(probes), width), np.int64), np.zeros((len(probes), width), np.int64)
     for row, (tokens, _, _) in enumerate(probes):

@@ -30,7 +30,7 @@ def plan_tensors(weights: Iterable[Weight], chosen: set[str]) -> list[Tensor]:
     offsets = {TUNABLE_FILE: 0, FROZEN_FILE: 0}
     tensors = []
     for weight in weights:
-        dtype = "float32" if weight.array.dtype.kind == "f" else str(weight.array.dtype)
+        dtype = "float32" if weight.array.dtype == np.float64 else str(weight.array.dtype)
         if dtype not in ITEM_BYTES:
             raise ExportError(f"{weight.name}: type {dtype} cannot be stored; edgezo stores {', '.join(ITEM_BYTES)}")
         file = TUNABLE_FILE if weight.name in chosen else FROZEN_FILE

@@ -60,6 +60,8 @@ def source_weights(model: EdgeModel) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         weight: npt.NDArray[Any] = model.weights[name] if tensor.tunable else frozen_array(model, tensor)
         if tensor.quantized is not None:
             weight = tensor.quantized.dequantize(weight, frozen_array(model, tensors[tensor.quantized.scales]))
+        elif tensor.dtype == "float16":
+            weight = weight.astype(np.float32)
         for changes in (deltas, written):
             if name in changes:
                 weight = weight + changes[name]()

@@ -176,11 +176,13 @@ class EdgeModel:
         if self.device is not None:
             return
         needed = sum(self.manifest.files[name].bytes for name in {tensor.file for tensor in self.manifest.tensors})
+        # the CPU multiplies in float32
+        needed += sum(tensor.nbytes for tensor in self.manifest.tensors if tensor.dtype == "float16")
         free = available_bytes()
         if free is not None and needed > free:
             smaller = (
                 {"int8": 1 / 4, "int4": 1 / 8}
-                if self.manifest.weights == "fp32"
+                if self.manifest.weights in {"fp32", "fp16"}
                 else {"int4": 1 / 2}
                 if self.manifest.weights == "int8"
                 else {}

@@ -83,7 +83,10 @@ def test_no_product_of_the_base_is_over_no_elements(lora_dir: Path, graph: str) 
     assert empty == [HEAD_ROWS]  # no columns, but one row
 
 
-@pytest.mark.parametrize("settings", [{"adapter": "lora"}, {"adapter": "lora", "weights": "int4"}, {"adapter": "prefix"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"adapter": "lora"}, {"adapter": "lora", "weights": "int4"}, {"adapter": "prefix", "weights": "fp16"}, {"adapter": "prefix"}],
+)
 def test_every_kind_of_edge_model_takes_one(export_tiny: Callable[..., Path], settings: dict[str, Any]) -> None:
     """The generation graph, too: greedy tokens come from the probed model."""
     model = EdgeModel(export_tiny("llama", **settings), threads=1)

@@ -210,12 +210,13 @@ def test_tuning_lowers_the_loss_and_replays_bit_for_bit(
 
 
 @pytest.mark.parametrize("name", tiny_encoders.CONFIGS)
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_quantised_bases_are_checked_and_tuned(name: str, weights: str, export: Export, data: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["int8", "int4", "fp16"])
+def test_rounded_bases_are_checked_and_tuned(name: str, weights: str, export: Export, data: str, tmp_path: Path) -> None:
     directory = export(name, adapter="lora", weights=weights)
     checked = read_manifest(directory).verification
     assert checked is not None
     assert checked.quantization_loss_change is not None
+    assert (checked.half_log_prob_difference is not None) == (weights == "fp16")
     assert api.tune(directory, tmp_path / "run", data=data, template="{text}", steps=2).steps == 2
 
 

@@ -115,7 +115,10 @@ def test_candidates_that_share_a_first_token_have_no_rows_of_their_own() -> None
 # rows of the head in the graphs
 
 
-@pytest.mark.parametrize("settings", [{}, {"adapter": "lora"}, {"adapter": "lora", "weights": "int4"}, {"adapter": "prefix"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"adapter": "lora"}, {"adapter": "lora", "weights": "int4"}, {"adapter": "lora", "weights": "fp16"}, {"adapter": "prefix"}],
+)
 def test_rows_change_the_logits_of_their_tokens_alone(export_tiny: Callable[..., Path], settings: dict[str, Any]) -> None:
     model = EdgeModel(export_tiny("llama", **settings), threads=1)
     prompt, others = [264, 308, 288], [5, 9, 200]

@@ -115,7 +115,15 @@ def merged(run: Run) -> list[tuple[str, Any]]:
 
 @pytest.mark.parametrize(
     ("name", "kind", "settings"),
-    [("llama", "lora", {}), ("gpt2", "lora", {}), ("llama", "lora", {"weights": "int4"}), ("gpt2", "full", {}), ("llama", "full", {})],
+    [
+        ("llama", "lora", {}),
+        ("gpt2", "lora", {}),
+        ("llama", "lora", {"weights": "int4"}),
+        ("llama", "lora", {"weights": "fp16"}),
+        ("gpt2", "lora", {"weights": "fp16"}),
+        ("gpt2", "full", {}),
+        ("llama", "full", {}),
+    ],
 )
 def test_a_hugging_face_folder_is_read_by_transformers(
     make_run: Callable[..., Run], tmp_path: Path, name: str, kind: str, settings: dict[str, Any]
@@ -277,6 +285,13 @@ def test_the_average_of_two_prefixes_is_their_mean(make_run: Callable[..., Run],
             "edge",
             "out",
             "{dir}: its weights are int4, whose steps would swallow the change; use --format peft, onnx-adapter or hf",
+        ),
+        (
+            "lora",
+            {"weights": "fp16"},
+            "edge",
+            "out",
+            "{dir}: its weights are fp16, whose steps would swallow the change; use --format peft, onnx-adapter or hf",
         ),
     ],
 )

@@ -1,11 +1,13 @@
 """What the machine gives: read from files of the system, which are made up here."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from edgezo.errors import EdgeModelError
+from edgezo.manifest_reader import read_manifest
 from edgezo.runtime import machine
 from edgezo.runtime import model as model_module
 from edgezo.runtime.machine import available_bytes, default_threads
@@ -86,6 +88,17 @@ def test_a_model_larger_than_free_memory_is_refused(exported_dir: Path, monkeypa
     assert str(caught.value).startswith(
         f"{exported_dir}: has 0.0 GB of weights, 0.0 GB of memory are free; end other programs, or {advice}"
     )
+
+
+def test_half_precision_is_unpacked_on_the_cpu(export_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = export_tiny("llama", adapter="lora", weights="fp16")
+    tensors = read_manifest(directory).tensors
+    stored, half = (sum(tensor.nbytes for tensor in tensors if tensor.dtype in kinds) for kinds in (("float32", "float16"), ("float16",)))
+    monkeypatch.setattr(model_module, "available_bytes", lambda: stored + half // 2)
+    with pytest.raises(EdgeModelError, match=r"end other programs, or export it with --adapter lora --weights int8$"):
+        EdgeModel(directory)
+    monkeypatch.setattr(model_module, "available_bytes", lambda: stored + half + 2 * 4096 * len(tensors))
+    assert EdgeModel(directory).manifest.weights == "fp16"
 
 
 def test_a_model_that_fits_or_cannot_be_told_is_opened(exported_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

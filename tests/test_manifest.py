@@ -62,7 +62,7 @@ def inspect(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_the_undamaged_model_is_accepted(edge_dir: Path) -> None:
     model = EdgeModel(edge_dir, threads=1)
     assert len(model.weights) == 20
-    assert model.manifest.version == 5
+    assert model.manifest.version == 6
 
 
 def test_a_manifest_of_version_1_is_read(edge_dir: Path) -> None:
@@ -100,6 +100,20 @@ def test_a_manifest_of_version_2_is_read(edge_dir: Path) -> None:
     edit(edge_dir, older)
     model = EdgeModel(edge_dir, threads=1)
     assert (model.manifest.version, model.manifest.origin.family, model.manifest.classes) == (2, "causal", [])
+    assert model.log_probs(["the film"], [" is great"]) == expected
+
+
+def test_a_manifest_of_version_5_is_read(edge_dir: Path) -> None:
+    """Without the field that came with version 6."""
+    expected = EdgeModel(edge_dir, threads=1).log_probs(["the film"], [" is great"])
+
+    def older(raw: Raw) -> None:
+        raw["version"] = 5
+        del raw["verification"]["half_log_prob_difference"]
+
+    edit(edge_dir, older)
+    model = EdgeModel(edge_dir, threads=1)
+    assert model.manifest.version == 5
     assert model.log_probs(["the film"], [" is great"]) == expected
 
 
@@ -141,12 +155,12 @@ def test_json_of_another_format_is_refused(edge_dir: Path, data: str) -> None:
     assert refusal(edge_dir) == "/manifest.json: not an edge model manifest (format is not 'edgezo-edge-model')"
 
 
-@pytest.mark.parametrize("version", [0, 6, 99, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 7, 99, "1", None, [1]])
 def test_an_unknown_version_is_refused_by_number(edge_dir: Path, version: object) -> None:
     edit(edge_dir, lambda raw: raw.update(version=version))
     assert (
         refusal(edge_dir)
-        == f"/manifest.json: manifest version {version!r}, this edgezo reads 1, 2, 3, 4 and 5; export again or update edgezo"
+        == f"/manifest.json: manifest version {version!r}, this edgezo reads 1, 2, 3, 4, 5 and 6; export again or update edgezo"
     )
 
 
@@ -188,7 +202,10 @@ def test_a_missing_field_is_refused_by_name(edge_dir: Path, field: str) -> None:
         (lambda raw: raw["tensors"][2].update(offset=-4096), "tensors.2.offset: Input should be greater than or equal to 0"),
         (lambda raw: raw["tensors"][2].update(shape=[32.5, 32]), "tensors.2.shape.0: Input should be a valid integer"),
         (lambda raw: raw["tensors"][2].update(tunable=1), "tensors.2.tunable: Input should be a valid boolean"),
-        (lambda raw: raw["tensors"][2].update(dtype="float16"), "tensors.2.dtype: Input should be 'float32', 'int64', 'bool' or 'uint8'"),
+        (
+            lambda raw: raw["tensors"][2].update(dtype="bfloat16"),
+            "tensors.2.dtype: Input should be 'float32', 'float16', 'int64', 'bool' or 'uint8'",
+        ),
         (lambda raw: raw["tensors"][2].update(name=""), "tensors.2.name: String should have at least 1 character"),
         (lambda raw: raw["origin"].update(vocab_size=0), "origin.vocab_size: Input should be greater than 0"),
         (lambda raw: raw["origin"].update(context_length=-1), "origin.context_length: Input should be greater than 0"),
@@ -287,7 +304,7 @@ def test_a_tensor_that_is_not_on_a_page_is_refused(edge_dir: Path) -> None:
     assert "tensor 'model.norm.weight' has shape [32] at offset" in refusal(edge_dir)
 
 
-@pytest.mark.parametrize("dtype", ["int64", "bool", "uint8"])
+@pytest.mark.parametrize("dtype", ["float16", "int64", "bool", "uint8"])
 def test_a_tunable_tensor_that_is_not_float_is_refused(edge_dir: Path, dtype: str) -> None:
     edit(edge_dir, lambda raw: raw["tensors"][0].update(dtype=dtype))
     assert refusal(edge_dir) == f"/manifest.json: tensor 'model.embed_tokens.weight' is tunable but {dtype}; export the model again"
@@ -410,8 +427,8 @@ def use(model: EdgeModel, graph: str) -> None:
         (lambda path: (path / "manifest.json").unlink(), f": {NO_EDGE_MODEL}"),
         (lambda path: (path / "manifest.json").write_text("{"), "/manifest.json: not readable as JSON ("),
         (
-            lambda path: edit(path, lambda raw: raw.update(version=6)),
-            "/manifest.json: manifest version 6, this edgezo reads 1, 2, 3, 4 and 5;",
+            lambda path: edit(path, lambda raw: raw.update(version=7)),
+            "/manifest.json: manifest version 7, this edgezo reads 1, 2, 3, 4, 5 and 6;",
         ),
         (
             lambda path: edit(path, lambda raw: raw["tokenizer"].update(file="../x")),

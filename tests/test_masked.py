@@ -181,14 +181,15 @@ def test_tuning_lowers_the_loss_and_replays_bit_for_bit(
     )
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "fp16"])
 @pytest.mark.parametrize("name", tiny_encoders.CONFIGS)
-def test_quantised_bases_are_checked_and_tuned(name: str, weights: str, export: Export, data: str, tmp_path: Path) -> None:
+def test_rounded_bases_are_checked_and_tuned(name: str, weights: str, export: Export, data: str, tmp_path: Path) -> None:
     directory = export(name, adapter="lora", weights=weights)
     manifest = read_manifest(directory)
-    assert any(tensor.is_quantized for tensor in manifest.tensors)
+    assert any(tensor.is_quantized or tensor.dtype == "float16" for tensor in manifest.tensors)
     assert manifest.verification is not None
     assert manifest.verification.quantization_loss_change is not None
+    assert (manifest.verification.half_log_prob_difference is not None) == (weights == "fp16")
     assert api.tune(directory, tmp_path / "run", data=data, template=TEMPLATE, labels=WORDS, steps=2).steps == 2
 
 

@@ -149,7 +149,9 @@ def test_hidden_of_a_masked_model_is_what_the_vocabulary_projection_reads(name: 
     assert np.abs(found - np.stack([states[place] for states, place in zip(expected, places, strict=True)])).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("settings", [{"weights": "int8"}, {"weights": "int4"}, {}], ids=["int8", "int4", "fp32"])
+@pytest.mark.parametrize(
+    "settings", [{"weights": "int8"}, {"weights": "int4"}, {"weights": "fp16"}, {}], ids=["int8", "int4", "fp16", "fp32"]
+)
 def test_hidden_is_found_behind_branch_points(settings: dict[str, str], export: Callable[..., Path], data: str, tmp_path: Path) -> None:
     directory = export(adapter="lora", pooling="mean", **settings)
     checked = read_manifest(directory).verification

@@ -1,5 +1,6 @@
-"""Frozen weights as integers: rounding, layout, and scores equal to those of the source given the rounded weights."""
+"""Frozen weights as integers or in half precision: rounding, layout, and scores equal to those of the source given the rounded weights."""
 
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import edgezo
 from edgezo.errors import ConfigError, EdgezoError, ExportError
 from edgezo.export import export_model
 from edgezo.export import freeze as freeze_module
+from edgezo.export import verify as verify_module
 from edgezo.export.freeze import quantize
 from edgezo.manifest import Manifest
 from edgezo.manifest_reader import read_manifest
@@ -28,6 +30,7 @@ from edgezo.runtime.model import EdgeModel
 
 ExportTiny = Callable[..., Path]
 MODELS = [("llama", "int8"), ("llama", "int4"), ("llama-untied", "int8"), ("llama-untied", "int4"), ("gpt2", "int8"), ("gpt2", "int4")]
+HALF = [("llama", "fp16"), ("llama-untied", "fp16"), ("gpt2", "fp16")]
 
 
 def round_trip(rows: npt.NDArray[np.float32], bits: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
@@ -111,10 +114,12 @@ def test_eight_bits_are_stored_as_they_are_and_four_the_first_low() -> None:
 
 # edge models
 
+POSITIONS = {"transformer.wpe.weight"}  # a table that is looked up, and no embedding of tokens
+
 
 def stored(directory: Path, manifest: Manifest, name: str) -> npt.NDArray[Any]:
     tensor = next(tensor for tensor in manifest.tensors if tensor.name == name)
-    kind = {"float32": "<f4", "uint8": "u1"}[tensor.dtype]
+    kind = {"float32": "<f4", "float16": "<f2", "uint8": "u1"}[tensor.dtype]
     return np.fromfile(directory / tensor.file, kind, tensor.size, offset=tensor.offset).reshape(tensor.shape)
 
 
@@ -124,7 +129,7 @@ def rounded_weights(directory: Path) -> dict[str, npt.NDArray[Any]]:
     scales = {tensor.quantized.scales for tensor in manifest.tensors if tensor.quantized}
     found = {}
     for tensor in manifest.tensors:
-        if tensor.name in scales or tensor.dtype not in {"float32", "uint8"}:
+        if tensor.name in scales or tensor.dtype not in {"float32", "float16", "uint8"}:
             continue
         weight = stored(directory, manifest, tensor.name)
         if tensor.quantized:
@@ -157,8 +162,7 @@ def test_tensors_are_stored_as_blocks_of_integers_with_scales(export_tiny: Expor
     tensors = {tensor.name: tensor for tensor in manifest.tensors}
     parameters = dict(tiny.make_model(name).named_parameters())
     bits = {"int8": 8, "int4": 4}[weights]
-    positions = {"transformer.wpe.weight"}  # a table that is looked up, and no embedding of tokens
-    matrices = {tensor for tensor, parameter in parameters.items() if parameter.ndim == 2 and tensor not in positions}
+    matrices = {tensor for tensor, parameter in parameters.items() if parameter.ndim == 2 and tensor not in POSITIONS}
     assert manifest.weights == weights
     assert manifest.verification is not None
     assert manifest.verification.quantization_loss_change is not None
@@ -194,20 +198,80 @@ def test_the_token_embedding_is_stored_as_integers_too(export_tiny: ExportTiny, 
     assert embedding.quantized is not None
 
 
-@pytest.mark.parametrize(("name", "weights"), MODELS)
+@pytest.mark.parametrize("name", [name for name, _ in HALF])
+def test_linear_weights_and_the_token_embedding_are_stored_as_float16(export_tiny: ExportTiny, name: str) -> None:
+    """What the source rounds to; all else as it was, and half the bytes."""
+    directory = export_tiny(name, adapter="lora", weights="fp16")
+    manifest = read_manifest(directory)
+    assert manifest.weights == "fp16"
+    for parameter, values in tiny.make_model(name).named_parameters():
+        (tensor,) = [tensor for tensor in manifest.tensors if tensor.name == parameter]
+        found = stored(directory, manifest, parameter)
+        expected = values.detach().numpy().T if tensor.transposed else values.detach().numpy()
+        half = expected.ndim == 2 and parameter not in POSITIONS
+        assert tensor.dtype == ("float16" if half else "float32"), parameter
+        assert tensor.quantized is None
+        assert np.array_equal(found, expected.astype(np.float16) if half else expected), parameter
+    whole = read_manifest(export_tiny(name, adapter="lora"))
+    matrices = sum(tensor.size for tensor in manifest.tensors if tensor.dtype == "float16")
+    assert sum(tensor.nbytes for tensor in whole.tensors) - sum(tensor.nbytes for tensor in manifest.tensors) == 2 * matrices
+
+
+@pytest.mark.parametrize("name", [name for name, _ in HALF])
+def test_products_alone_are_in_half_precision(export_tiny: ExportTiny, name: str) -> None:
+    """float16 is made of what they read, once for all that read the same, and their results are float32 again."""
+    directory = export_tiny(name, adapter="lora", weights="fp16")
+    half = {tensor.name for tensor in read_manifest(directory).tensors if tensor.dtype == "float16"}
+    for file in ("scoring.onnx", "generation.onnx"):
+        nodes = list(onnx.load(directory / file, load_external_data=False).graph.node)
+        casts = {node.output[0]: node for node in nodes if node.op_type == "Cast"}
+        to = {output: next(item.i for item in node.attribute if item.name == "to") for output, node in casts.items()}
+        narrowed = {output for output in casts if to[output] == onnx.TensorProto.FLOAT16}
+        assert len({casts[output].input[0] for output in narrowed}) == len(narrowed) == 1 + 2 * 4
+        turned = {node.output[0] for node in nodes if node.op_type == "Transpose" and node.input[0] in half}
+        users = [node for node in nodes if (half & set(node.input) and node.op_type != "Transpose") or turned & set(node.input)]
+        assert {node.op_type for node in users} <= {"MatMul", "Gemm", "Gather"}
+        products = [node for node in users if node.op_type != "Gather"]
+        assert len(products) == (9 if name == "gpt2" else 15)
+        for node in products:
+            assert node.input[0] in narrowed
+            assert len(node.input) == 2
+        for node in nodes:
+            if narrowed & set(node.input):
+                assert node in products
+            if {user.output[0] for user in users} & set(node.input):
+                assert to[node.output[0]] == onnx.TensorProto.FLOAT
+
+
+@pytest.mark.parametrize("name", [name for name, _ in HALF])
+def test_the_check_sees_products_rounded_to_half(export_tiny: ExportTiny, name: str) -> None:
+    """The CPU provider alone would multiply in float32."""
+    directory = export_tiny(name, adapter="lora", weights="fp16")
+    checked = read_manifest(directory).verification
+    assert checked is not None
+    assert checked.largest_log_prob_difference < 1e-4
+    assert checked.half_log_prob_difference is not None
+    assert 1e-3 < checked.half_log_prob_difference < 5e-2
+    assert not (directory / "rounded.onnx").exists()
+    other = read_manifest(export_tiny(name, adapter="lora", weights="int8")).verification
+    assert other is not None
+    assert other.half_log_prob_difference is None
+
+
+@pytest.mark.parametrize(("name", "weights"), [*MODELS, *HALF])
 def test_scores_and_texts_are_those_of_the_source_with_rounded_weights(export_tiny: ExportTiny, name: str, weights: str) -> None:
     directory = export_tiny(name, adapter="lora", weights=weights)
     model = EdgeModel(directory, threads=1)
     network = rounded_network(name, directory)
     assert np.abs(edge_log_probs(model, make_pairs()) - network_log_probs(network, make_pairs())).max() < 1e-4
-    assert np.abs(edge_log_probs(model, make_pairs()) - network_log_probs(tiny.make_model(name), make_pairs())).max() > 1e-3
+    assert np.abs(edge_log_probs(model, make_pairs()) - network_log_probs(tiny.make_model(name), make_pairs())).max() > 3e-4
     tokens = model.text.encode("the film")
     with torch.no_grad():
         first = int(network(input_ids=torch.tensor([tokens])).logits[0, -1].argmax())
     assert model.generate("the film", 1) == ("" if first in model.manifest.tokenizer.eos_token_ids else model.text.decode([first]))
 
 
-@pytest.mark.parametrize(("name", "weights"), [("llama", "int4"), ("gpt2", "int4"), ("gpt2", "int8")])
+@pytest.mark.parametrize(("name", "weights"), [("llama", "int4"), ("gpt2", "int4"), ("gpt2", "int8"), *HALF])
 def test_an_adapter_beside_rounded_weights(export_tiny: ExportTiny, name: str, weights: str) -> None:
     directory = export_tiny(name, adapter="lora", weights=weights)
     model = EdgeModel(directory, threads=1)
@@ -219,8 +283,9 @@ def test_an_adapter_beside_rounded_weights(export_tiny: ExportTiny, name: str, w
     assert np.abs(found - network_log_probs(rounded_network(name, directory, lora), make_pairs())).max() < 1e-4
 
 
-def test_tuning_an_adapter_on_four_bits_lowers_the_loss(export_tiny: ExportTiny, reviews: str, tmp_path: Path) -> None:
-    directory = export_tiny("llama", adapter="lora", weights="int4")
+@pytest.mark.parametrize("weights", ["int4", "fp16"])
+def test_tuning_an_adapter_on_rounded_weights_lowers_the_loss(export_tiny: ExportTiny, reviews: str, tmp_path: Path, weights: str) -> None:
+    directory = export_tiny("llama", adapter="lora", weights=weights)
     settings = {"data": reviews, "valid": reviews, "template": "{text} It was", "labels": "terrible,great", "threads": 1}
     result = edgezo.tune(directory, tmp_path / "run", steps=60, directions=8, start="none", **settings)
     assert result.before is not None
@@ -228,10 +293,11 @@ def test_tuning_an_adapter_on_four_bits_lowers_the_loss(export_tiny: ExportTiny,
     assert result.best.loss < 0.8 * result.before.loss
 
 
-def test_norms_are_tuned_beside_rounded_weights(source_dir: Path, reviews: str, tmp_path: Path) -> None:
-    directory = export_model(str(source_dir), tmp_path / "edge", adapter="norms", weights="int8").directory
+@pytest.mark.parametrize("weights", ["int8", "fp16"])
+def test_norms_are_tuned_beside_rounded_weights(source_dir: Path, reviews: str, tmp_path: Path, weights: str) -> None:
+    directory = export_model(str(source_dir), tmp_path / "edge", adapter="norms", weights=weights).directory
     manifest = read_manifest(directory)
-    assert (manifest.adapter, manifest.weights) == (None, "int8")
+    assert (manifest.adapter, manifest.weights) == (None, weights)
     assert [tensor.kind for tensor in manifest.tunable] == ["input_layernorm", "post_attention_layernorm"] * 2 + ["norm"]
     base = edge_log_probs(EdgeModel(directory, threads=1), make_pairs())
     assert np.abs(base - network_log_probs(rounded_network("llama", directory), make_pairs())).max() < 1e-4
@@ -298,18 +364,56 @@ def refusal(model: Path, output: Path, kind: type[EdgezoError], **settings: Any)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("weights", ["fp16", "int8-dynamic", "", "INT8"])
+@pytest.mark.parametrize("weights", ["bf16", "int8-dynamic", "", "INT8"])
 def test_other_weights_are_refused_with_the_reason(tmp_path: Path, weights: str) -> None:
     assert refusal(tmp_path / "no model", tmp_path / "edge", ConfigError, weights=weights) == (
-        f"--weights {weights}: fp32, int8 or int4; these are of weights alone, "
+        f"--weights {weights}: fp32, fp16, int8 or int4; integers are of weights alone, "
         "since int8 activations round away the difference of losses that tuning measures"
     )
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_integers_cannot_be_tuned(tmp_path: Path, weights: str) -> None:
+@pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
+def test_rounded_weights_cannot_be_tuned(tmp_path: Path, weights: str) -> None:
     assert refusal(tmp_path / "no model", tmp_path / "edge", ConfigError, weights=weights) == (
-        f"--weights {weights}: quantised weights cannot be tuned; add --adapter lora, or leave --weights out"
+        f"--weights {weights}: rounded weights cannot be tuned; add --adapter lora, or leave --weights out"
+    )
+
+
+def scaled(folder: Path, factors: dict[str, float]) -> Path:
+    """The tiny Llama with some weights larger."""
+    network = tiny.make_model("llama")
+    with torch.no_grad():
+        for name, factor in factors.items():
+            network.get_parameter(f"model.layers.0.mlp.{name}.weight").mul_(factor)
+    network.save_pretrained(folder)
+    tiny.make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_weight_beyond_half_precision_is_named(tmp_path: Path) -> None:
+    source = scaled(tmp_path / "source", {"up_proj": 1e6})
+    largest = tiny.make_model("llama").get_parameter("model.layers.0.mlp.up_proj.weight").mul(1e6).abs().max()
+    assert refusal(source, tmp_path / "edge", ExportError, adapter="lora", weights="fp16") == (
+        f"model.layers.0.mlp.up_proj.weight: holds {largest:.6g}, fp16 ends at 65504; export with --weights int8, or leave --weights out"
+    )
+
+
+def test_activations_beyond_half_precision_are_refused(tmp_path: Path) -> None:
+    """They are within float32, which the CPU computes in: the same source is exported with other weights."""
+    source = scaled(tmp_path / "source", {"up_proj": 300, "gate_proj": 300})
+    assert refusal(source, tmp_path / "edge", ExportError, adapter="lora", weights="fp16") == (
+        "source: in half precision its log-probabilities are not finite, activations exceed 65504; export with --weights int8, or leave --weights out"
+    )
+    assert export_model(str(source), tmp_path / "int8", adapter="lora", weights="int8").verification.largest_log_prob_difference < 2e-3
+
+
+def test_a_model_that_half_precision_changes_is_refused(source_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_module, "HALF_TOLERANCE", 1e-5)
+    message = refusal(source_dir, tmp_path / "edge", ExportError, adapter="lora", weights="fp16")
+    assert re.fullmatch(
+        rf"{source_dir.name}: in half precision log-probabilities differ from the source by up to \d\.\d\de-\d\d, allowed are 1e-05;"
+        " export with --weights int8, or leave --weights out",
+        message,
     )
 
 
@@ -326,7 +430,7 @@ def test_an_optimum_folder_takes_an_adapter_and_no_rounding(source_dir: Path, ex
     folder = tmp_path / "optimum"
     main_export(str(source_dir), folder, task="text-generation-with-past", opset=17, do_validation=False)
     assert refusal(folder, tmp_path / "edge", ExportError, adapter="lora", weights="int8") == (
-        f"{folder}: a model.onnx cannot be quantised and checked here; give the Hugging Face folder it was made from"
+        f"{folder}: a model.onnx cannot be rounded and checked here; give the Hugging Face folder it was made from"
     )
     shutil.rmtree(tmp_path / "edge", ignore_errors=True)
     model = EdgeModel(export_model(str(folder), tmp_path / "edge", adapter="lora").directory, threads=1)
