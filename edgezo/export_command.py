@@ -119,7 +119,7 @@ def export_rows(output: "Path", result: "ExportResult") -> list[tuple[str, str]]
     if checked.quantization_loss_change is not None:
         equal += f"; rounding weights to {manifest.weights} changed the loss by {checked.quantization_loss_change:+.4f} nats a token"
     if checked.half_log_prob_difference is not None:
-        equal += f", products in fp16 log-probabilities by up to {checked.half_log_prob_difference:.1e}"
+        equal += f", products in fp16 change log-probabilities by up to {checked.half_log_prob_difference:.1e}"
     return [
         *rows,
         ("checked", equal),

@@ -14,7 +14,7 @@ from edgezo.export.source import Source
 from edgezo.manifest import Family, Graph, Verification
 
 LOG_PROB_TOLERANCE = 2e-3
-HALF_TOLERANCE = 0.1
+HALF_TOLERANCE = 0.05  # products rounded to float16 moved SmolLM2-135M by 0.011, tiny random models by 0.004 to 0.007
 GREEDY_TOKENS = 16
 PROBES = ("The quick brown fox jumps over the lazy dog, and then it", "Question: what is the capital of France? Answer:", "It was")
 

@@ -15,7 +15,8 @@ class Device(NamedTuple):
     options: dict[str, str]
 
 
-# TF32 has 10 bits of significand: the difference of two losses would drown in its rounding
+# TF32 has 10 bits of significand, as float16 has: the difference of two losses drowns in its rounding where eps is small
+# (docs/adapters.md)
 # an arena that doubles could reserve twice the weights
 CUDA = Device("cuda", "CUDAExecutionProvider", {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"})
 DEVICES = {"cuda": CUDA}

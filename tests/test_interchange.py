@@ -58,7 +58,7 @@ def make_run(export_tiny: ExportTiny, tmp_path_factory: pytest.TempPathFactory) 
     made: dict[str, Run] = {}
 
     def make(name: str, kind: str, number: int = 0, **settings: Any) -> Run:
-        key = f"{name}-{kind}-{number}-{len(settings)}"
+        key = "-".join(map(str, (name, kind, number, *settings.values())))
         if key not in made:
             directory = export_tiny(name, **({} if kind == "full" else {"adapter": kind}), **settings)
             tuning: dict[str, Any] = {
