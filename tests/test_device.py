@@ -10,18 +10,29 @@ import onnx
 import onnxruntime
 import pytest
 from conftest import Command
+from reference import edge_log_probs, make_pairs, randomise, write_adapter
 
 import edgezo
+from edgezo.config import make_config
 from edgezo.errors import ConfigError, DeadTensorError, EdgeModelError, NonFiniteLossError
 from edgezo.export.kernels import KERNELS, make_kernel
 from edgezo.runtime import device as device_module
 from edgezo.runtime import device_passes, device_session, noise
+from edgezo.runtime.dataset import read_dataset
 from edgezo.runtime.device import CUDA, Device
 from edgezo.runtime.device_passes import DevicePasses
+from edgezo.runtime.device_session import DeviceSession
+from edgezo.runtime.head_rows import HeadRows
 from edgezo.runtime.liveness import prove_live
+from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import BLOCK, Direction, Distribution
+from edgezo.runtime.objective import Objective
 from edgezo.runtime.samplers.full import Full
+from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.tasks import Task
+from edgezo.runtime.theta import Theta, mutable_weights, step_directions
+from edgezo.runtime.tuned import write_tuned
 from edgezo.runtime.weights import MutableWeights
 
 HERE = Device("cpu", "CPUExecutionProvider", {})
@@ -136,6 +147,8 @@ def test_values_that_are_not_finite_are_found(value: float) -> None:
         ({}, {"noise": "gaussian", "weight_decay": 0.1, "lr": 1e-2}),
         ({"tunable": "norms"}, {}),
         ({"adapter": "lora"}, {}),
+        ({"adapter": "lora"}, {"tune_a": True}),
+        ({"adapter": "lora", "weights": "fp16"}, {}),
         ({"adapter": "prefix"}, {}),
     ],
 )
@@ -155,13 +168,124 @@ def test_a_run_is_the_same_here_and_there(
     assert found != {digest(EdgeModel(edge))} or "adapter" in export
 
 
-def test_a_run_goes_on_on_another_device(exported_dir: Path, tmp_path: Path, reviews: str) -> None:
+# an adapter
+
+
+def lora_models(directory: Path) -> tuple[EdgeModel, EdgeModel]:
+    return EdgeModel(directory, threads=1), EdgeModel(directory, threads=1, device="cuda")
+
+
+def assert_equal_scores(here: EdgeModel, there: EdgeModel, seen: list[bytes]) -> None:
+    """Scores and a text of both graphs; they are others than all `seen` before."""
+    scores = edge_log_probs(there, make_pairs())
+    assert scores.tobytes() == edge_log_probs(here, make_pairs()).tobytes()
+    assert scores.tobytes() not in seen
+    seen.append(scores.tobytes())
+    assert there.generate("the film", 6) == here.generate("the film", 6)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "fp16"])
+def test_no_change_of_an_adapter_is_missed_on_the_device(
+    export_tiny: Callable[..., Path], tmp_path: Path, reviews: str, weights: str
+) -> None:
+    """Whoever writes it: in place, one element, one bit, another of another rank, rows of the head, a file, a run, its averages, the base."""
+    directory = export_tiny("llama", adapter="lora", weights=weights)
+    here, there = lora_models(directory)
+    models, seen = (here, there), list[bytes]()
+    assert_equal_scores(here, there, seen)
+    for seed, rank in ((1, 3), (2, 3), (3, 5)):
+        for model in models:
+            randomise(model, seed, rank)
+        assert_equal_scores(here, there, seen)
+    for name, place in (("b", 7), ("a", 1), ("b", -1)):
+        for model in models:
+            getattr(model.adapter, name)[place] += 4
+        assert_equal_scores(here, there, seen)
+    peft = write_adapter(here, tmp_path / "peft")
+    for model in models:
+        model.head = HeadRows(np.array([5, 9]), np.ones((32, 2), np.float32))
+    assert_equal_scores(here, there, seen)
+    for model in models:
+        model.use()
+    assert edge_log_probs(there, make_pairs()).tobytes() == seen[0]
+    runs = [tmp_path / "first", tmp_path / "second"]
+    for number, run in enumerate(runs):
+        edgezo.tune(directory, run, data=reviews, steps=3, lr=0.1, seed=number, device="cuda", **TASK)
+        for step in (1, 3):
+            for model in models:
+                model.use(run=run, step=step)
+            assert_equal_scores(here, there, seen)
+    write_tuned(directory, runs, [0.5, 0.5], "last", tmp_path / "mean", "peft")
+    for model in models:
+        model.use(adapter=tmp_path / "mean")
+    assert_equal_scores(here, there, seen)
+    for model in models:
+        model.use(adapter=peft)
+    assert np.array_equal(edge_log_probs(there, make_pairs()), edge_log_probs(here, make_pairs()))
+    assert there.adapter is not None
+    there.adapter.b[0] = -there.adapter.b[0]  # type: ignore[union-attr]
+    here.adapter.b[0] = -here.adapter.b[0]  # type: ignore[union-attr]
+    assert_equal_scores(here, there, seen)
+
+
+def test_a_prefix_is_followed_too(prefix_dir: Path) -> None:
+    here, there = lora_models(prefix_dir)
+    seen = list[bytes]()
+    for seed in range(3):
+        for model in (here, there):
+            if seed:
+                randomise(model, seed)
+        assert_equal_scores(here, there, seen)
+
+
+@pytest.mark.parametrize("tune_a", [False, True])
+def test_what_a_step_of_lora_sends(lora_dir: Path, reviews: str, tune_a: bool) -> None:
+    """A and B once, then B after each update, and A where it is tuned; in forwards between two updates neither."""
+    model = EdgeModel(lora_dir, threads=1, device="cuda")
+    config = make_config(
+        None, {"data": reviews, "directions": 4, "batch": 1, "lr": 1e-2, "eps": 1e-2, "rule": "normalized", "tune_a": tune_a, **TASK}
+    )
+    dataset = read_dataset(model, config)
+    theta = Theta(model, config, mutable_weights(model, config), Objective(Sequences(model), Task("classification"), config))
+    rows, session = dataset.batch(dataset.order(), 0), model.scoring
+    assert isinstance(session, DeviceSession)
+    assert isinstance(model.adapter, Lora)
+
+    def sent(step: int) -> int:
+        """Bytes of a step's forward."""
+        before = session.sent_bytes
+        theta.estimates(step_directions(config, step), theta.groups(rows))
+        return session.sent_bytes - before
+
+    def update(step: int) -> None:
+        theta.step(step_directions(config, step), [1.0] * 4, 1e-2)
+        theta.weights.flush()
+
+    a, b = model.adapter.a.nbytes, model.adapter.b.nbytes
+    first, same = sent(0), sent(0)
+    assert first - same == a + b
+    signs = 4 * (sum(target.out_features for target in model.adapter.targets) + 2 * 4 * 8 * 14)
+    signs += 4 * (sum(target.in_features for target in model.adapter.targets) + 2 * 4 * 8 * 14) if tune_a else 0
+    assert signs < same < signs + 8 * 8 * 3 * 64, "and the tokens"
+    for step in (1, 2):
+        update(step)
+        assert sent(0) - same == (a + b if tune_a else b)
+        assert sent(0) == same
+
+
+# going on
+
+
+@pytest.mark.parametrize("export", [{}, {"adapter": "lora"}])
+def test_a_run_goes_on_on_another_device(export_tiny: Callable[..., Path], tmp_path: Path, reviews: str, export: dict[str, Any]) -> None:
+    exported_dir = export_tiny("llama", **export)
     given: dict[str, Any] = {"data": reviews, "lr": 1e-3, **TASK}
     for run, first in (("here", "cpu"), ("there", "cuda")):
         edgezo.tune(exported_dir, tmp_path / run, steps=3, device=first, **given)
         edgezo.tune(exported_dir, tmp_path / run, steps=6, resume=True)
     models = [EdgeModel(exported_dir, run=tmp_path / run, step="last") for run in ("here", "there")]
     assert digest(models[0]) == digest(models[1])
+    assert edge_log_probs(models[0], make_pairs()).tobytes() == edge_log_probs(models[1], make_pairs()).tobytes()
 
 
 def test_the_base_comes_back_to_the_device(exported_dir: Path, tmp_path: Path, reviews: str) -> None:
