@@ -165,9 +165,11 @@ def _add_stacks(surgery: Surgery, targets: list[LoraTarget]) -> None:
         (2, A_ROWS, A_SIGNS, [target.in_features for target in targets]),
     ):
         p = f"edgezo/lora/{rows}/"
-        symbols: list[str | int] = ["directions", "sides", "rows", count] if axis == 3 else ["directions", "sides", count, "rows"]
+        # symbols of their own: A may be left out where B is fed, and onnxruntime 1.18 makes one of Shapes of like symbols
+        directions, sides, rank = (f"{rows}_{symbol}" for symbol in ("directions", "sides", "rank"))
+        symbols: list[str | int] = [directions, sides, rank, count] if axis == 3 else [directions, sides, count, rank]
         surgery.overridable(rows, np.zeros((1, 1, *([1, count] if axis == 3 else [count, 1])), np.float32), symbols)
-        surgery.overridable(signs, np.zeros((1, count), np.int8), ["directions", "signs"])
+        surgery.overridable(signs, np.zeros((1, count), np.int8), [f"{signs}_directions", f"{signs}_width"])
         one, ones = surgery.constant(p + "one", [1]), surgery.constant(p + "ones", [1] * count)
         apart = surgery.constant(p + "axes", [1, 2] if axis == 3 else [1, 3])
         surgery.begin(

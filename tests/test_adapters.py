@@ -30,7 +30,7 @@ from reference import (
 )
 
 import edgezo
-from edgezo.adapters import B_ROWS, B_SIGNS
+from edgezo.adapters import A_ROWS, A_SIGNS, B_ROWS, B_SIGNS
 from edgezo.config import TuneConfig, make_config
 from edgezo.errors import ConfigError, DeadTensorError, EdgezoError, NonFiniteLossError, RunError
 from edgezo.export import export_model
@@ -84,6 +84,18 @@ def digest(model: EdgeModel) -> str:
 
 
 # the graph
+
+
+def test_perturbations_of_a_and_b_have_symbols_of_their_own(lora_dir: Path) -> None:
+    """One of the two may be left out; onnxruntime 1.18 takes shapes of like symbols for the same."""
+    graph = onnx.load(lora_dir / "scoring.onnx", load_external_data=False).graph
+    symbols = {
+        value.name: {dim.dim_param for dim in value.type.tensor_type.shape.dim if dim.dim_param}
+        for value in graph.input
+        if value.name in {A_ROWS, A_SIGNS, B_ROWS, B_SIGNS}
+    }
+    assert {name: len(found) for name, found in symbols.items()} == {A_ROWS: 3, B_ROWS: 3, A_SIGNS: 2, B_SIGNS: 2}
+    assert len(set().union(*symbols.values())) == 10
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
