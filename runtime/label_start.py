@@ -158,7 +158,7 @@ def read_features(
             parts.append(_read_chunk(objective, examples[first : first + CHUNK], candidates, attention))
     found = Features(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     if not all(np.isfinite(part).all() for part in found):
-        raise NonFiniteLossError("the model gives no finite scores or hidden states; export it again")
+        raise NonFiniteLossError(f"the model gives no finite scores or hidden states; {objective.sequences.model.manifest.remedy}")
     return found
 
 

@@ -87,7 +87,7 @@ def _prove_in_place(model: EdgeModel, weights: MutableWeights, graph: _Proven) -
     base = graph.scores(session)
     with _perturbed(weights):
         changed_in_place = graph.scores(session)
-    _refuse_non_finite(base, changed_at_load)
+    _refuse_non_finite(model, base, changed_at_load)
     if np.array_equal(changed_in_place, changed_at_load) and not np.array_equal(changed_in_place, base):
         return
     dead = [name for name in names if np.array_equal(_changed_alone(model, name, graph, session), base)]
@@ -108,13 +108,13 @@ def _prove_on_device(model: EdgeModel, weights: MutableWeights, feeds: dict[str,
     base = _scores(model.scoring, feeds)
     with _perturbed(weights):
         changed = _scores(model.scoring, feeds)
-    _refuse_non_finite(base, changed)
+    _refuse_non_finite(model, base, changed)
     if np.array_equal(changed, base) or not np.array_equal(_scores(model.scoring, feeds), base):
         raise _refusal(model, list(weights.passes.shapes), "the engine does not see what is written to the device")
 
 
-def _refuse_non_finite(base: Array, changed: Array) -> None:
-    for scores, where, advice in ((base, "theta", "export the model again"), (changed, "theta + eps z", "try a smaller --eps")):
+def _refuse_non_finite(model: EdgeModel, base: Array, changed: Array) -> None:
+    for scores, where, advice in ((base, "theta", model.manifest.remedy), (changed, "theta + eps z", "try a smaller --eps")):
         if not np.isfinite(scores).all():
             raise NonFiniteLossError(f"the log-probabilities at {where} are NaN or infinite before the first step; {advice}")
 
@@ -132,7 +132,7 @@ def _prove_adapter_live(model: EdgeModel) -> None:
         # the first and the last copy are alike: rows of one batch may differ by rounding
         scores = _scores(model.scoring, {**_probe_feeds(model, len(chosen) + 2), **probe.feeds(chosen)}).reshape(len(chosen) + 2, -1)
         if not np.isfinite(scores).all():
-            raise NonFiniteLossError("the log-probabilities are NaN or infinite before the first step; export the model again")
+            raise NonFiniteLossError(f"the log-probabilities are NaN or infinite before the first step; {model.manifest.remedy}")
         rounding = np.abs(scores[-1] - scores[0]).max()
         changes = np.abs(scores[1:-1] - scores[0]).max(axis=1)
         dead += [probe.names[number] for number, change in zip(chosen, changes, strict=True) if change <= 4 * rounding]

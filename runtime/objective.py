@@ -102,7 +102,8 @@ class Objective:
         if not all(np.isfinite(part).all() for part in every):
             loss = math.nan  # of a wrong candidate; an argmax would hide it
         if not math.isfinite(loss):
-            raise NonFiniteLossError(f"the loss over {count} rows is {loss}; export the model again, or tune with a smaller --lr")
+            remedy = self.sequences.model.manifest.remedy
+            raise NonFiniteLossError(f"the loss over {count} rows is {loss}; {remedy}, or tune with a smaller --lr")
         if not self.task.has_candidates:
             return Evaluation(count, loss, others=self._text_metrics(examples))
         scores = self.candidate_scores(every, examples)

@@ -84,7 +84,7 @@ def read_positions(objective: Objective, pairs: Sequence[Pair], seconds: float =
         count += len(texts[-1])
     hidden, log_probs, stands = (np.concatenate(part)[:POSITIONS] for part in zip(*parts, strict=True))
     if not np.isfinite(hidden).all() or not np.isfinite(log_probs).all():
-        raise NonFiniteLossError("the model gives no finite log-probabilities or hidden states; export it again")
+        raise NonFiniteLossError(f"the model gives no finite log-probabilities or hidden states; {objective.sequences.model.manifest.remedy}")
     wrong = np.abs(np.exp(log_probs.astype(np.float64)) - (stands[:, None] == pool)).sum(axis=0)
     chosen = np.sort(np.argsort(-wrong, kind="stable")[:TOKENS])
     scores = log_probs[:, chosen].astype(np.float64)

@@ -17,7 +17,7 @@ from optimum.exporters.onnx import main_export
 from reference import edge_log_probs, make_pairs, network_log_probs, randomise
 
 import edgezo
-from edgezo.errors import ConfigError, EdgezoError, ExportError
+from edgezo.errors import ConfigError, EdgezoError, ExportError, NonFiniteLossError
 from edgezo.export import export_model
 from edgezo.export import freeze as freeze_module
 from edgezo.export import verify as verify_module
@@ -405,6 +405,18 @@ def test_activations_beyond_half_precision_are_refused(tmp_path: Path) -> None:
         "source: in half precision its log-probabilities are not finite, activations exceed 65504; export with --weights int8, or leave --weights out"
     )
     assert export_model(str(source), tmp_path / "int8", adapter="lora", weights="int8").verification.largest_log_prob_difference < 2e-3
+
+
+def test_scores_that_are_not_finite_are_laid_at_half_precision(export_tiny: ExportTiny) -> None:
+    """As a device would give them, for texts with larger activations than those of the check."""
+    for weights, remedy in (("fp16", "export it without --weights fp16, in which activations end at 65504"), ("int8", "export it again")):
+        model = EdgeModel(export_tiny("llama", adapter="lora", weights=weights), threads=1)
+        lora = randomise(model)
+        assert isinstance(lora, Lora)
+        lora.b[...] = 3e38
+        with pytest.raises(NonFiniteLossError) as caught:
+            model.generate("the film", 1)
+        assert str(caught.value) == f"the model's logits are NaN or infinite; {remedy}, or tune with a smaller --lr"
 
 
 def test_a_model_that_half_precision_changes_is_refused(source_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
