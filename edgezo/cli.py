@@ -112,7 +112,7 @@ def tune_command(
         str | None,
         setting(
             "start",
-            text="exact: put what a linear model learns from a forward or two a row into the weights first; head: into the head's rows for the label words alone, other texts stay as they are; none. [default: exact where rows have label words]",
+            text="exact: put what a linear model learns from a forward or two a row into the weights first; head: into rows of the head alone, for label words so that other texts stay as they are; none. [default: exact where rows have label words or texts to write]",
         ),
     ] = None,
     start_rows: Annotated[int | None, setting("start_rows")] = None,

@@ -104,7 +104,7 @@ class TuneConfig(BaseModel):
     init: str | None = Field(None, description="adapter to start from: a PEFT folder or an .onnx_adapter file")
     start: Literal["exact", "head", "none"] | None = Field(
         None,
-        description="exact: what a linear model learns from forwards of the rows is put into the weights first; head: into rows of the head alone; exact for label words when unset, else none",
+        description="exact: what a linear model learns from forwards of the rows is put into the weights first; head: into rows of the head alone; exact for label words and texts when unset, else none",
     )
     start_rows: int = Field(2048, gt=1, description="training rows that an exact start reads at most, one or two forwards each")
     seed: int = Field(0, ge=0, lt=1 << 64, description="of noise and data order; 0 is an ordinary seed")

@@ -24,7 +24,9 @@ from edgezo.runtime.objective import Objective
 from edgezo.runtime.scoring import Pair, TokenStates
 from edgezo.runtime.softmax_fit import FOLDS, Floats, fit_softmax
 
-TOKENS = 128  # rows of the head that are changed at most; data to text, 4,096 positions: loss of test tokens 2.38, 2.03 with 64, 1.96 with 128
+TOKENS = (
+    128  # rows of the head that are changed at most; data to text, 4,096 positions: loss of test tokens 2.38, 2.03 with 64, 1.96 with 128
+)
 POOL = 256  # tokens that they are chosen from, those that are written most often
 POSITIONS = 4096  # tokens of texts that are learned from at most; 64 rows by 8,192 positions: 2.02 instead of 2.03, twice the time
 CHUNK = 32  # texts between two looks at the clock
@@ -84,7 +86,9 @@ def read_positions(objective: Objective, pairs: Sequence[Pair], seconds: float =
         count += len(texts[-1])
     hidden, log_probs, stands = (np.concatenate(part)[:POSITIONS] for part in zip(*parts, strict=True))
     if not np.isfinite(hidden).all() or not np.isfinite(log_probs).all():
-        raise NonFiniteLossError(f"the model gives no finite log-probabilities or hidden states; {objective.sequences.model.manifest.remedy}")
+        raise NonFiniteLossError(
+            f"the model gives no finite log-probabilities or hidden states; {objective.sequences.model.manifest.remedy}"
+        )
     wrong = np.abs(np.exp(log_probs.astype(np.float64)) - (stands[:, None] == pool)).sum(axis=0)
     chosen = np.sort(np.argsort(-wrong, kind="stable")[:TOKENS])
     scores = log_probs[:, chosen].astype(np.float64)
