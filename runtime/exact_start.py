@@ -107,8 +107,8 @@ def _gain(fit: HeadFit, before: Evaluation | None, after: Evaluation | None) -> 
 def obstacle(model: EdgeModel, dataset: Dataset) -> str | None:
     """Why a data set has no exact start; None where it has one."""
     task, examples = dataset.task, dataset.train.examples
-    if task.kind in {"choice", "preference"}:
-        return f"rows of kind {task.kind} are compared with each other, and only label words and texts have one"
+    if task.kind == "preference":
+        return "rows of kind preference compare two texts, and it is for rows where one is right"
     if not model.takes_head_rows:
         return f"{model.directory} was exported without inputs for rows of the head, export it again"
     if task.kind == "classification" and first_tokens(examples, len(task.words)) is None:

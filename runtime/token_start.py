@@ -50,7 +50,7 @@ def token_fits(objective: Objective, examples: Sequence[Example], seconds: float
     """The solution, if it lowers the held-out loss.
 
     Args:
-        objective: of rows with one text each.
+        objective: of rows with one text each, or choices, of which the right one is learned.
         examples: to learn from.
         seconds: forwards of further texts begin no later than this.
 

@@ -326,7 +326,7 @@ def test_a_start_of_the_head_alone_leaves_the_attention_as_it_is(lora_dir: Path,
     [
         (
             {"labels": None, "template": None},
-            "--start exact: rows of kind choice are compared with each other, and only label words and texts have one; or give --start none",
+            "--start exact: rows of kind preference compare two texts, and it is for rows where one is right; or give --start none",
         ),
         (
             {"labels": "great,great film"},
@@ -337,7 +337,7 @@ def test_a_start_of_the_head_alone_leaves_the_attention_as_it_is(lora_dir: Path,
 def test_an_exact_start_that_cannot_be_is_refused(
     lora_dir: Path, write_rows: Callable[..., str], tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    rows = write_rows([{**row, "prompt": row["text"], "choices": ["yes", "no"], "answer": 0} for row in ROWS])
+    rows = write_rows([{**row, "prompt": row["text"], "chosen": "yes", "rejected": "no"} for row in ROWS])
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         tuned_run(lora_dir, tmp_path / "run", rows, start="exact", **settings)
     assert not (tmp_path / "run").exists()

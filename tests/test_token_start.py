@@ -27,6 +27,9 @@ ROWS = [{"prompt": f"a {word} film:", "completion": ANSWERS[word], "answer": ANS
 KINDS: dict[str, list[dict[str, Any]]] = {
     "completion": [{name: row[name] for name in ("prompt", "completion")} for row in ROWS],
     "answer": [{name: row[name] for name in ("prompt", "answer")} for row in ROWS],
+    "choice": [
+        {"prompt": row["prompt"], "choices": sorted(text.strip() for text in ANSWERS.values()), "answer": row["answer"]} for row in ROWS
+    ],
     "text": [{"text": row["prompt"] + row["completion"]} for row in ROWS],
 }
 
@@ -130,7 +133,7 @@ def test_a_run_starts_from_it_by_default(
     assert result.start.loss < 0.8 * result.before.loss
     (told,) = [text for text in notices if text.startswith("exact start")]
     assert told.startswith("exact start: rows of the head for ")
-    assert f"validation loss {result.before.loss:.3f} -> {result.start.loss:.3f}" in told
+    assert f"loss {result.before.loss:.3f} -> {result.start.loss:.3f}" in told
     head = read_journal(tmp_path / "run" / "journal.bin").heads[0]
     assert head.rows.shape == (EdgeModel(lora_dir).manifest.origin.hidden_size, len(head.tokens))
     assert invoke("verify", str(tmp_path / "run"), "--base", str(lora_dir), "--every", "1", "--threads", "1").code == 0
