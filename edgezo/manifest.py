@@ -173,12 +173,6 @@ class Manifest(Record):
         """Number of tunable parameters."""
         return sum(tensor.size for tensor in self.tunable)
 
-    @property
-    def remedy(self) -> str:
-        """What to do where its scores are not finite."""
-        half = "export it without --weights fp16, in which activations end at 65504"
-        return half if self.weights == "fp16" else "export it again"
-
     def write(self, directory: Path) -> None:
         """Write manifest.json whole or not at all."""
         write_atomically(directory / MANIFEST_NAME, (self.model_dump_json(indent=1) + "\n").encode())

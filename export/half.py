@@ -31,7 +31,7 @@ def round_to_half(weight: Weight) -> npt.NDArray[np.float16]:
 
 
 def multiply_in_half(graph: onnx.GraphProto, names: Iterable[str]) -> None:
-    """At every use of a float16 weight: y = float32(float16(x) W), or float32(W[ids]); a bias is added in float32.
+    """At every use of a float16 weight: y = float32(float16(float16(x) W)), or float32(W[ids]); a bias is added in float32.
 
     To be done last: until then a graph reads as if the weights were float32. Products of one x each get a cast of it, which
     `merge_equal_nodes` makes one.

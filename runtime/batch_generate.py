@@ -108,5 +108,5 @@ def _forward(
     outputs = ["logits", *(state.output for state in graph.past)]
     logits, *present = model.generation.run(outputs, {**{name: feeds[name] for name in graph.inputs}, **past, **fed})
     if not np.isfinite(logits.max()):  # NaN passes through max
-        raise NonFiniteLossError(f"the model's logits are NaN or infinite; {model.manifest.remedy}, or tune with a smaller --lr")
+        raise NonFiniteLossError(f"the model's logits are NaN or infinite; {model.remedy}, or tune with a smaller --lr")
     return logits, {state.input: value for state, value in zip(graph.past, present, strict=True)}

@@ -19,7 +19,8 @@ from edgezo.runtime import noise
 from edgezo.runtime.dataset import Dataset, spread
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.examples import Example, Offsets
-from edgezo.runtime.head_rows import HeadFit, summed
+from edgezo.runtime.head_fit import HeadFit
+from edgezo.runtime.head_rows import summed
 from edgezo.runtime.journal_records import Record, evaluation_records, head_record, offsets_record
 from edgezo.runtime.label_start import first_tokens, label_fits, read_features
 from edgezo.runtime.model import EdgeModel
@@ -46,7 +47,7 @@ def resolve_start(model: EdgeModel, dataset: Dataset, notice: Callable[[str], No
     asked, problem = dataset.config.start, obstacle(model, dataset)
     if asked in {"exact", "head"} and problem is not None:
         raise ConfigError(f"--start {asked}: {problem}; or give --start none")
-    if asked is None and problem is not None and dataset.task.kind == "classification":
+    if asked is None and problem is not None and dataset.task.kind != "preference":
         notice(f"no exact start: {problem}")
     start = (asked or "exact") if problem is None else "none"
     return dataset._replace(config=dataset.config.model_copy(update={"start": start}))
@@ -108,7 +109,12 @@ def obstacle(model: EdgeModel, dataset: Dataset) -> str | None:
     """Why a data set has no exact start; None where it has one."""
     task, examples = dataset.task, dataset.train.examples
     if task.kind == "preference":
-        return "rows of kind preference compare two texts, and it is for rows where one is right"
+        return "rows of kind preference have no exact start, give rows with right texts"
+    if len(examples) < 2:
+        return "it is chosen by rows held out, and there is one row, give more"
+    likely = task.kind == "classification" or (task.kind != "choice" and dataset.config.objective in {None, "likelihood"})
+    if dataset.valid is None and not likely:
+        return "it makes right texts likelier, and without validation rows nothing tells whether that helps here, give --valid"
     if not model.takes_head_rows:
         return f"{model.directory} was exported without inputs for rows of the head, export it again"
     if task.kind == "classification" and first_tokens(examples, len(task.words)) is None:

@@ -111,7 +111,7 @@ def generate(
         }
         logits, *present = model.generation.run(outputs, {**{name: feeds[name] for name in graph.inputs}, **past, **fed})
         if not np.isfinite(logits[0].max()):  # NaN passes through max
-            raise NonFiniteLossError(f"the model's logits are NaN or infinite; {model.manifest.remedy}, or tune with a smaller --lr")
+            raise NonFiniteLossError(f"the model's logits are NaN or infinite; {model.remedy}, or tune with a smaller --lr")
         token = int(logits[0].argmax()) if random is None or sampling is None else _sample(logits[0], sampling, random)
         past = {state.input: value for state, value in zip(graph.past, present, strict=True)}
         cache.read = ([*tokens, *written], past)

@@ -1,6 +1,6 @@
 """Rows of the head changed by an exact solution: logits[:, tokens] += hidden @ rows, whatever else a run tunes."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,22 +32,6 @@ class HeadRows(NamedTuple):
         """Whether all numbers are the same."""
         pairs = ((self.tokens, other.tokens), (self.rows, other.rows), (self.probe, other.probe))
         return all(np.array_equal(one, its) for one, its in pairs)
-
-
-class HeadFit(NamedTuple):
-    """A solution that an exact start may take.
-
-    name: for messages. rows: that it is from. before, held_out: mean losses in nats, of the model as it is and of fits of other rows.
-    make: puts it into the weights, which may take forwards. unseen: logits by fits of other rows less those by the fit itself, float64
-    [rows, candidates], where rows have candidates.
-    """
-
-    name: str
-    rows: int
-    before: float
-    held_out: float
-    make: Callable[[], HeadRows]
-    unseen: npt.NDArray[np.float64] | None = None
 
 
 Array = npt.NDArray[Any]

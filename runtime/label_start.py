@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from edgezo.errors import NonFiniteLossError
 from edgezo.runtime.examples import Example
-from edgezo.runtime.head_rows import NO_ROWS, HeadFit, HeadRows, summed
+from edgezo.runtime.head_fit import HeadFit
+from edgezo.runtime.head_rows import NO_ROWS, HeadRows, summed
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.probe_fit import RATIO, contrasts, read_linearly, relative_change
 from edgezo.runtime.scoring import Candidate, Classified, Masked
@@ -158,7 +159,7 @@ def read_features(
             parts.append(_read_chunk(objective, examples[first : first + CHUNK], candidates, attention))
     found = Features(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     if not all(np.isfinite(part).all() for part in found):
-        raise NonFiniteLossError(f"the model gives no finite scores or hidden states; {objective.sequences.model.manifest.remedy}")
+        raise NonFiniteLossError(f"the model gives no finite scores or hidden states; {objective.sequences.model.remedy}")
     return found
 
 

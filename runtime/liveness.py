@@ -114,7 +114,7 @@ def _prove_on_device(model: EdgeModel, weights: MutableWeights, feeds: dict[str,
 
 
 def _refuse_non_finite(model: EdgeModel, base: Array, changed: Array) -> None:
-    for scores, where, advice in ((base, "theta", model.manifest.remedy), (changed, "theta + eps z", "try a smaller --eps")):
+    for scores, where, advice in ((base, "theta", model.remedy), (changed, "theta + eps z", "try a smaller --eps")):
         if not np.isfinite(scores).all():
             raise NonFiniteLossError(f"the log-probabilities at {where} are NaN or infinite before the first step; {advice}")
 
@@ -132,7 +132,7 @@ def _prove_adapter_live(model: EdgeModel) -> None:
         # the first and the last copy are alike: rows of one batch may differ by rounding
         scores = _scores(model.scoring, {**_probe_feeds(model, len(chosen) + 2), **probe.feeds(chosen)}).reshape(len(chosen) + 2, -1)
         if not np.isfinite(scores).all():
-            raise NonFiniteLossError(f"the log-probabilities are NaN or infinite before the first step; {model.manifest.remedy}")
+            raise NonFiniteLossError(f"the log-probabilities are NaN or infinite before the first step; {model.remedy}")
         rounding = np.abs(scores[-1] - scores[0]).max()
         changes = np.abs(scores[1:-1] - scores[0]).max(axis=1)
         dead += [probe.names[number] for number, change in zip(chosen, changes, strict=True) if change <= 4 * rounding]

@@ -171,6 +171,13 @@ class EdgeModel:
         """The rows of the head alone."""
         return self.head.feeds(self.manifest) if self.takes_head_rows else {}
 
+    @property
+    def remedy(self) -> str:
+        """What to do where its scores are not finite."""
+        if self.device is not None and self.manifest.weights == "fp16":
+            return "export the model without --weights fp16, in which activations end at 65504"
+        return "export the model again"
+
     def _refuse_too_large(self) -> None:
         """A system that promises more memory than it has would end the process without a word. A device says itself what it cannot hold."""
         if self.device is not None:
@@ -190,7 +197,7 @@ class EdgeModel:
             fitting = next((name for name, share in smaller.items() if share * needed * (1 + 1 / 8) < free), None)
             advice = f"export it with --adapter lora --weights {fitting}" if fitting else "take a smaller model"
             raise EdgeModelError(
-                f"{self.directory}: has {needed / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB of memory are free; end other programs, or {advice}"
+                f"{self.directory}: its weights take {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; end other programs, or {advice}"
             )
 
     def _upload(self) -> None:

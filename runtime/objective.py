@@ -102,7 +102,7 @@ class Objective:
         if not all(np.isfinite(part).all() for part in every):
             loss = math.nan  # of a wrong candidate; an argmax would hide it
         if not math.isfinite(loss):
-            remedy = self.sequences.model.manifest.remedy
+            remedy = self.sequences.model.remedy
             raise NonFiniteLossError(f"the loss over {count} rows is {loss}; {remedy}, or tune with a smaller --lr")
         if not self.task.has_candidates:
             return Evaluation(count, loss, others=self._text_metrics(examples))

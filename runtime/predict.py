@@ -103,5 +103,5 @@ def _rank(model: EdgeModel, rows: Sequence[Row], task: Task, max_length: int) ->
     parts = Sequences(model).log_probs([pair for pairs in candidates for pair in pairs])
     found = score_candidates(task, parts, [len(pairs) for pairs in candidates])
     if not all(np.isfinite(scores).all() for scores in found):
-        raise NonFiniteLossError(f"the model gives no finite scores; {model.manifest.remedy}, or tune with a smaller --lr")
+        raise NonFiniteLossError(f"the model gives no finite scores; {model.remedy}, or tune with a smaller --lr")
     return [np.exp(scores - np.logaddexp.reduce(scores)) for scores in found]

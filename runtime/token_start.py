@@ -19,16 +19,15 @@ import numpy.typing as npt
 
 from edgezo.errors import NonFiniteLossError
 from edgezo.runtime.examples import Example
-from edgezo.runtime.head_rows import HeadFit, HeadRows
+from edgezo.runtime.head_fit import HeadFit
+from edgezo.runtime.head_rows import HeadRows
 from edgezo.runtime.objective import Objective
-from edgezo.runtime.scoring import Pair, TokenStates
+from edgezo.runtime.scoring import Classified, Masked, Pair, TokenStates
 from edgezo.runtime.softmax_fit import FOLDS, Floats, fit_softmax
 
-TOKENS = (
-    128  # rows of the head that are changed at most; data to text, 4,096 positions: loss of test tokens 2.38, 2.03 with 64, 1.96 with 128
-)
+TOKENS = 128  # rows of the head that are changed at most; docs/decisions.md has others, and other numbers of positions
 POOL = 256  # tokens that they are chosen from, those that are written most often
-POSITIONS = 4096  # tokens of texts that are learned from at most; 64 rows by 8,192 positions: 2.02 instead of 2.03, twice the time
+POSITIONS = 4096  # tokens of texts that are learned from at most
 CHUNK = 32  # texts between two looks at the clock
 LEAST = 1e-6  # probability of all other tokens; rounding of log-probabilities could leave none
 
@@ -57,8 +56,7 @@ def token_fits(objective: Objective, examples: Sequence[Example], seconds: float
     Raises:
         NonFiniteLossError: the model gives no finite log-probabilities or hidden states.
     """
-    pairs = [example.pairs[example.gold] for example in examples]
-    tokens, found = read_positions(objective, pairs, seconds)  # type: ignore[arg-type]
+    tokens, found = read_positions(objective, examples, seconds)
     fit = fit_softmax(found.states, found.scores, found.gold, fold=found.texts % FOLDS)
     if fit.held_out.loss < fit.before:
         rows = (fit.weights[:, :-1] - fit.weights[:, -1:]).astype(np.float32)
@@ -66,34 +64,52 @@ def token_fits(objective: Objective, examples: Sequence[Example], seconds: float
         yield HeadFit(f"rows of the head for {len(tokens)} tokens", count, fit.before, fit.held_out.loss, lambda: HeadRows(tokens, rows))
 
 
-def read_positions(objective: Objective, pairs: Sequence[Pair], seconds: float = math.inf) -> tuple[npt.NDArray[np.int64], Positions]:
+def read_positions(objective: Objective, examples: Sequence[Example], seconds: float = math.inf) -> tuple[npt.NDArray[np.int64], Positions]:
     """One forward a text, of as many as there is time and room for.
 
+    Args:
+        objective: its model is read as it is now.
+        examples: their right texts are read.
+        seconds: forwards of further texts begin no later than this.
+
     Returns:
-        int64 [K], the tokens that lose most: sum over positions of |p - [it stands there]|, in ascending order; and the positions.
+        int64 [K], the tokens that are most wrong, in ascending order; and the positions.
+
+    Raises:
+        NonFiniteLossError: the model gives no finite log-probabilities or hidden states.
     """
+    pairs = _first_pairs(examples)
     often = Counter(token for _, completion in pairs for token in completion).most_common(POOL)
     pool = np.array(sorted(token for token, _ in often), np.int64)
-    deadline, count = time.monotonic() + seconds, 0
-    parts: list[TokenStates] = []
-    texts: list[npt.NDArray[np.int64]] = []
+    deadline, parts = time.monotonic() + seconds, list[TokenStates]()
     for first in range(0, len(pairs), CHUNK):
-        if parts and (time.monotonic() > deadline or count >= POSITIONS):
-            break
-        chunk = pairs[first : first + CHUNK]
-        parts.append(objective.sequences.token_states(chunk, pool))
-        texts.append(np.repeat(np.arange(first, first + len(chunk)), [len(completion) for _, completion in chunk]))
-        count += len(texts[-1])
-    hidden, log_probs, stands = (np.concatenate(part)[:POSITIONS] for part in zip(*parts, strict=True))
+        if not parts or time.monotonic() < deadline:
+            parts.append(objective.sequences.token_states(pairs[first : first + CHUNK], pool))
+    hidden, log_probs, stands = (np.concatenate(part) for part in zip(*parts, strict=True))
     if not np.isfinite(hidden).all() or not np.isfinite(log_probs).all():
-        raise NonFiniteLossError(
-            f"the model gives no finite log-probabilities or hidden states; {objective.sequences.model.manifest.remedy}"
-        )
-    wrong = np.abs(np.exp(log_probs.astype(np.float64)) - (stands[:, None] == pool)).sum(axis=0)
-    chosen = np.sort(np.argsort(-wrong, kind="stable")[:TOKENS])
-    scores = log_probs[:, chosen].astype(np.float64)
+        raise NonFiniteLossError(f"the model gives no finite log-probabilities or hidden states; {objective.sequences.model.remedy}")
+    texts = np.repeat(np.arange(len(pairs)), [len(completion) for _, completion in pairs])[: len(stands)]
+    chosen = _most_wrong(log_probs, stands[:, None] == pool)
+    scores, is_one = log_probs[:, chosen].astype(np.float64), stands[:, None] == pool[chosen]
     others = np.log(np.maximum(1 - np.exp(scores).sum(axis=1, keepdims=True), LEAST))
-    gold = np.full(len(stands), len(chosen))
-    at, which = np.nonzero(stands[:, None] == pool[chosen])
-    gold[at] = which
-    return pool[chosen], Positions(hidden, np.hstack([scores, others]), gold, np.concatenate(texts)[:POSITIONS])
+    gold = np.where(is_one.any(axis=1), is_one.argmax(axis=1), len(chosen))
+    return pool[chosen], Positions(hidden, np.hstack([scores, others]), gold, texts)
+
+
+def _first_pairs(examples: Sequence[Example]) -> list[Pair]:
+    """Right texts until there are enough positions, none with so many that others could not be held out."""
+    pairs: list[Pair] = []
+    count = 0
+    for example in examples:
+        pair = example.pairs[example.gold]
+        assert not isinstance(pair, Masked | Classified), "these have label words"
+        if count < POSITIONS:
+            pairs.append((pair[0], pair[1][: POSITIONS // FOLDS]))
+            count += len(pairs[-1][1])
+    return pairs
+
+
+def _most_wrong(log_probs: npt.NDArray[np.float32], stands: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Places of the tokens with the largest sum over positions of |p - [it stands there]|, in ascending order."""
+    wrong = np.abs(np.exp(log_probs.astype(np.float64)) - stands).sum(axis=0)
+    return np.sort(np.argsort(-wrong, kind="stable")[:TOKENS])

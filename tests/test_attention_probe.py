@@ -21,7 +21,8 @@ from edgezo.errors import AdapterError, RunError
 from edgezo.runtime import exact_start, noise, probe_fit
 from edgezo.runtime.attention_probe import NO_PROBE, add_probe, probe_directions, take_probe
 from edgezo.runtime.generate import generate
-from edgezo.runtime.head_rows import NO_ROWS, HeadFit, HeadRows
+from edgezo.runtime.head_fit import HeadFit
+from edgezo.runtime.head_rows import NO_ROWS, HeadRows
 from edgezo.runtime.journal import Journal
 from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.journal_records import head_record

@@ -691,7 +691,7 @@ def test_a_loss_that_overflows_is_one_line_and_no_traceback(command: Command, tm
     rewrite(tmp_path / "edge", overflow)
     found = command("tune", "edge", "-o", "run", *TASK, "--eps", "1000")
     assert (found.code, found.out) == (1, "")
-    expected = "error: the log-probabilities at theta are NaN or infinite before the first step; export it again"
+    expected = "error: the log-probabilities at theta are NaN or infinite before the first step; export the model again"
     assert [line for line in found.err.splitlines() if not line.startswith("  ")] == [expected]
 
 

@@ -326,7 +326,7 @@ def test_a_start_of_the_head_alone_leaves_the_attention_as_it_is(lora_dir: Path,
     [
         (
             {"labels": None, "template": None},
-            "--start exact: rows of kind preference compare two texts, and it is for rows where one is right; or give --start none",
+            "--start exact: rows of kind preference have no exact start, give rows with right texts; or give --start none",
         ),
         (
             {"labels": "great,great film"},

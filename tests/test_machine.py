@@ -86,7 +86,7 @@ def test_a_model_larger_than_free_memory_is_refused(exported_dir: Path, monkeypa
     with pytest.raises(EdgeModelError) as caught:
         EdgeModel(exported_dir)
     assert str(caught.value).startswith(
-        f"{exported_dir}: has 0.0 GB of weights, 0.0 GB of memory are free; end other programs, or {advice}"
+        f"{exported_dir}: its weights take 0.0 GB of memory, 0.0 GB are free; end other programs, or {advice}"
     )
 
 

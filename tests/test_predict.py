@@ -148,7 +148,7 @@ def test_a_run_of_answers_answers_prompts(exported_dir: Path, tmp_path: Path, wr
 def test_a_run_with_a_template_answers_rows_without_answer(exported_dir: Path, tmp_path: Path, write_rows: Write) -> None:
     rows = [{"question": "who", "answer": "me"}, {"question": "what", "answer": "a film"}]
     settings = {"template": "Q: {question} A:", "max_tokens": 3, "threads": 1}
-    edgezo.tune(exported_dir, tmp_path / "run", data=write_rows(rows), answer_field="answer", steps=1, batch=2, **settings)
+    edgezo.tune(exported_dir, tmp_path / "run", data=write_rows(rows), answer_field="answer", steps=1, batch=2, start="none", **settings)
     found = edgezo.predict(exported_dir, texts=["who"], run=tmp_path / "run", step=0, threads=1)
     assert found == edgezo.predict(exported_dir, texts=["who"], answer_field="answer", **settings)
     assert found[0].text is not None
@@ -205,5 +205,7 @@ def test_choices_without_a_list_are_refused(exported_dir: Path, write_rows: Writ
 
 def test_scores_that_are_not_finite_are_refused(model: EdgeModel, write_rows: Write) -> None:
     model.weights["model.norm.weight"][3] = np.nan
-    with pytest.raises(NonFiniteLossError, match=r"^the model gives no finite scores; export it again, or tune with a smaller --lr$"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"^the model gives no finite scores; export the model again, or tune with a smaller --lr$"
+    ):
         predict(model, [Row(CHOICES[0], "row 1")], Task("choice"), 64)

@@ -1,5 +1,6 @@
 """The exact start of texts: what the fit says is what the changed model gives."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from conftest import Command
 
 import edgezo
 from edgezo.config import make_config
-from edgezo.errors import NonFiniteLossError
+from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime import token_start
 from edgezo.runtime.dataset import read_dataset
 from edgezo.runtime.head_rows import HeadRows
@@ -58,12 +59,12 @@ def test_states_and_log_probabilities_are_those_of_every_token(lora_dir: Path, r
     model, objective, examples = opened(lora_dir, rows)
     pairs, tokens = completions(examples), np.array([5, 9, 11])
     found = objective.sequences.token_states(pairs, tokens)
+    assert objective.sequences.forward_rows == len({(*prompt, *completion[:-1]) for prompt, completion in pairs})
     before = [prompt + completion[:place] for prompt, completion in pairs for place in range(len(completion))]
     assert found.tokens.tolist() == [token for _, completion in pairs for token in completion]
     assert np.abs(found.hidden - objective.sequences.hidden_states(before)).max() < 1e-4
     alone = Sequences(model).log_probs([(text, [int(token)]) for text in before for token in tokens])
     assert np.abs(found.log_probs.ravel() - np.concatenate(alone)).max() < 1e-4
-    assert objective.sequences.forward_rows < len(before) + len(pairs)
 
 
 @pytest.mark.parametrize("tokens", [3, 64])
@@ -72,8 +73,10 @@ def test_the_fit_tells_the_loss_of_the_changed_model(lora_dir: Path, rows: str, 
     monkeypatch.setattr(token_start, "TOKENS", tokens)
     model, objective, examples = opened(lora_dir, rows)
     before = objective.loss(examples)
-    chosen, found = read_positions(objective, completions(examples))
-    assert len(chosen) == min(tokens, len(set(found.gold.tolist()) - {len(chosen)})) or tokens == 3
+    chosen, found = read_positions(objective, examples)
+    written = {token for _, completion in completions(examples) for token in completion}
+    assert len(chosen) == min(tokens, len(written))
+    assert (len(chosen) in found.gold) == (tokens == 3)
     assert np.allclose(np.exp(found.scores).sum(axis=1), 1)
     (fit,) = token_fits(objective, examples, np.inf)
     model.head = fit.make()
@@ -91,7 +94,7 @@ def test_the_tokens_chosen_are_those_most_wrong(lora_dir: Path, rows: str, monke
     every = np.unique([token for _, completion in pairs for token in completion])
     found = objective.sequences.token_states(pairs, every)
     wrong = np.abs(np.exp(found.log_probs) - (found.tokens[:, None] == every)).sum(axis=0)
-    assert read_positions(objective, pairs)[0].tolist() == sorted(every[np.argsort(-wrong)[:2]].tolist())
+    assert read_positions(objective, examples)[0].tolist() == sorted(every[np.argsort(-wrong)[:2]].tolist())
 
 
 def test_texts_are_held_out_whole(lora_dir: Path, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,16 +111,28 @@ def test_texts_are_held_out_whole(lora_dir: Path, rows: str, monkeypatch: pytest
 def test_no_more_texts_are_read_than_there_is_time_and_room_for(lora_dir: Path, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_start, "CHUNK", 5)
     _, objective, examples = opened(lora_dir, rows)
-    assert set(read_positions(objective, completions(examples), seconds=0)[1].texts) == set(range(5))
-    monkeypatch.setattr(token_start, "POSITIONS", 22)
-    assert len(read_positions(objective, completions(examples))[1].texts) == 22
+    assert set(read_positions(objective, examples, seconds=0)[1].texts) == set(range(5))
+    lengths = np.cumsum([len(completion) for _, completion in completions(examples)])
+    room = int(lengths[-1]) - 30
+    monkeypatch.setattr(token_start, "POSITIONS", room)
+    needed = int(np.searchsorted(lengths, room)) + 1
+    assert needed < len(lengths)
+    assert np.unique(read_positions(objective, examples)[1].texts).tolist() == list(range(needed))
+
+
+def test_one_long_text_leaves_room_for_others(lora_dir: Path, write_rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_start, "POSITIONS", 30)
+    _, objective, examples = opened(lora_dir, write_rows([{"prompt": "so:", "completion": " it was great" * 12}, *KINDS["completion"]]))
+    found = read_positions(objective, examples)[1]
+    assert np.bincount(found.texts)[0] == 10
+    assert len(found.texts) >= 30
 
 
 def test_a_model_without_finite_scores_is_refused(lora_dir: Path, rows: str) -> None:
     model, objective, examples = opened(lora_dir, rows)
     model.head = HeadRows(np.array([5]), np.full((model.manifest.origin.hidden_size, 1), np.nan, np.float32))
-    with pytest.raises(NonFiniteLossError, match=r"^the model gives no finite log-probabilities or hidden states; export it again$"):
-        read_positions(objective, completions(examples))
+    with pytest.raises(NonFiniteLossError, match=r"^the model gives no finite log-probabilities or hidden states; export the model again$"):
+        read_positions(objective, examples)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,4 +174,47 @@ def test_a_solution_that_does_not_help_the_validation_rows_is_left(lora_dir: Pat
     assert result.start is None
     assert read_journal(tmp_path / "run" / "journal.bin").heads == {}
     (told,) = [text for text in notices if text.startswith("exact start")]
-    assert told.startswith("exact start: what the training rows teach does not help the validation rows (validation loss ")
+    losses = r"loss ([0-9.]+) -> ([0-9.]+)"
+    assert (
+        found := re.fullmatch(
+            rf"exact start: what the training rows teach does not help the validation rows \(validation {losses}\); the run starts from the model as it is",
+            told,
+        )
+    )
+    assert float(found[1]) < float(found[2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "problem"),
+    [
+        ("choice", {}, "it makes right texts likelier, and without validation rows nothing tells whether that helps here, give --valid"),
+        (
+            "answer",
+            {"objective": "f1"},
+            "it makes right texts likelier, and without validation rows nothing tells whether that helps here, give --valid",
+        ),
+    ],
+)
+def test_rows_that_are_compared_have_none_without_validation_rows(
+    lora_dir: Path, tmp_path: Path, write_rows: Callable[..., str], kind: str, settings: dict[str, Any], problem: str
+) -> None:
+    data, notices = write_rows(KINDS[kind]), list[str]()
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'--start exact: {problem}; or give --start none')}$"):
+        edgezo.tune(lora_dir, tmp_path / "run", data=data, start="exact", **FEW, **settings)
+    edgezo.tune(lora_dir, tmp_path / "run", data=data, reporter=edgezo.Reporter(notice=notices.append), **FEW, **settings)
+    assert f"no exact start: {problem}" in notices
+    assert read_journal(tmp_path / "run" / "journal.bin").heads == {}
+
+
+def test_one_text_cannot_be_held_out(lora_dir: Path, tmp_path: Path, write_rows: Callable[..., str]) -> None:
+    notices: list[str] = []
+    data, reporter = write_rows(KINDS["completion"][:1]), edgezo.Reporter(notice=notices.append)
+    edgezo.tune(lora_dir, tmp_path / "run", data=data, reporter=reporter, **FEW)
+    assert "no exact start: it is chosen by rows held out, and there is one row, give more" in notices
+
+
+def test_an_edge_model_without_inputs_for_it_says_so(lora_dir: Path, tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EdgeModel, "takes_head_rows", False)
+    notices: list[str] = []
+    edgezo.tune(lora_dir, tmp_path / "run", data=rows, reporter=edgezo.Reporter(notice=notices.append), **FEW)
+    assert f"no exact start: {lora_dir} was exported without inputs for rows of the head, export it again" in notices
