@@ -29,7 +29,7 @@ class DeviceSession(Session):
     """One graph of an edge model on a device, its tunable weights read from a buffer there.
 
     An adapter, rows of the head and a probe are sent when their bytes are others than at the run before: whoever changed them, the graph never
-    sees old ones. Comparing takes 2 ms for LoRA of rank 8 at all layers of SmolLM2-135M. Perturbations of stacked LoRA are new at every run and are not kept.
+    sees old ones. Comparing takes 2 ms for LoRA of rank 8 at all layers of SmolLM2-135M. Perturbations of stacked LoRA are new at every run and are not kept; stacked prefixes have the names of the one prefix and take its place.
 
     Args:
         path: the .onnx file.
