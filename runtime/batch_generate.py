@@ -26,10 +26,17 @@ def generate_batch(
     Raises:
         NonFiniteLossError: the model gives no finite logits.
     """
-    answers = [""] * len(prompts)
+    return [text for _, text in continue_batch(model, prompts, max_tokens, stop, batch_tokens)]
+
+
+def continue_batch(
+    model: EdgeModel, prompts: Sequence[list[int]], max_tokens: int, stop: str | None = None, batch_tokens: int = BATCH_TOKENS
+) -> list[tuple[list[int], str]]:
+    """As `generate_batch`, with the token ids before each text; they may hold those of the stop text."""
+    answers: list[tuple[list[int], str]] = [([], "")] * len(prompts)
     for rows in _batches(prompts, max_tokens, batch_tokens, BATCH_LOGITS_BYTES // (4 * model.manifest.origin.vocab_size)):
-        for row, text in zip(rows, _answer(model, [prompts[row] for row in rows], max_tokens, stop), strict=True):
-            answers[row] = text
+        for row, answer in zip(rows, _answer(model, [prompts[row] for row in rows], max_tokens, stop), strict=True):
+            answers[row] = answer
     return answers
 
 
@@ -46,7 +53,7 @@ def _batches(prompts: Sequence[list[int]], max_tokens: int, batch_tokens: int, m
         yield held
 
 
-def _answer(model: EdgeModel, prompts: list[list[int]], max_tokens: int, stop: str | None) -> list[str]:
+def _answer(model: EdgeModel, prompts: list[list[int]], max_tokens: int, stop: str | None) -> list[tuple[list[int], str]]:
     """Rows are padded on the left, so that all write their next token at one place; rows that are done leave the batch."""
     width, ends = max(map(len, prompts)), set(model.manifest.tokenizer.eos_token_ids)
     new = np.full((len(prompts), width), model.manifest.tokenizer.pad_token_id, np.int64)
@@ -80,7 +87,7 @@ def _answer(model: EdgeModel, prompts: list[list[int]], max_tokens: int, stop: s
             past = {name: np.ascontiguousarray(array[going]) for name, array in past.items()}
         new, positions = tokens[:, None].astype(np.int64), positions[:, -1:] + 1
         mask = np.concatenate([mask, np.ones((len(going), 1), np.int64)], axis=1)
-    return [texts[row].strip() for row in range(len(prompts))]
+    return [(written[row], texts[row].strip()) for row in range(len(prompts))]
 
 
 def _start(model: EdgeModel, rows: int) -> tuple[dict[str, Array], dict[str, Array]]:

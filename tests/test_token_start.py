@@ -12,12 +12,14 @@ from conftest import Command
 import edgezo
 from edgezo.config import make_config
 from edgezo.errors import ConfigError, NonFiniteLossError
-from edgezo.runtime import token_start
+from edgezo.runtime import own_text, token_start
+from edgezo.runtime.batch_generate import continue_batch
 from edgezo.runtime.dataset import read_dataset
 from edgezo.runtime.head_rows import HeadRows
 from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
+from edgezo.runtime.own_text import own_texts
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.softmax_fit import mean_loss, read_out
 from edgezo.runtime.token_start import read_positions, token_fits
@@ -105,7 +107,40 @@ def test_texts_are_held_out_whole(lora_dir: Path, rows: str, monkeypatch: pytest
     _, objective, examples = opened(lora_dir, rows)
     list(token_fits(objective, examples, np.inf))
     lengths = [len(completion) for _, completion in completions(examples)]
-    assert [set(part.tolist()) for part in np.split(folds[0], np.cumsum(lengths)[:-1])] == [{place % 3} for place in range(len(lengths))]
+    of_rows = np.split(folds[0][: sum(lengths)], np.cumsum(lengths)[:-1])
+    assert [set(part.tolist()) for part in of_rows] == [{place % 3} for place in range(len(lengths))]
+
+
+def test_own_texts_are_what_the_model_writes(lora_dir: Path) -> None:
+    model = EdgeModel(lora_dir, threads=1)
+    found = own_texts(model, seed=3)
+    assert 1 < len(found) <= own_text.TEXTS
+    assert found == own_texts(model, seed=3) != own_texts(model, seed=4)
+    for prompt, tokens in found[:4]:
+        (written,) = continue_batch(model, [prompt], own_text.TOKENS)
+        assert tokens == written[0]
+    opened = [model.text.decode(prompt) for prompt, _ in found]
+    assert all(text.strip().isalpha() for text in opened[::2])
+
+
+def test_what_the_model_writes_by_itself_stays_likely(lora_dir: Path, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its own texts beside them the rows of the head do there as they like."""
+    model, objective, examples = opened(lora_dir, rows)
+    own = own_texts(model, objective.config.seed)
+    untuned = model.head
+
+    def loss_of_own() -> float:
+        return -float(np.concatenate(objective.sequences.log_probs(own)).mean())
+
+    losses = [loss_of_own()]
+    for given in (own, []):
+        monkeypatch.setattr(token_start, "own_texts", lambda *arguments, given=given: given)
+        (fit,) = token_fits(objective, examples, np.inf)
+        model.head = fit.make()
+        losses.append(loss_of_own())
+        model.head = untuned
+    assert losses[1] < losses[0] + 0.1
+    assert losses[2] > losses[1] + 0.5
 
 
 def test_no_more_texts_are_read_than_there_is_time_and_room_for(lora_dir: Path, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
