@@ -119,6 +119,7 @@ def tuning() -> Iterator["Reporter"]:
         total: int | None = None
         shown = 0.0
         smooth, seen = 0.0, 0  # a mean at first, then one that forgets
+        first_step, first_seconds = 0, 0.0  # before the steps that are shown: a start takes time and makes none
 
         def begin(step: int, total_steps: int | None) -> None:
             nonlocal total
@@ -130,7 +131,9 @@ def tuning() -> Iterator["Reporter"]:
                 say(f"  {text}")
 
         def step(report: "StepReport") -> None:
-            nonlocal shown, smooth, seen
+            nonlocal shown, smooth, seen, first_step, first_seconds
+            if not seen:
+                first_step, first_seconds = report.step - 1, report.seconds - report.step_seconds
             seen += 1
             smooth += (report.loss - smooth) * max(1 / seen, 0.05)
             note = f"mean loss {smooth:.4f}  {report.step_seconds:.2f} s/step"
@@ -139,6 +142,8 @@ def tuning() -> Iterator["Reporter"]:
             if not live and (report.progress - shown >= 1 / LINES_PER_RUN or report.progress >= 1):
                 shown = report.progress
                 left = report.seconds / report.progress * (1 - report.progress) if report.progress < 1 else 0.0
+                if total is not None:
+                    left = min(left, (report.seconds - first_seconds) / (report.step - first_step) * (total - report.step))
                 say(f"  step {report.step}  {note}  {_clock(left)} left")
 
         def evaluation(number: int, found: "Evaluation", best: bool) -> None:

@@ -109,6 +109,7 @@ def write_hugging_face(model: EdgeModel, folder: Path) -> None:
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["model_max_length"] = manifest.origin.context_length
     settings["clean_up_tokenization_spaces"] = False
+    settings["model_input_names"] = ["input_ids", "attention_mask"]  # by default token types, too, which generate() of most models refuses
     if facts.chat_template is not None:
         settings["chat_template"] = (model.directory / facts.chat_template).read_text(encoding="utf-8")
     (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

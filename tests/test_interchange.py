@@ -146,6 +146,9 @@ def test_the_tokenizer_of_a_hugging_face_folder_gives_the_same_ids(lora_run: Run
         assert found.decode(found(line)["input_ids"]) == line
     for name in ("bos_token", "eos_token", "pad_token"):
         assert getattr(found, name) == getattr(source, name)
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    given = found("the film", return_tensors="pt")
+    assert network.generate(**given, max_new_tokens=2, do_sample=False).shape == (1, len(text.encode("the film")) + 2)
     messages = [{"role": "user", "content": "the film"}]
     assert found.apply_chat_template(messages, add_generation_prompt=True) == source.apply_chat_template(
         messages, add_generation_prompt=True
