@@ -78,6 +78,11 @@ def _run(path: Path) -> dict[str, Any]:
     if run.journal.undos:
         facts["times_gone_back"], facts["lr_scale"] = run.journal.undos, run.journal.lr_scale
     facts["journal_bytes"] = run.journal.whole_bytes
+    if (head := run.journal.head_at(0)) is not None:
+        probe = f", and a probe of the attention of {len(head.probe)} layers" if head.probe.size else ""
+        facts["head_at_start"] = f"rows of the head for {len(head.tokens)} tokens{probe}"
+    if run.journal.untuned is not None:
+        facts["valid_before_start"] = run.journal.untuned.as_dict()
     for step in dict.fromkeys([0, run.best_step, len(run.records)]):
         if step in run.evaluations:
             facts[f"valid_at_step_{step}"] = run.evaluations[step].as_dict()

@@ -313,6 +313,19 @@ def test_what_the_start_did_is_told(lora_dir: Path, rows: str, tmp_path: Path, i
     assert re.search(rf"^before +accuracy {before:.1f} %.*\nexact start +accuracy {start:.1f} %", found.out, re.M)
 
 
+def test_inspect_tells_of_the_start(invoke: Any, lora_dir: Path, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, shown in (("rows of the head", "2 tokens"), ("a probe", "2 tokens, and a probe of the attention of 2 layers")):
+        with monkeypatch.context() as patched:
+            only(patched, kind)
+            result = tuned_run(lora_dir, tmp_path / kind, rows, steps=0)
+        found = json.loads(invoke("inspect", str(tmp_path / kind), "--json").out)
+        assert found["head_at_start"] == f"rows of the head for {shown}"
+        assert found["valid_before_start"] == result.before.as_dict()
+        assert found["valid_at_step_0"] == result.start.as_dict()
+    tuned_run(lora_dir, tmp_path / "none", rows, steps=0, start="none")
+    assert not {"head_at_start", "valid_before_start"} & json.loads(invoke("inspect", str(tmp_path / "none"), "--json").out).keys()
+
+
 def test_a_start_of_the_head_alone_leaves_the_attention_as_it_is(lora_dir: Path, rows: str, tmp_path: Path) -> None:
     tuned_run(lora_dir, tmp_path / "run", rows, steps=0, start="head")
     head = read_journal(tmp_path / "run" / "journal.bin").heads[0]
