@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from edgezo.recipe import read_recipe, recipe_path, summarize
 
 TUNED = ("full", "lora", "prefix", "classifier")
+# of each method the option that gives its edge model
 METHODS = {
     "zero-shot": "lora",
     "in-context": "lora",
@@ -30,13 +31,14 @@ METHODS = {
     "classifier": "classifier",
 }
 SHOTS = 8
+# what classifiers read of a row
 TEXTS = {
     "sst2": "{sentence}",
     "trec": "{question}",
     "rte": "{premise} {hypothesis}",
     "agnews": "{text}",
     "sms_spam": "{text}",
-}  # that classifiers read
+}
 
 
 class Cell(NamedTuple):
@@ -126,7 +128,9 @@ def main() -> None:
         classes = summarize(read_recipe(recipe_path(_recipe(task)))).kind == "classification"
         for method, kind in METHODS.items():
             path = arguments.results / f"{task}.{method}.json"
-            if path.exists() or getattr(arguments, kind) is None or (not classes and (method == "probe" or kind == "classifier")):
+            if path.exists() or getattr(arguments, kind) is None or (not classes and method == "probe"):
+                continue
+            if kind == "classifier" and task not in TEXTS:
                 continue
             cell = run_cell(method, task, arguments)
             path.write_text(json.dumps(cell._asdict()), encoding="utf-8")
