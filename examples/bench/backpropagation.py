@@ -1,4 +1,7 @@
-"""The upper line of examples/bench/convergence.py: LoRA with AdamW by backpropagation in PyTorch, on the same rows with the same loss."""
+"""The upper line of examples/bench/convergence.py: LoRA with AdamW by backpropagation in PyTorch, on the same rows with the same loss.
+
+Of label words the cross-entropy of candidates, of choices the likelihood of the right one's tokens.
+"""
 
 import time
 from pathlib import Path
@@ -32,7 +35,9 @@ def learn(source: Path, edge: Path, files: Any, budgets: list[int], test_rows: i
     """
     torch.manual_seed(seed)
     network, pad = _network(source), 0
-    train, test = (_examples(edge, path, files.settings, rows) for path, rows in ((files.train, None), (files.test, test_rows)))
+    (choices, train), (_, test) = (
+        _examples(edge, path, files.settings, rows) for path, rows in ((files.train, None), (files.test, test_rows))
+    )
     optimizer = torch.optim.AdamW([parameter for parameter in network.parameters() if parameter.requires_grad], lr=LR)
     order = np.concatenate(
         [np.random.default_rng([seed, epoch]).permutation(len(train)) for epoch in range(1 + budgets[-1] // (ROW_COST * len(train)))]
@@ -44,12 +49,13 @@ def learn(source: Path, edge: Path, files: Any, budgets: list[int], test_rows: i
         while ROW_COST * (used + BATCH) <= budget:
             batch = [train[row] for row in order[used : used + BATCH]]
             used += BATCH
-            loss = torch.nn.functional.cross_entropy(_scores(network, batch, pad), torch.tensor([example.gold for example in batch]))
+            scores, gold = _scores(network, batch, choices, pad), torch.tensor([example.gold for example in batch])
+            loss = torch.nn.functional.nll_loss(scores if choices else torch.log_softmax(scores, dim=1), gold)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         seconds += time.monotonic() - begun
-        points[budget] = _accuracy(network, test, pad)
+        points[budget] = _accuracy(network, test, choices, pad)
     return {"points": points, "seconds": seconds}
 
 
@@ -60,16 +66,18 @@ def _network(source: Path) -> Any:
     return get_peft_model(network, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def _examples(edge: Path, path: Path, settings: dict[str, Any], rows: int | None) -> list[Example]:
+def _examples(edge: Path, path: Path, settings: dict[str, Any], rows: int | None) -> tuple[bool, list[Example]]:
+    """Whether rows are of choices, and the rows."""
     model, config = EdgeModel(edge), make_config(None, {"data": str(path)}, None, settings)
     read = read_data(str(path))[:rows]
-    return list(tokenize_data(model, config, task_of(read, config), str(path), read).examples)
+    task = task_of(read, config)
+    return task.kind == "choice", list(tokenize_data(model, config, task, str(path), read).examples)
 
 
-def _scores(network: Any, examples: list[Example], pad: int) -> torch.Tensor:
-    """Summed log-probabilities [rows, candidates], as edgezo scores them."""
+def _scores(network: Any, examples: list[Example], choices: bool, pad: int) -> torch.Tensor:
+    """Log-probabilities [rows, candidates], summed over tokens, of choices their mean, as edgezo scores them."""
     pairs: list[Any] = [pair for example in examples for pair in example.pairs]
-    if all(len(completion) == 1 for _, completion in pairs):  # candidates of one token share their prompt's forward
+    if not choices and all(len(completion) == 1 for _, completion in pairs):  # candidates of one token share their prompt's forward
         prompts = [example.pairs[0][0] for example in examples]
         ids, ends = _padded(prompts, pad), torch.tensor([len(prompt) - 1 for prompt in prompts])
         logits = network(input_ids=ids, attention_mask=_mask(prompts), use_cache=False).logits[torch.arange(len(prompts)), ends]
@@ -81,7 +89,8 @@ def _scores(network: Any, examples: list[Example], pad: int) -> torch.Tensor:
         logits[row, range(len(prompt) - 1, len(prompt) + len(completion) - 1), completion].sum()
         for row, (prompt, completion) in enumerate(pairs)
     ]
-    return torch.stack(sums).reshape(len(examples), -1)
+    lengths = torch.tensor([len(completion) if choices else 1 for _, completion in pairs])
+    return (torch.stack(sums) / lengths).reshape(len(examples), -1)
 
 
 def _padded(texts: list[list[int]], pad: int) -> torch.Tensor:
@@ -93,12 +102,12 @@ def _mask(texts: list[list[int]]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _accuracy(network: Any, examples: list[Example], pad: int) -> float:
+def _accuracy(network: Any, examples: list[Example], choices: bool, pad: int) -> float:
     network.eval()
     inorder = sorted(examples, key=lambda example: len(example.pairs[0][0]))
     right = [
         (
-            _scores(network, inorder[first : first + BATCH], pad).argmax(dim=1).numpy()
+            _scores(network, inorder[first : first + BATCH], choices, pad).argmax(dim=1).numpy()
             == [example.gold for example in inorder[first : first + BATCH]]
         )
         for first in range(0, len(inorder), BATCH)

@@ -1,10 +1,11 @@
 """Test accuracy against rows of forward, method by method: a table and a plot. Every cell is a process of its own.
 
-    python -m examples.bench.convergence RESULTS --lora EDGE --full EDGE --source MODEL --data DATA --tasks sst2,trec
-    python -m examples.bench.convergence RESULTS --lora EDGE            # the demo's own notes
+    python -m examples.bench.convergence RESULTS.jsonl --lora EDGE --full EDGE --source MODEL --data DATA --tasks sst2,trec
+    python -m examples.bench.convergence RESULTS.jsonl --lora EDGE            # the demo's own notes
+    python -m examples.bench.convergence docs/convergence.jsonl --plot docs/convergence.png      # the measured cells again as table and plot
 
-Without --full and --source their methods are left out. The data folder has TASK/train.jsonl, TASK/validation.jsonl and TASK/test.jsonl. Settings are those of the methods, and
-of a grid of rates each is a method of its own. A cell that is in RESULTS is not run again, so that the bench can be stopped and go on. Rows of forward are those that learning takes,
+Methods without their model (--lora, --full, --source) are left out. The data folder has TASK/train.jsonl, TASK/validation.jsonl and TASK/test.jsonl. Settings are those of the methods, and
+of a grid of rates each is a method of its own. A cell whose line is in RESULTS.jsonl is not run again, so that the bench can be stopped and go on. Rows of forward are those that learning takes,
 calibration and exact start with it, one for each forward of a row; backpropagation counts three for each row, since a backward pass costs about two forwards. Evaluations are not counted.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,24 +34,30 @@ NOTES: dict[str, Any] = {
     "template": "Note: {text}\nTopic:",
     "labels": ",".join(f"{w}={w}" for w in ("family", "health", "money", "travel", "work")),
 }
+CHOICE_TASKS = {"copa"}
 STEP_ROWS = 32  # of forward, of every method
 
 
+Cell = dict[str, Any]  # task, method, seed, points: test accuracy by rows of forward, seconds of learning
+
+
 class Method(NamedTuple):
-    """Which model a method tunes, and its settings; `each_budget`: a run of its own for every number of rows."""
+    """Which model a method tunes, and its settings; `each_budget`: a run of its own for every number of rows; `choices`: learns rows of choices."""
 
     edge: str
     settings: dict[str, Any]
     each_budget: bool = False
+    choices: bool = True
 
 
 PLAIN: dict[str, Any] = {"start": "none", "rule": "sgd", "directions": 1, "batch": 16, "schedule": "constant"}
 METHODS = {
     "edgezo": Method("lora", {}),
     "exact start alone": Method("lora", {"steps": 0}, each_budget=True),
-    "linear probe": Method("lora", {}, each_budget=True),
+    "linear probe": Method("lora", {}, each_budget=True, choices=False),
     "edgezo without exact start": Method("lora", {"start": "none"}),
     "MeZO LoRA, published": Method("lora", {**PLAIN, "eps": 1e-2, "lr": 1e-4, "tune_a": True}),
+    **{f"MeZO LoRA, lr {lr:g}": Method("lora", {**PLAIN, "eps": 1e-2, "lr": lr, "tune_a": True}) for lr in (1e-3, 1e-2)},
     "MeZO, published": Method("full", {**PLAIN, "eps": 1e-3, "lr": 1e-6}),
     **{f"MeZO, lr {lr:g}": Method("full", {**PLAIN, "eps": 1e-3, "lr": lr}) for lr in (5e-6, 2e-5, 8e-5)},
     "backpropagation, LoRA, AdamW": Method("source", {}),
@@ -74,32 +82,32 @@ def files_of(options: argparse.Namespace, task: str) -> Files:
     return Files(*names, settings)
 
 
-def budgets(most: int) -> list[int]:
-    """Rows of forward at which the test rows are measured."""
-    return [rows for rows in (128 << power for power in range(20)) if rows <= most]
+def budgets(most: int, factor: int) -> list[int]:
+    """Rows of forward at which the test rows are measured: 128, so many times that, and so on, and the last of all."""
+    return [*(rows for rows in (128 * factor**power for power in range(20)) if rows < most), most]
 
 
-def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folder: Path) -> dict[str, Any]:
+def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folder: Path) -> Cell:
     """Learn, and measure the test rows at every number of rows of forward; accuracy by rows, and seconds of learning."""
-    method, files, begun = METHODS[name], files_of(options, task), time.monotonic()
+    method, files = METHODS[name], files_of(options, task)
     edge = getattr(options, method.edge)
     if method.edge == "source":
         from examples.bench.backpropagation import learn
 
-        return learn(edge, options.lora, files, budgets(options.rows), options.test_rows, seed)
+        return learn(edge, options.lora, files, budgets(options.rows, 4), options.test_rows, seed)
     points: dict[int, float] = {}
     if method.each_budget:
-        available = len(read_data(str(files.train)))
-        for rows in [rows for rows in budgets(options.rows) if rows < 2 * available]:
-            points[min(rows, available)] = _learn_once(options, edge, name, files, min(rows, available), folder / f"{rows}", seed)
-        return {"points": points, "seconds": time.monotonic() - begun}
+        available, seconds = len(read_data(str(files.train))), 0.0
+        for rows in budgets(min(options.rows, available), 2):
+            points[rows], seconds = _learn_once(options, edge, name, files, rows, folder / f"{rows}", seed)
+        return {"points": points, "seconds": seconds}
     steps = max(1, options.rows // STEP_ROWS)
     result = edgezo.tune(
-        edge, folder, data=str(files.train), valid=str(files.valid), seed=seed, steps=steps, eval_every=max(1, steps // 8),
+        edge, folder, data=str(files.train), valid=str(files.valid), seed=seed, steps=steps, eval_every=max(1, steps // 4),
         **files.settings, **method.settings,
     )  # fmt: skip
     rows_at = _rows_by_step(folder)
-    places = {rows: max((step for step, spent in rows_at.items() if spent <= rows), default=None) for rows in budgets(options.rows)}
+    places = {rows: max((step for step, spent in rows_at.items() if spent <= rows), default=None) for rows in budgets(options.rows, 4)}
     chosen = {rows: step for rows, step in places.items() if step is not None}
     measured = measure(edge, folder, files, options.test_rows, {*chosen.values(), result.best_step, result.steps})
     points = {**{rows: measured[step] for rows, step in chosen.items()}, max(rows_at.values()): measured[result.steps]}
@@ -112,12 +120,18 @@ def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folde
     }
 
 
-def _learn_once(options: argparse.Namespace, edge: Path, name: str, files: Files, rows: int, folder: Path, seed: int) -> float:
+def _learn_once(
+    options: argparse.Namespace, edge: Path, name: str, files: Files, rows: int, folder: Path, seed: int
+) -> tuple[float, float]:
+    """Test accuracy, and seconds."""
+    begun = time.monotonic()
     if name == "linear probe":
         found = edgezo.probe(edge, files.train, _first(files.test, options.test_rows, folder), rows=rows, **files.settings)
-        return float(found.evaluation.accuracy or 0.0)
-    edgezo.tune(edge, folder, data=str(files.train), seed=seed, start_rows=rows, **files.settings, **METHODS[name].settings)
-    return measure(edge, folder, files, options.test_rows, {0})[0]
+        return float(found.evaluation.accuracy or 0.0), time.monotonic() - begun
+    result = edgezo.tune(
+        edge, folder, data=str(files.train), valid=str(files.valid), seed=seed, start_rows=rows, **files.settings, **METHODS[name].settings
+    )
+    return measure(edge, folder, files, options.test_rows, {0})[0], result.seconds
 
 
 def _first(path: Path, rows: int, folder: Path) -> Path:
@@ -146,61 +160,68 @@ def measure(edge: Path, run: Path, files: Files, test_rows: int, steps: Iterable
     return found
 
 
-def table(results: Path) -> str:
+def table(cells: list[Cell]) -> str:
     """A row for every task and method, mean over seeds; columns are rows of forward."""
-    cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
-    columns = sorted({int(rows) for cell in cells for rows in cell["points"]})
-    lines = ["| task | method | " + " | ".join(f"{rows:,}" for rows in columns) + " | seconds |", "|---" * (len(columns) + 3) + "|"]
+    columns = sorted({rows for cell in cells for rows in cell["points"]})
+    lines = ["| task | method | seeds | " + " | ".join(f"{rows:,}" for rows in columns) + " | seconds |", "|---" * (len(columns) + 4) + "|"]
     for task in dict.fromkeys(cell["task"] for cell in cells):
         for name in METHODS:
             own = [cell for cell in cells if (cell["task"], cell["method"]) == (task, name)]
             if own:
                 lines.append(
-                    f"| {task} | {name} | "
+                    f"| {task} | {name} | {len(own)} | "
                     + " | ".join(_mean(own, rows) for rows in columns)
                     + f" | {sum(c['seconds'] for c in own) / len(own):,.0f} |"
                 )
     return "\n".join(lines) + "\n"
 
 
-def _mean(cells: list[dict[str, Any]], rows: int) -> str:
-    found = [cell["points"][str(rows)] for cell in cells if str(rows) in cell["points"]]
+def _mean(cells: list[Cell], rows: int) -> str:
+    found = [cell["points"][rows] for cell in cells if rows in cell["points"]]
     return f"{100 * sum(found) / len(found):.1f}" if found else ""
 
 
-def plot(results: Path, path: Path) -> None:
+def plot(cells: list[Cell], path: Path) -> None:
     """A panel a task, a line a method with a faint one a seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    cells = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))]
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(6 * len(tasks), 4.5), squeeze=False)
     for panel, task in zip(panels[0], tasks, strict=True):
         for number, name in enumerate(METHODS):
             own = [cell for cell in cells if (cell["task"], cell["method"]) == (task, name)]
-            columns = sorted({int(rows) for cell in own for rows in cell["points"]})
+            columns = sorted({rows for cell in own for rows in cell["points"]})
             for cell in own if len(own) > 1 else []:
-                panel.plot(*zip(*((int(r), 100 * a) for r, a in cell["points"].items()), strict=True), color=f"C{number}", alpha=0.25)
+                panel.plot(
+                    *zip(*((rows, 100 * found) for rows, found in cell["points"].items()), strict=True), color=f"C{number}", alpha=0.25
+                )
             if own:
                 panel.plot(columns, [float(_mean(own, rows)) for rows in columns], "o-", color=f"C{number}", label=name, markersize=3)
         panel.set(title=task, xscale="log", xlabel="rows of forward", ylabel="test accuracy, %")
         panel.grid(alpha=0.3)
         panel.xaxis.set_major_formatter(ticker.FuncFormatter(lambda rows, place: f"{rows:,.0f}"))
         panel.xaxis.set_minor_formatter(ticker.NullFormatter())
-        panel.set_xticks(budgets(max((int(rows) for cell in cells for rows in cell["points"]), default=128)))
+        panel.set_xticks(budgets(max((rows for cell in cells for rows in cell["points"]), default=128), 2)[:-1])
     panels[0][0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
+def read_cells(results: Path) -> list[Cell]:
+    """The cells of a file, one a line; none where there is no file."""
+    lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
+    cells = [json.loads(line) for line in lines]
+    return [{**cell, "points": {int(rows): found for rows, found in cell["points"].items()}} for cell in cells]
+
+
 def main() -> None:
     """Run what is missing, each cell as a process of its own; print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--lora", type=Path, required=True, help="export with --adapter lora")
+    parser.add_argument("results", type=Path, help="a line of JSON for every cell")
+    parser.add_argument("--lora", type=Path, help="export with --adapter lora")
     parser.add_argument("--full", type=Path, help="export without an adapter")
     parser.add_argument("--source", type=Path, help="what they were exported from, for backpropagation")
     parser.add_argument("--data", type=Path)
@@ -212,26 +233,26 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.results.mkdir(parents=True, exist_ok=True)
     if options.cell:
         task, name, seed = options.cell
-        key = f"{task}.{name.replace(' ', '-').replace(',', '')}.{seed}"
-        found = run_cell(options, task, name, int(seed), options.results / f"{key}.{time.time():.0f}.run")
-        (options.results / f"{key}.json").write_text(
-            json.dumps({"task": task, "method": name, "seed": int(seed), **found}), encoding="utf-8"
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            found = run_cell(options, task, name, int(seed), Path(folder))
+        with options.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"task": task, "method": name, "seed": int(seed), **found}) + "\n")
         return
+    done = {(cell["task"], cell["method"], cell["seed"]) for cell in read_cells(options.results)}
     for task in options.tasks.split(","):
         for name in options.methods.split(";") if options.methods else METHODS:
-            for seed in options.seeds.split(","):
-                key = f"{task}.{name.replace(' ', '-').replace(',', '')}.{seed}"
-                if getattr(options, METHODS[name].edge) is not None and not (options.results / f"{key}.json").is_file():
+            able = getattr(options, METHODS[name].edge) is not None and (METHODS[name].choices or task not in CHOICE_TASKS)
+            for seed in options.seeds.split(",") if able else []:
+                if (task, name, int(seed)) not in done:
                     subprocess.run(
                         [sys.executable, "-m", "examples.bench.convergence", *sys.argv[1:], "--cell", task, name, seed], check=True
                     )
-    sys.stdout.write(table(options.results))
+    cells = read_cells(options.results)
+    sys.stdout.write(table(cells))
     if options.plot is not None:
-        plot(options.results, options.plot)
+        plot(cells, options.plot)
 
 
 if __name__ == "__main__":
