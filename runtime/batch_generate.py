@@ -8,7 +8,7 @@ import numpy.typing as npt
 from edgezo.errors import NonFiniteLossError
 from edgezo.runtime.model import Array, EdgeModel
 from edgezo.runtime.prefix import Prefix
-from edgezo.runtime.scoring import BATCH_LOGITS_BYTES, BATCH_TOKENS
+from edgezo.runtime.scoring import BATCH_TOKENS, LOGITS_BYTES
 
 
 def generate_batch(
@@ -34,7 +34,7 @@ def continue_batch(
 ) -> list[tuple[list[int], str]]:
     """As `generate_batch`, with the token ids before each text; they may hold those of the stop text."""
     answers: list[tuple[list[int], str]] = [([], "")] * len(prompts)
-    for rows in _batches(prompts, max_tokens, batch_tokens, BATCH_LOGITS_BYTES // (4 * model.manifest.origin.vocab_size)):
+    for rows in _batches(prompts, max_tokens, batch_tokens, LOGITS_BYTES // (4 * model.manifest.origin.vocab_size)):
         for row, answer in zip(rows, _answer(model, [prompts[row] for row in rows], max_tokens, stop), strict=True):
             answers[row] = answer
     return answers

@@ -277,7 +277,7 @@ def test_hidden_rows_of_a_forward_are_bounded_for_all_copies_together(lora_dir: 
     expected = both_sides(theta.estimates(step_directions(theta.config, 0), groups), theta.weights.eps)
     forwards = Forwards(theta.model)
     for batch_hidden in (1, 2, 5, 13):
-        theta.sequences.batch_hidden = batch_hidden
+        theta.sequences.batch_hidden = theta.sequences.long_hidden = batch_hidden
         found = both_sides(theta.estimates(step_directions(theta.config, 0), groups), theta.weights.eps)
         assert np.abs(found - expected).max() < 1e-5
     assert len(forwards.sizes) > 8

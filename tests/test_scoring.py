@@ -70,10 +70,10 @@ def recorded(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -> list[dict[str
     return forwards
 
 
-def limited(model: EdgeModel, tokens: int, hidden: int) -> Sequences:
+def limited(model: EdgeModel, tokens: int, hidden: int, long: int | None = None) -> Sequences:
     """With other limits of a forward than the usual ones."""
     sequences = Sequences(model, batch_tokens=tokens)
-    sequences.batch_hidden = hidden
+    sequences.batch_hidden, sequences.long_hidden = hidden, long or hidden
     return sequences
 
 
@@ -99,6 +99,14 @@ def test_tiny_limits_make_more_forwards(model: EdgeModel, monkeypatch: pytest.Mo
     assert len(forwards) == 1
     Sequences(model, batch_tokens=1).log_probs(PAIRS)
     assert len(forwards) == 1 + len(scoring._lay_out(PAIRS).sequences)
+
+
+def test_one_long_text_may_have_more_hidden_rows_than_many_texts(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs: list[Pair] = [([3], [4] * length) for length in (9, 5, 2, 1)]
+    whole = joined(Sequences(model).log_probs(pairs))
+    forwards = recorded(model, monkeypatch)
+    assert joined(limited(model, 1000, 3, long=6).log_probs(pairs)) == pytest.approx(whole, abs=1e-5)
+    assert [len(feeds["hidden_rows"]) for feeds in forwards] == [6, 3, 5, 3]
 
 
 STAIRS: list[Pair] = [([*range(2, 2 + length)], [5, 6]) for length in range(1, 20)]
