@@ -67,7 +67,11 @@ def tune_command(
         str | None, setting("valid", text="validation rows; the best state by these is kept.", shown="some of the training rows")
     ] = None,
     valid_share: Annotated[
-        float | None, setting("valid_share", text="share of the training rows set aside for validation without --valid; 0 sets none aside.")
+        float | None,
+        setting(
+            "valid_share",
+            text="share of the training rows set aside for validation without --valid, by default none of fewer than 100; 0 sets none aside.",
+        ),
     ] = None,
     task: TaskName = None,
     template: Template = None,

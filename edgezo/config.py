@@ -47,7 +47,10 @@ class TuneConfig(BaseModel):
     data: str = Field(description="training rows: .jsonl, .csv or .tsv; or plain text: a .txt or .md file, or a folder of them")
     valid: str | None = Field(None, description="validation rows; the best state by these is kept; when unset some of the training rows")
     valid_share: float = Field(
-        0.15, ge=0, lt=1, description="share of the training rows set aside for validation when valid is unset; 0 sets none aside"
+        0.15,
+        ge=0,
+        lt=1,
+        description="share of the training rows set aside for validation when valid is unset, by default none of fewer than 100 rows; 0 sets none aside",
     )
     template: str | None = Field(
         None, description="classification prompt with {field} names; the label word continues it, or stands at the {mask} of a masked model"

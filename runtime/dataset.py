@@ -123,8 +123,8 @@ def tokenize_data(
 
 
 def _aside(config: TuneConfig, rows: int) -> int:
-    """How many of so many training rows are set aside for validation; of a small file none."""
-    if config.valid is not None or rows < LEAST_TO_SHARE:
+    """How many of so many training rows are set aside for validation; of a small file none by default."""
+    if config.valid is not None or (rows < LEAST_TO_SHARE and config.valid_share == type(config).model_fields["valid_share"].default):
         return 0
     count = min(round(config.valid_share * rows), config.eval_rows)
     if count == rows:
@@ -139,6 +139,10 @@ def _set_aside(train: Examples, config: TuneConfig, notice: Callable[[str], None
     made = train.examples
     count = _aside(config, len(made))
     if not count:
+        if config.valid_share:
+            notice(
+                f"no validation: {config.data} has {len(made)} rows, files under {LEAST_TO_SHARE} are not split; --valid FILE gives others, --valid-share 0.3 sets some aside"
+            )
         return train, None
     chosen = {int(row) for row in noise.permutation(config.seed, len(made), ASIDE_EPOCH)[:count]}
     notice(

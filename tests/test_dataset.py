@@ -56,17 +56,22 @@ def test_no_more_are_set_aside_than_an_evaluation_uses(model: EdgeModel, many: s
     assert len(prompts(split(model, many, valid_share=0.5)[0])[1]) == 100
 
 
-def test_none_are_set_aside_when_refused_or_given_or_of_a_small_file(model: EdgeModel, many: str, write_rows: Callable[..., str]) -> None:
-    for data, settings in (
-        (many, {"valid_share": 0.0}),
-        (write_rows([{"text": str(number), "label": number % 2} for number in range(LEAST_TO_SHARE - 1)], "few.jsonl"), {}),
-    ):
-        dataset, notices = split(model, data, **settings)
-        assert dataset.valid is None
-        assert notices == []
+def test_none_are_set_aside_when_refused_or_given(model: EdgeModel, many: str) -> None:
+    dataset, notices = split(model, many, valid_share=0.0)
+    assert (dataset.valid, notices) == (None, [])
     dataset, notices = split(model, many, valid=many)
     assert dataset.valid is not None
     assert (len(dataset.train.examples), len(dataset.valid.examples), notices) == (200, 200, [])
+
+
+def test_of_a_small_file_none_are_set_aside_unless_asked_for(model: EdgeModel, write_rows: Callable[..., str]) -> None:
+    few = write_rows([{"text": str(number), "label": number % 2} for number in range(LEAST_TO_SHARE - 1)], "few.jsonl")
+    dataset, notices = split(model, few)
+    assert dataset.valid is None
+    assert notices == [
+        f"no validation: {few} has 99 rows, files under 100 are not split; --valid FILE gives others, --valid-share 0.3 sets some aside"
+    ]
+    assert len(prompts(split(model, few, valid_share=0.3)[0])[1]) == 30
 
 
 def test_plain_text_is_set_aside_in_rows(model: EdgeModel, tmp_path: Path) -> None:
