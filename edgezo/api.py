@@ -159,7 +159,8 @@ def evaluate(
         examples = add_references(objective.sequences, examples)
     if run is not None or adapter is not None:
         model.use(run=run, step=step, adapter=adapter)
-    return EvalResult(objective.evaluate(examples), model.step, truncated, used)
+    with model.one_session():
+        return EvalResult(objective.evaluate(examples), model.step, truncated, used)
 
 
 def predict(

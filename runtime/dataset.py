@@ -124,7 +124,7 @@ def tokenize_data(
 
 def _aside(config: TuneConfig, rows: int) -> int:
     """How many of so many training rows are set aside for validation; of a small file none by default."""
-    if config.valid is not None or (rows < LEAST_TO_SHARE and config.valid_share == type(config).model_fields["valid_share"].default):
+    if config.valid is not None or (rows < LEAST_TO_SHARE and config.valid_share == TuneConfig.model_fields["valid_share"].default):
         return 0
     count = min(round(config.valid_share * rows), config.eval_rows)
     if count == rows:
@@ -140,8 +140,13 @@ def _set_aside(train: Examples, config: TuneConfig, notice: Callable[[str], None
     count = _aside(config, len(made))
     if not count:
         if config.valid_share:
+            why = (
+                f"{config.valid_share:g} of {len(made)} rows is none"
+                if round(config.valid_share * len(made)) == 0
+                else f"files under {LEAST_TO_SHARE} rows are not split"
+            )
             notice(
-                f"no validation: {config.data} has {len(made)} rows, files under {LEAST_TO_SHARE} are not split; --valid FILE gives others, --valid-share 0.3 sets some aside"
+                f"no validation: {config.data} has {len(made)} rows, {why}; --valid FILE gives others, --valid-share 0.3 sets some aside"
             )
         return train, None
     chosen = {int(row) for row in noise.permutation(config.seed, len(made), ASIDE_EPOCH)[:count]}

@@ -95,7 +95,7 @@ class EdgeModel:
         self._stored_head = read_head(self.directory, self.manifest)
         self.head = self._stored_head
         self.step: int | None = None
-        self.changed = False
+        self.changed = self._one_session = False
         if run is not None or adapter is not None:
             self.use(run=run, step=step, adapter=adapter)
 
@@ -217,28 +217,30 @@ class EdgeModel:
     @cached_property
     def scoring(self) -> Session:
         """The scoring graph; made at first use."""
+        self._let_go("generation")
         return self._session(self.manifest.scoring)
 
     @cached_property
     def generation(self) -> Session:
         """The generation graph over the same weights; made at first use."""
+        self._let_go("scoring")
         return self._session(self.generation_facts)
 
-    @contextmanager
-    def alone(self, graph: Literal["scoring", "generation"]) -> Iterator[None]:
-        """Without the other graph's session inside, and without this one's afterwards, where each holds frozen weights of its own.
+    def _let_go(self, other: Literal["scoring", "generation"]) -> None:
+        if self._one_session:
+            self.__dict__.pop(other, None)
 
-        A session packs frozen weights for itself: of SmolLM2-135M in fp32 one takes 639 MB, both take 1,179 (onnxruntime 1.31). Where weights are changed in place
-        they are shared, and the session that was proven live must stay.
+    @contextmanager
+    def one_session(self) -> Iterator[None]:
+        """Inside, making a session lets the other one go, where each holds frozen weights of its own: with LoRA or a prefix, on the CPU.
+
+        docs/decisions.md has what it takes and saves. Weights that are changed in place are shared by both, and a session that was proven to see their changes must stay.
         """
-        apart = self.device is None and self.manifest.adapter is not None
+        before, self._one_session = self._one_session, self.device is None and self.manifest.adapter is not None
         try:
-            if apart:
-                self.__dict__.pop("generation" if graph == "scoring" else "scoring", None)
             yield
         finally:
-            if apart:
-                self.__dict__.pop(graph, None)
+            self._one_session = before
 
     @property
     def generation_facts(self) -> Graph:

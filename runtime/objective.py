@@ -18,7 +18,6 @@ References:
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -96,8 +95,7 @@ class Objective:
             NonFiniteLossError: the loss is NaN or infinite.
         """
         counted = self.sequences.forward_rows
-        with self.sequences.model.alone("scoring") if self.generates else nullcontext():
-            every = self.sequences.log_probs([pair for example in examples for pair in example.pairs])
+        every = self.sequences.log_probs([pair for example in examples for pair in example.pairs])
         self.sequences.forward_rows = counted  # rows that nothing is learned from
         parts = every if self.smooth_name != "likelihood" else _golds(every, examples)
         loss, count = self._value(self.smooth_name, parts, examples), len(examples)
@@ -158,8 +156,7 @@ class Objective:
         names = list(dict.fromkeys([*own, *self.metrics]))
         if not names and not self.reward:
             return {}
-        with self.sequences.model.alone("generation") if not self.generates else nullcontext():  # steps go on with the other
-            texts = self._answers(examples)
+        texts = self._answers(examples)
         found = {"reward": self._reward(examples, None, texts)} if self.reward else {}
         return {**found, **{name.replace("-", "_"): _mean_metric(name, examples, texts) for name in names}}
 

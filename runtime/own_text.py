@@ -29,8 +29,7 @@ def own_texts(model: EdgeModel, seed: int, batch_tokens: int = BATCH_TOKENS) -> 
     words = islice((text for text in texts if text.isalpha()), TEXTS)
     prompts = [model.text.encode(_opened(model, word) if place % 2 else word) for place, word in enumerate(words)]
     prompts = [prompt for prompt in prompts if 0 < len(prompt) < model.context - TOKENS]
-    with model.alone("generation"):
-        found = continue_batch(model, prompts, TOKENS, batch_tokens=batch_tokens) if prompts else []
+    found = continue_batch(model, prompts, TOKENS, batch_tokens=batch_tokens) if prompts else []
     return [(prompt, tokens) for prompt, (tokens, _) in zip(prompts, found, strict=True) if tokens]
 
 

@@ -11,9 +11,10 @@ from edgezo.errors import EdgeModelError
 from edgezo.runtime.model import Array, EdgeModel
 
 BATCH_TOKENS = 2048  # padded tokens of one forward; beyond it a forward gains no speed, only memory
-# float32 [hidden rows, vocabulary], which a forward holds more than once. Of forwards of some texts: at 256 MB peak memory was 1,158 MB instead of 856 (LoRA, 60 completions of
-# 50 tokens, SmolLM2-135M) and not faster. Of one long text: its forward runs again for what is left
+# Logits of one forward are float32 [hidden rows, vocabulary], and it holds them more than once. Of a forward of some texts at most the first, or LEAST_HIDDEN rows: 256 MB took no less
+# time (docs/decisions.md). Of one long text at most the second, since its forward runs again for what is left; on a device always
 LOGITS_BYTES, LONG_LOGITS_BYTES = 1 << 26, 1 << 28
+LEAST_HIDDEN = 256
 
 Pair = tuple[list[int], list[int]]  # token ids of prompt and completion
 
@@ -113,9 +114,10 @@ class Sequences:
         self.batch_tokens = batch_tokens
         self.whole = model.manifest.origin.family == "classifier"  # hidden rows are rows of the batch
         self.forward_rows = 0
-        self.batch_hidden, self.long_hidden = (
-            max(1, size // (4 * model.manifest.origin.vocab_size)) for size in (LOGITS_BYTES, LONG_LOGITS_BYTES)
-        )
+        vocabulary = model.manifest.origin.vocab_size
+        self.long_hidden = max(1, LONG_LOGITS_BYTES // (4 * vocabulary))
+        few = max(LEAST_HIDDEN, LOGITS_BYTES // (4 * vocabulary))
+        self.batch_hidden = min(few, self.long_hidden) if model.device is None else self.long_hidden
 
     def log_probs(self, pairs: Sequence[Candidate]) -> Scores:
         """log p of every completion token given all before it.

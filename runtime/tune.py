@@ -71,7 +71,7 @@ def tune(
         )
     if memory is not None:
         refuse_less_than_weights(model, memory)
-    with held_run(output, resume) as previous:
+    with held_run(output, resume) as previous, model.one_session():
         start = previous.start if previous is not None else None
         if previous is not None:
             config = _with_measured(config, previous.config)

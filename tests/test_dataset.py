@@ -1,4 +1,4 @@
-"""Validation rows set aside from the training file: seeded, told, the same when a run goes on, and none of a small file; and patience."""
+"""Validation rows set aside from the training file: seeded, told, the same when a run goes on, and none of a small file unless asked for; and patience."""
 
 import json
 import re
@@ -69,9 +69,12 @@ def test_of_a_small_file_none_are_set_aside_unless_asked_for(model: EdgeModel, w
     dataset, notices = split(model, few)
     assert dataset.valid is None
     assert notices == [
-        f"no validation: {few} has 99 rows, files under 100 are not split; --valid FILE gives others, --valid-share 0.3 sets some aside"
+        f"no validation: {few} has 99 rows, files under 100 rows are not split; --valid FILE gives others, --valid-share 0.3 sets some aside"
     ]
     assert len(prompts(split(model, few, valid_share=0.3)[0])[1]) == 30
+    dataset, notices = split(model, few, valid_share=0.001)
+    assert dataset.valid is None
+    assert "has 99 rows, 0.001 of 99 rows is none; " in notices[0]
 
 
 def test_plain_text_is_set_aside_in_rows(model: EdgeModel, tmp_path: Path) -> None:

@@ -49,8 +49,7 @@ def learn(source: Path, edge: Path, files: Any, budgets: list[int], test_rows: i
         while ROW_COST * (used + BATCH) <= budget:
             batch = [train[row] for row in order[used : used + BATCH]]
             used += BATCH
-            scores, gold = _scores(network, batch, choices, pad), torch.tensor([example.gold for example in batch])
-            loss = torch.nn.functional.nll_loss(scores if choices else torch.log_softmax(scores, dim=1), gold)
+            loss = _loss(network, batch, choices, pad)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -74,6 +73,13 @@ def _examples(edge: Path, path: Path, settings: dict[str, Any], rows: int | None
     return task.kind == "choice", list(tokenize_data(model, config, task, str(path), read).examples)
 
 
+def _loss(network: Any, batch: list[Example], choices: bool, pad: int) -> torch.Tensor:
+    if choices:
+        right: list[Any] = [example.pairs[example.gold] for example in batch]
+        return -_sums(network, right, pad).sum() / sum(len(completion) for _, completion in right)
+    return torch.nn.functional.cross_entropy(_scores(network, batch, choices, pad), torch.tensor([example.gold for example in batch]))
+
+
 def _scores(network: Any, examples: list[Example], choices: bool, pad: int) -> torch.Tensor:
     """Log-probabilities [rows, candidates], summed over tokens, of choices their mean, as edgezo scores them."""
     pairs: list[Any] = [pair for example in examples for pair in example.pairs]
@@ -83,14 +89,19 @@ def _scores(network: Any, examples: list[Example], choices: bool, pad: int) -> t
         logits = network(input_ids=ids, attention_mask=_mask(prompts), use_cache=False).logits[torch.arange(len(prompts)), ends]
         targets = torch.tensor([[completion[0] for _, completion in example.pairs] for example in examples])
         return torch.log_softmax(logits, dim=-1).gather(1, targets)
+    lengths = torch.tensor([len(completion) if choices else 1 for _, completion in pairs])
+    return (_sums(network, pairs, pad) / lengths).reshape(len(examples), -1)
+
+
+def _sums(network: Any, pairs: list[Any], pad: int) -> torch.Tensor:
+    """Summed log-probabilities of the tokens of each completion."""
     texts = [[*prompt, *completion] for prompt, completion in pairs]
     logits = torch.log_softmax(network(input_ids=_padded(texts, pad), attention_mask=_mask(texts), use_cache=False).logits, dim=-1)
     sums = [
         logits[row, range(len(prompt) - 1, len(prompt) + len(completion) - 1), completion].sum()
         for row, (prompt, completion) in enumerate(pairs)
     ]
-    lengths = torch.tensor([len(completion) if choices else 1 for _, completion in pairs])
-    return (torch.stack(sums) / lengths).reshape(len(examples), -1)
+    return torch.stack(sums)
 
 
 def _padded(texts: list[list[int]], pad: int) -> torch.Tensor:

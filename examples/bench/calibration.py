@@ -3,7 +3,7 @@
     python -m examples.bench.calibration RESULTS EDGE --data DATA --tasks sst2,trec --steps 80
     python -m examples.bench.calibration RESULTS EDGE --data DATA --tasks sst2 --steps 30 --eval-rows 64 --start none --overrides
 
-The data folder has TASK/train.jsonl and TASK/validation.jsonl. Every run is a command of its own; one that is in RESULTS is not run again, and one that was stopped goes on. `--before 'nice -n 5'`
+The data folder has TASK/train.jsonl and TASK/validation.jsonl. Every run is a command of its own; one that is in RESULTS, which is for one set of options, is not run again, and one that was stopped goes on. `--before 'nice -n 5'`
 stands before every command.
 """
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="sst2,trec,sms_spam")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--eval-rows", type=int, default=256)
-    parser.add_argument("--start", default="exact", help="of every run; what is measured is clearer with none")
+    parser.add_argument("--start", help="of every run, as edgezo tune takes it")
     parser.add_argument("--overrides", action="store_true")
     parser.add_argument("--before", default="")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which no run is begun")
@@ -90,16 +90,8 @@ def tune(options: argparse.Namespace, task: str, settings: list[str], output: Pa
     """One `edgezo tune`, and what its run directory and its last lines say."""
     folder, recipe = options.data / task, OWN_RECIPES / f"{task}.yaml"
     files = ["--data", str(folder / "train.jsonl"), "--valid", str(folder / "validation.jsonl")]
-    how = [
-        "--task",
-        str(recipe) if recipe.is_file() else task,
-        "--steps",
-        str(options.steps),
-        "--eval-rows",
-        str(options.eval_rows),
-        "--start",
-        options.start,
-    ]
+    how = ["--task", str(recipe) if recipe.is_file() else task, "--steps", str(options.steps), "--eval-rows", str(options.eval_rows)]
+    how += ["--start", options.start] if options.start else []
     goes_on = (output / "journal.bin").is_file()
     given = ["--resume"] if goes_on else [*files, *how, *settings]
     command = [*shlex.split(options.before), sys.executable, "-m", "edgezo", "tune", options.edge, "-o", str(output), *given]

@@ -4,9 +4,9 @@
     python -m examples.bench.convergence RESULTS.jsonl --lora EDGE            # the demo's own notes
     python -m examples.bench.convergence docs/convergence.jsonl --plot docs/convergence.png      # the measured cells again as table and plot
 
-Methods without their model (--lora, --full, --source) are left out. The data folder has TASK/train.jsonl, TASK/validation.jsonl and TASK/test.jsonl. Settings are those of the methods, and
+Methods without their model (--full, --source) are left out. The data folder has TASK/train.jsonl, TASK/validation.jsonl and TASK/test.jsonl. Settings are those of the methods, and
 of a grid of rates each is a method of its own. A cell whose line is in RESULTS.jsonl is not run again, so that the bench can be stopped and go on. Rows of forward are those that learning takes,
-calibration and exact start with it, one for each forward of a row; backpropagation counts three for each row, since a backward pass costs about two forwards. Evaluations are not counted.
+calibration and exact start with it, one for each forward of a row; backpropagation counts three for each row, since a backward pass costs about two forwards. Evaluations are not counted. Seconds are those of the last point: of backpropagation without validation, of the linear probe with its test rows.
 """
 
 import argparse
@@ -34,7 +34,6 @@ NOTES: dict[str, Any] = {
     "template": "Note: {text}\nTopic:",
     "labels": ",".join(f"{w}={w}" for w in ("family", "health", "money", "travel", "work")),
 }
-CHOICE_TASKS = {"copa"}
 STEP_ROWS = 32  # of forward, of every method
 
 
@@ -42,7 +41,7 @@ Cell = dict[str, Any]  # task, method, seed, points: test accuracy by rows of fo
 
 
 class Method(NamedTuple):
-    """Which model a method tunes, and its settings; `each_budget`: a run of its own for every number of rows; `choices`: learns rows of choices."""
+    """Which model a method tunes, and its settings; `each_budget`: a run of its own for every number of training rows; `choices`: learns rows of choices."""
 
     edge: str
     settings: dict[str, Any]
@@ -53,7 +52,8 @@ class Method(NamedTuple):
 PLAIN: dict[str, Any] = {"start": "none", "rule": "sgd", "directions": 1, "batch": 16, "schedule": "constant"}
 METHODS = {
     "edgezo": Method("lora", {}),
-    "exact start alone": Method("lora", {"steps": 0}, each_budget=True),
+    # eps and lr given, since nothing but the start is to be counted
+    "exact start alone": Method("lora", {"steps": 0, "eps": 1e-3, "lr": 1e-3}, each_budget=True),
     "linear probe": Method("lora", {}, each_budget=True, choices=False),
     "edgezo without exact start": Method("lora", {"start": "none"}),
     "MeZO LoRA, published": Method("lora", {**PLAIN, "eps": 1e-2, "lr": 1e-4, "tune_a": True}),
@@ -99,7 +99,8 @@ def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folde
     if method.each_budget:
         available, seconds = len(read_data(str(files.train))), 0.0
         for rows in budgets(min(options.rows, available), 2):
-            points[rows], seconds = _learn_once(options, edge, name, files, rows, folder / f"{rows}", seed)
+            forwards, accuracy, seconds = _learn_once(options, edge, name, files, rows, folder / f"{rows}", seed)
+            points[forwards] = accuracy
         return {"points": points, "seconds": seconds}
     steps = max(1, options.rows // STEP_ROWS)
     result = edgezo.tune(
@@ -122,16 +123,16 @@ def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folde
 
 def _learn_once(
     options: argparse.Namespace, edge: Path, name: str, files: Files, rows: int, folder: Path, seed: int
-) -> tuple[float, float]:
-    """Test accuracy, and seconds."""
+) -> tuple[int, float, float]:
+    """Rows of forward, test accuracy, and seconds."""
     begun = time.monotonic()
     if name == "linear probe":
         found = edgezo.probe(edge, files.train, _first(files.test, options.test_rows, folder), rows=rows, **files.settings)
-        return float(found.evaluation.accuracy or 0.0), time.monotonic() - begun
+        return rows, float(found.evaluation.accuracy or 0.0), time.monotonic() - begun
     result = edgezo.tune(
         edge, folder, data=str(files.train), valid=str(files.valid), seed=seed, start_rows=rows, **files.settings, **METHODS[name].settings
     )
-    return measure(edge, folder, files, options.test_rows, {0})[0], result.seconds
+    return result.forward_rows, measure(edge, folder, files, options.test_rows, {0})[0], result.seconds
 
 
 def _first(path: Path, rows: int, folder: Path) -> Path:
@@ -204,7 +205,7 @@ def plot(cells: list[Cell], path: Path) -> None:
         panel.grid(alpha=0.3)
         panel.xaxis.set_major_formatter(ticker.FuncFormatter(lambda rows, place: f"{rows:,.0f}"))
         panel.xaxis.set_minor_formatter(ticker.NullFormatter())
-        panel.set_xticks(budgets(max((rows for cell in cells for rows in cell["points"]), default=128), 2)[:-1])
+        panel.set_xticks(budgets(max((rows for cell in cells for rows in cell["points"]), default=128) + 1, 2)[:-1])
     panels[0][0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -240,10 +241,14 @@ def main() -> None:
         with options.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"task": task, "method": name, "seed": int(seed), **found}) + "\n")
         return
+    if options.results.is_dir():
+        parser.error(f"{options.results} is a folder; give a file")
+    options.results.parent.mkdir(parents=True, exist_ok=True)
     done = {(cell["task"], cell["method"], cell["seed"]) for cell in read_cells(options.results)}
     for task in options.tasks.split(","):
         for name in options.methods.split(";") if options.methods else METHODS:
-            able = getattr(options, METHODS[name].edge) is not None and (METHODS[name].choices or task not in CHOICE_TASKS)
+            able = None not in {options.lora, getattr(options, METHODS[name].edge)}
+            able = able and (METHODS[name].choices or "choices" not in files_of(options, task).settings)
             for seed in options.seeds.split(",") if able else []:
                 if (task, name, int(seed)) not in done:
                     subprocess.run(
