@@ -141,7 +141,7 @@ def _set_aside(train: Examples, config: TuneConfig, notice: Callable[[str], None
     if not count:
         if config.valid_share:
             why = (
-                f"{config.valid_share:g} of {len(made)} rows is none"
+                f"{config.valid_share:g} of them is none"
                 if round(config.valid_share * len(made)) == 0
                 else f"files under {LEAST_TO_SHARE} rows are not split"
             )

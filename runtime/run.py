@@ -283,6 +283,8 @@ def check_same(previous: Run, config: TuneConfig, header: dict[str, Any]) -> Non
     files = (("data", config.data, "data"), ("valid", config.valid, "validation data"), ("tokenizer", "the edge model", "tokenizer"))
     for name, path, shown in files:
         found, recorded = header[name], previous.header.get(name)
+        if name == "valid" and recorded is None and found is not None:
+            raise RunError(f"{path}: the run was started without {shown}; leave it out or start a new run")
         if found != recorded:
             raise RunError(
                 f"{path}: is not the {shown} the run was started with (SHA-256 {str(found)[:12]}, the run has {str(recorded)[:12]}); give the same or start a new run"

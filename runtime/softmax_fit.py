@@ -63,6 +63,7 @@ def fit_softmax(
     groups: int = 1,
     shares: Sequence[float] = (1.0,),
     fold: npt.NDArray[np.int64] | None = None,
+    rest: bool = False,
 ) -> SoftmaxFit:
     """Solve for V, the penalty chosen on held-out folds of the rows, and the share of the scores with it.
 
@@ -73,12 +74,16 @@ def fit_softmax(
         groups: parts of the features that are each as large as a feature set of its own; the penalty is as many times as strong.
         shares: to choose from.
         fold: of each row, from 0; drawn when None.
+        rest: whether the last class stands for whatever has none of its own. A class that no row outside a held-out fold has would not be one without these rows:
+            there it is as the last.
     """
     fold = folds(len(gold)) if fold is None else fold
     scale = np.sqrt(np.concatenate([(part.astype(np.float64) ** 2).mean(axis=0) for part in _parts(features)]) * groups)
     scale[scale == 0] = 1.0
     axes, back = _principal(features, scale)
-    tried = {(share, penalty): found for share in shares for penalty, found in held_out(Turned(axes, share * scores, gold), fold).items()}
+    tried = {
+        (share, penalty): found for share in shares for penalty, found in held_out(Turned(axes, share * scores, gold), fold, rest).items()
+    }
     share, penalty = best = min(tried, key=lambda choice: tried[choice].loss)
     solution = back @ solve(Turned(axes, share * scores, gold), penalty, TOLERANCE / 100)
     if len(back) != len(scale):  # in terms of rows: more features than those
@@ -100,7 +105,7 @@ def folds(count: int) -> npt.NDArray[np.int64]:
     return noise.permutation(0, count, 0) % min(FOLDS, count)
 
 
-def held_out(turned: Turned, fold: npt.NDArray[np.int64]) -> dict[float, HeldOut]:
+def held_out(turned: Turned, fold: npt.NDArray[np.int64], rest: bool = False) -> dict[float, HeldOut]:
     """By penalty, from the strongest down until two were no better: every row by a fit of the other folds."""
     solved: dict[int, Floats] = {}  # of the penalty before: a start near the solution
     tried: dict[float, HeldOut] = {}
@@ -111,6 +116,10 @@ def held_out(turned: Turned, fold: npt.NDArray[np.int64]) -> dict[float, HeldOut
             if not inside.any():
                 return {penalty: HeldOut(math.inf, logits)}  # one row: nothing to choose by
             rows = solved[held] = solve(Turned(*(part[inside] for part in turned)), penalty, TOLERANCE, solved.get(held))
+            if rest:
+                unknown = np.setdiff1d(np.arange(rows.shape[1]), turned.gold[inside])
+                rows = rows.copy()
+                rows[:, unknown] = rows[:, -1:]
             logits[outside] += turned.states[outside] @ rows
         tried[penalty] = HeldOut(mean_loss(logits, turned.gold), logits)
         losses = [found.loss for found in tried.values()]

@@ -61,7 +61,7 @@ def token_fits(objective: Objective, examples: Sequence[Example], seconds: float
     """
     own = own_texts(objective.sequences.model, objective.config.seed, objective.sequences.batch_tokens)
     tokens, found = read_positions(objective, examples, own, seconds)
-    fit, given = fit_softmax(found.states, found.scores, found.gold, fold=found.texts % FOLDS), ~found.own
+    fit, given = fit_softmax(found.states, found.scores, found.gold, fold=found.texts % FOLDS, rest=True), ~found.own
     before, held_out = (mean_loss(logits[given], found.gold[given]) for logits in (found.scores, fit.held_out.logits))
     if held_out < before:
         rows = (fit.weights[:, :-1] - fit.weights[:, -1:]).astype(np.float32)

@@ -10,7 +10,7 @@ import pytest
 
 import edgezo
 from edgezo.config import DEFAULT_PATIENCE, make_config
-from edgezo.errors import DataError
+from edgezo.errors import DataError, RunError
 from edgezo.runtime.check import check_run
 from edgezo.runtime.dataset import LEAST_TO_SHARE, Dataset, read_dataset
 from edgezo.runtime.journal import Journal
@@ -74,7 +74,7 @@ def test_of_a_small_file_none_are_set_aside_unless_asked_for(model: EdgeModel, w
     assert len(prompts(split(model, few, valid_share=0.3)[0])[1]) == 30
     dataset, notices = split(model, few, valid_share=0.001)
     assert dataset.valid is None
-    assert "has 99 rows, 0.001 of 99 rows is none; " in notices[0]
+    assert "has 99 rows, 0.001 of them is none; " in notices[0]
 
 
 def test_plain_text_is_set_aside_in_rows(model: EdgeModel, tmp_path: Path) -> None:
@@ -111,6 +111,14 @@ def test_a_run_of_before_goes_on_with_all_its_rows(exported_dir: Path, many: str
     edgezo.tune(exported_dir, tmp_path / "run", resume=True, threads=1)
     assert read_journal(path).records == contents.records
     assert (read_run(tmp_path / "run").config.valid_share, read_run(tmp_path / "run").config.patience) == (0.0, 0)
+
+
+def test_a_run_without_validation_rows_gets_none_later(exported_dir: Path, many: str, reviews: str, tmp_path: Path) -> None:
+    edgezo.tune(exported_dir, tmp_path / "run", data=many, valid_share=0.0, steps=1, **FAST)
+    with pytest.raises(
+        RunError, match=re.escape(f"{reviews}: the run was started without validation data; leave it out or start a new run")
+    ):
+        edgezo.tune(exported_dir, tmp_path / "run", resume=True, valid=reviews, steps=2, threads=1)
 
 
 def test_patience_ends_a_run_that_gets_no_better_and_resume_goes_on(exported_dir: Path, reviews: str, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.own_text import own_texts
 from edgezo.runtime.scoring import Sequences
-from edgezo.runtime.softmax_fit import mean_loss, read_out
+from edgezo.runtime.softmax_fit import fit_softmax, mean_loss, read_out
 from edgezo.runtime.token_start import read_positions, token_fits
 
 FEW: dict[str, Any] = {"steps": 0, "lr": 0.1, "eps": 0.01, "threads": 1}
@@ -99,11 +99,22 @@ def test_the_tokens_chosen_are_those_most_wrong(lora_dir: Path, rows: str, monke
     assert read_positions(objective, examples)[0].tolist() == sorted(every[np.argsort(-wrong)[:2]].tolist())
 
 
+def test_tokens_of_held_out_texts_alone_are_no_knowledge_of_them() -> None:
+    """Twelve texts of one token each, all different: that they are among the tokens chosen says nothing of a thirteenth."""
+    gold = np.arange(12)
+    scores = np.log(np.tile([*[1e-3] * 12, 1 - 12e-3], (12, 1)))
+    states = np.ones((12, 1))
+    told = fit_softmax(states, scores, gold)
+    assert told.held_out.loss < told.before - 2
+    fit = fit_softmax(states, scores, gold, rest=True)
+    assert fit.held_out.loss > fit.before - 0.01
+
+
 def test_texts_are_held_out_whole(lora_dir: Path, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of one text that were in several folds would tell of each other."""
     folds: list[Any] = []
     every = token_start.fit_softmax
-    monkeypatch.setattr(token_start, "fit_softmax", lambda *given, fold: (folds.append(fold), every(*given, fold=fold))[1])
+    monkeypatch.setattr(token_start, "fit_softmax", lambda *given, fold, rest: (folds.append(fold), every(*given, fold=fold, rest=rest))[1])
     _, objective, examples = opened(lora_dir, rows)
     list(token_fits(objective, examples, np.inf))
     lengths = [len(completion) for _, completion in completions(examples)]

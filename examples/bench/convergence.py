@@ -162,18 +162,14 @@ def measure(edge: Path, run: Path, files: Files, test_rows: int, steps: Iterable
 
 
 def table(cells: list[Cell]) -> str:
-    """A row for every task and method, mean over seeds; columns are rows of forward."""
-    columns = sorted({rows for cell in cells for rows in cell["points"]})
-    lines = ["| task | method | seeds | " + " | ".join(f"{rows:,}" for rows in columns) + " | seconds |", "|---" * (len(columns) + 4) + "|"]
+    """A row for every task and method, mean over seeds."""
+    lines = ["| task | method | seeds | test accuracy, % (rows of forward) | seconds |", "|---|---|---|---|---|"]
     for task in dict.fromkeys(cell["task"] for cell in cells):
         for name in METHODS:
             own = [cell for cell in cells if (cell["task"], cell["method"]) == (task, name)]
             if own:
-                lines.append(
-                    f"| {task} | {name} | {len(own)} | "
-                    + " | ".join(_mean(own, rows) for rows in columns)
-                    + f" | {sum(c['seconds'] for c in own) / len(own):,.0f} |"
-                )
+                points = ", ".join(f"{_mean(own, rows)} ({rows:,})" for rows in sorted({rows for cell in own for rows in cell["points"]}))
+                lines.append(f"| {task} | {name} | {len(own)} | {points} | {sum(c['seconds'] for c in own) / len(own):,.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -190,6 +186,7 @@ def plot(cells: list[Cell], path: Path) -> None:
     from matplotlib import pyplot, ticker
 
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    colors = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(6 * len(tasks), 4.5), squeeze=False)
     for panel, task in zip(panels[0], tasks, strict=True):
         for number, name in enumerate(METHODS):
@@ -197,18 +194,24 @@ def plot(cells: list[Cell], path: Path) -> None:
             columns = sorted({rows for cell in own for rows in cell["points"]})
             for cell in own if len(own) > 1 else []:
                 panel.plot(
-                    *zip(*((rows, 100 * found) for rows, found in cell["points"].items()), strict=True), color=f"C{number}", alpha=0.25
+                    *zip(*((rows, 100 * found) for rows, found in cell["points"].items()), strict=True), color=colors[number], alpha=0.25
                 )
             if own:
-                panel.plot(columns, [float(_mean(own, rows)) for rows in columns], "o-", color=f"C{number}", label=name, markersize=3)
+                panel.plot(columns, [float(_mean(own, rows)) for rows in columns], "o-", color=colors[number], label=name, markersize=3)
         panel.set(title=task, xscale="log", xlabel="rows of forward", ylabel="test accuracy, %")
         panel.grid(alpha=0.3)
         panel.xaxis.set_major_formatter(ticker.FuncFormatter(lambda rows, place: f"{rows:,.0f}"))
         panel.xaxis.set_minor_formatter(ticker.NullFormatter())
         panel.set_xticks(budgets(max((rows for cell in cells for rows in cell["points"]), default=128) + 1, 2)[:-1])
-    panels[0][0].legend(fontsize=7)
+    figure.legend(*_unique(panels[0]), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def _unique(panels: Iterable[Any]) -> tuple[list[Any], list[str]]:
+    """Lines and names of all panels, each name once."""
+    found = {name: line for panel in panels for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+    return list(found.values()), list(found)
 
 
 def read_cells(results: Path) -> list[Cell]:
