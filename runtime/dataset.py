@@ -134,20 +134,21 @@ def _aside(config: TuneConfig, rows: int) -> int:
     return count
 
 
+def no_validation(dataset: Dataset) -> str | None:
+    """Why no rows were set aside, and what to do; None where there are validation rows or none were wanted."""
+    config, rows = dataset.config, len(dataset.train.examples)
+    if dataset.valid is not None or not config.valid_share:
+        return None
+    none = round(config.valid_share * rows) == 0
+    why = f"{config.valid_share:g} of them is none" if none else f"files under {LEAST_TO_SHARE} rows are not split"
+    return f"no validation: {config.data} has {rows} rows, {why}; --valid FILE gives others, --valid-share 0.3 sets some aside"
+
+
 def _set_aside(train: Examples, config: TuneConfig, notice: Callable[[str], None]) -> tuple[Examples, Examples | None]:
     """Training and validation rows of one file, drawn by the seed; none for validation where there are few or none were asked for."""
     made = train.examples
     count = _aside(config, len(made))
     if not count:
-        if config.valid_share:
-            why = (
-                f"{config.valid_share:g} of them is none"
-                if round(config.valid_share * len(made)) == 0
-                else f"files under {LEAST_TO_SHARE} rows are not split"
-            )
-            notice(
-                f"no validation: {config.data} has {len(made)} rows, {why}; --valid FILE gives others, --valid-share 0.3 sets some aside"
-            )
         return train, None
     chosen = {int(row) for row in noise.permutation(config.seed, len(made), ASIDE_EPOCH)[:count]}
     notice(

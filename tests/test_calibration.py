@@ -193,7 +193,7 @@ def test_a_run_that_goes_on_measures_nothing_again(lora_dir: Path, reviews: str,
 
 def test_what_is_given_is_kept_and_told_when_it_is_far_off(lora_dir: Path, reviews: str, tmp_path: Path) -> None:
     notices: list[str] = []
-    settings = {"data": reviews, "steps": 2, "reporter": Reporter(notice=notices.append), **TASK}
+    settings = {"data": reviews, "steps": 2, "valid_share": 0.0, "reporter": Reporter(notice=notices.append), **TASK}
     edgezo.tune(lora_dir, tmp_path / "both", lr=1e-3, eps=2**-8, **settings)
     assert not notices
     assert "calibration" not in read_journal(tmp_path / "both" / "journal.bin").header

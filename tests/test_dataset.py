@@ -12,7 +12,7 @@ import edgezo
 from edgezo.config import DEFAULT_PATIENCE, make_config
 from edgezo.errors import DataError, RunError
 from edgezo.runtime.check import check_run
-from edgezo.runtime.dataset import LEAST_TO_SHARE, Dataset, read_dataset
+from edgezo.runtime.dataset import LEAST_TO_SHARE, Dataset, no_validation, read_dataset
 from edgezo.runtime.journal import Journal
 from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.model import EdgeModel
@@ -66,15 +66,26 @@ def test_none_are_set_aside_when_refused_or_given(model: EdgeModel, many: str) -
 
 def test_of_a_small_file_none_are_set_aside_unless_asked_for(model: EdgeModel, write_rows: Callable[..., str]) -> None:
     few = write_rows([{"text": str(number), "label": number % 2} for number in range(LEAST_TO_SHARE - 1)], "few.jsonl")
-    dataset, notices = split(model, few)
+    dataset, _ = split(model, few)
     assert dataset.valid is None
-    assert notices == [
-        f"no validation: {few} has 99 rows, files under 100 rows are not split; --valid FILE gives others, --valid-share 0.3 sets some aside"
-    ]
-    assert len(prompts(split(model, few, valid_share=0.3)[0])[1]) == 30
-    dataset, notices = split(model, few, valid_share=0.001)
+    advice = "; --valid FILE gives others, --valid-share 0.3 sets some aside"
+    assert no_validation(dataset) == f"no validation: {few} has 99 rows, files under 100 rows are not split{advice}"
+    dataset, _ = split(model, few, valid_share=0.3)
+    assert (len(prompts(dataset)[1]), no_validation(dataset)) == (30, None)
+    dataset, _ = split(model, few, valid_share=0.001)
     assert dataset.valid is None
-    assert "has 99 rows, 0.001 of them is none; " in notices[0]
+    assert no_validation(dataset) == f"no validation: {few} has 99 rows, 0.001 of them is none{advice}"
+    assert no_validation(split(model, few, valid_share=0.0)[0]) is None
+
+
+def test_that_nothing_is_set_aside_is_told_when_a_run_starts(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    notices: list[str] = []
+    told = {"threads": 1, "reporter": Reporter(notice=notices.append)}
+    edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=1, **{**FAST, **told})
+    assert sum(notice.startswith("no validation: ") for notice in notices) == 1
+    notices.clear()
+    edgezo.tune(exported_dir, tmp_path / "run", resume=True, steps=2, **told)
+    assert not notices
 
 
 def test_plain_text_is_set_aside_in_rows(model: EdgeModel, tmp_path: Path) -> None:

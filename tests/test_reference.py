@@ -77,6 +77,11 @@ def published_mezo_step(network: Any, loss: Callable[[], float], step: int) -> t
     return loss_plus, loss_minus, projected_grad
 
 
+def published_gradients(network: Any, pairs: list[Pair]) -> np.ndarray[Any, Any]:
+    """Of every step, as the network is tuned."""
+    return np.array([published_mezo_step(network, lambda: torch_loss(network, pairs), step)[2] for step in range(STEPS)])
+
+
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def pair_of_models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     from edgezo.export import export_model
@@ -103,7 +108,8 @@ def test_projected_gradients_agree_with_pytorch_running_published_mezo(pair_of_m
     name, directory = pair_of_models
     pairs = make_pairs()
     found = np.array([step[2] for step in edge_steps(EdgeModel(directory, threads=1), pairs)])
-    network = tiny.make_model(name)
-    expected = np.array([published_mezo_step(network, lambda: torch_loss(network, pairs), step)[2] for step in range(STEPS)])
-    assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
-    assert np.abs(found / expected - 1).max() < 0.01, "each of them, the small ones too"
+    single, double = (published_gradients(network, pairs) for network in (tiny.make_model(name), tiny.make_model(name).double()))
+    for expected in (single, double):
+        assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
+    # in float32 PyTorch's own rounding takes up to 0.6 % of the smallest, 0.025 among tens
+    assert np.abs(found / double - 1).max() < 0.01, "each of them, the small ones too"
