@@ -37,7 +37,7 @@ NOTES: dict[str, Any] = {
 STEP_ROWS = 32  # of forward, of every method
 
 
-Cell = dict[str, Any]  # task, method, seed, points: test accuracy by rows of forward, seconds of learning
+Cell = dict[str, Any]  # task, method, seed, test_rows, points: test accuracy by rows of forward, seconds of learning
 
 
 class Method(NamedTuple):
@@ -242,7 +242,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = run_cell(options, task, name, int(seed), Path(folder))
         with options.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"task": task, "method": name, "seed": int(seed), **found}) + "\n")
+            file.write(json.dumps({"task": task, "method": name, "seed": int(seed), "test_rows": options.test_rows, **found}) + "\n")
         return
     if options.results.is_dir():
         parser.error(f"{options.results} is a folder; give a file")
