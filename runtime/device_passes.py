@@ -103,12 +103,13 @@ class DevicePasses:
             values = self._make_values(
                 direction, scales, [tensor.quantum for tensor in _one_of_each(tensors, exponents)], sampler.distribution
             )
+            counts = {tensor.id: -(-tensor.size // BLOCK) for tensor in tensors}
+            drawn, negated = noise.block_draws(direction, counts)
+            entries = np.split(drawn + TABLE_LENGTH * negated, np.cumsum([*counts.values()])[:-1])
             offsets = np.empty((self.blocks, 1), np.int32)
-            for tensor in tensors:
-                first, count = self.regions[tensor.name].start // BLOCK, -(-tensor.size // BLOCK)
-                drawn, negated = noise.block_draws(direction, tensor.id, 0, count)
-                base = 2 * TABLE_LENGTH * grid_of[tensor.exponent]
-                offsets[first : first + count, 0] = base + np.array(drawn) + TABLE_LENGTH * np.array(negated)
+            for tensor, own in zip(tensors, entries, strict=True):
+                first = self.regions[tensor.name].start // BLOCK
+                offsets[first : first + len(own), 0] = 2 * TABLE_LENGTH * grid_of[tensor.exponent] + own
             for first in range(0, self.blocks, RUN_BLOCKS):
                 shape = [min(RUN_BLOCKS, self.blocks - first), BLOCK]
                 address = self._at(first * BLOCK)

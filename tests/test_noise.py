@@ -68,13 +68,26 @@ def test_tables_are_the_documented_bytes(distribution: noise.Distribution, diges
     assert hashlib.sha256(noise.table(distribution)[:TABLE_SIZE].astype("<f4").tobytes()).hexdigest() == digest
 
 
-def test_a_block_is_the_same_whatever_was_drawn_with_it() -> None:
-    direction, tensor = Direction(3, 11, 1), noise.tensor_id("model.norm.weight")
-    whole = noise.block_draws(direction, tensor, 0, 23)
-    for first, count in ((0, 1), (1, 5), (4, 4), (7, 16), (22, 1)):
-        offsets, negated = noise.block_draws(direction, tensor, first, count)
-        assert offsets == whole[0][first : first + count]
-        assert negated == whole[1][first : first + count]
+def test_draws_of_blocks_are_the_documented_words() -> None:
+    tensors = {noise.tensor_id(name): blocks for name, blocks in (("a", 23), ("b", 1), ("c", 4), ("d", 6))}
+    offsets, negated = noise.block_draws(Direction(MASK, 11, 1), tensors)
+    drawn = [
+        word
+        for tensor, blocks in tensors.items()
+        for word in [word for group in range(6) for word in philox([1 + group, tensor, 11, 1], [MASK, noise.NOISE])][:blocks]
+    ]
+    assert offsets.tolist() == [(word >> 32) * TABLE_SIZE >> 32 for word in drawn]
+    assert negated.tolist() == [word % 2 == 1 for word in drawn]
+    assert [part.size for part in noise.block_draws(Direction(0, 0), {})] == [0, 0]
+
+
+def test_many_counters_give_what_each_gives() -> None:
+    random = np.random.default_rng(0)
+    counters = random.integers(0, MASK, (4, 500), np.uint64, endpoint=True)
+    counters[:, :2] = MASK, 0
+    key = MASK, 0x5851F42D4C957F2D
+    found = noise.philox(counters, key)
+    assert found.T.tolist() == [philox(counter, list(key)) for counter in counters.T.tolist()]
 
 
 def test_every_part_of_the_name_of_a_direction_matters() -> None:

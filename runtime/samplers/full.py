@@ -39,10 +39,14 @@ class Full(Sampler):
             for exponent, size in sizes.items()
         }
 
+        blocks = {tensor.id: -(-tensor.size // BLOCK) for tensor in tensors}
+        starts = dict(zip(blocks, np.cumsum([0, *blocks.values()]).tolist(), strict=False))
+        draws = {direction: noise.block_draws(direction, blocks) for direction in additions}
+
         def add(tensor: GridTensor, first: int, part: Floats) -> None:
-            count = -(-part.size // BLOCK)
+            count, start = -(-part.size // BLOCK), starts[tensor.id] + first
             drawn = [
-                (window, *noise.block_draws(direction, tensor.id, first, count))
+                (window, *(found[start : start + count].tolist() for found in draws[direction]))
                 for direction, window in windows[tensor.exponent]
                 if self.moves(tensor.name, direction)
             ]
@@ -67,10 +71,15 @@ class Full(Sampler):
 
 def noise_values(distribution: Distribution, shared: Floats, direction: Direction, scales: Mapping[float, int], quantum: float) -> Floats:
     """Sum of times * q_d(scale * z) over the additions of one direction, float32 like `shared`, a part of the table."""
-    with np.errstate(over="ignore"):  # infinity is found when the grid is fitted
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity is found when the grid is fitted
         if distribution == "rademacher":  # two values: round them, not the table
-            plus, minus = sign_values(direction, scales, quantum)
-            signs: Floats = np.where(shared > 0, np.float32(plus), np.float32(minus))
+            plus, minus = (np.float32(value) for value in sign_values(direction, scales, quantum))
+            half, middle = (plus - minus) / 2, (plus + minus) / 2
+            if middle + half != plus or middle - half != minus:  # sums of many additions, or infinity
+                signs: Floats = np.where(shared > 0, plus, minus)
+                return signs
+            signs = shared * half  # 0.3 ms where the choice took 3
+            signs += middle
             return signs
         total = np.zeros(len(shared))
         for scale, times in scales.items():

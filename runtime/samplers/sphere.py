@@ -32,7 +32,9 @@ class Sphere(Full):
     def __init__(self, sizes: Mapping[str, int]) -> None:
         super().__init__("gaussian")
         self.distribution = None
-        self.sizes = {noise.tensor_id(name): size for name, size in sizes.items()}
+        self.size = sum(sizes.values())
+        self.blocks = {noise.tensor_id(name): -(-size // BLOCK) for name, size in sizes.items()}
+        self.lengths = np.concatenate([np.minimum(BLOCK, size - np.arange(0, size, BLOCK)) for size in sizes.values()])
         self.largest *= LONGEST
         self.stretch = functools.lru_cache(maxsize=4096)(self._stretch)
 
@@ -46,13 +48,9 @@ class Sphere(Full):
 
     def _stretch(self, direction: Direction) -> float:
         """sqrt(d) / |u|; |u|^2 is a sum of integers, and so the same everywhere."""
-        squares = 0
-        for tensor, size in self.sizes.items():
-            offsets, _ = noise.block_draws(direction, tensor, 0, -(-size // BLOCK))
-            starts = np.array(offsets)
-            lengths = np.minimum(BLOCK, size - BLOCK * np.arange(len(starts)))
-            squares += int((_sums()[starts + lengths] - _sums()[starts]).sum())
-        return min(LONGEST, math.sqrt(sum(self.sizes.values()) * STEPS**2 / squares)) if squares else LONGEST
+        starts, _ = noise.block_draws(direction, self.blocks)
+        squares = int((_sums()[starts + self.lengths] - _sums()[starts]).sum())
+        return min(LONGEST, math.sqrt(self.size * STEPS**2 / squares)) if squares else LONGEST
 
 
 @functools.cache
