@@ -22,7 +22,7 @@ from edgezo.runtime.model import EdgeModel
 LR, BATCH, ROW_COST = 5e-4, 16, 3  # a row's forward and backward cost about three forwards
 
 
-def learn(source: Path, edge: Path, files: Any, budgets: list[int], test_rows: int, seed: int) -> dict[str, Any]:
+def learn(source: Path, edge: Path, files: Any, budgets: list[int], seed: int) -> dict[str, Any]:
     """Test accuracy by rows of forward, and seconds of learning.
 
     Args:
@@ -30,14 +30,11 @@ def learn(source: Path, edge: Path, files: Any, budgets: list[int], test_rows: i
         edge: edge model of it, which reads the rows.
         files: training, validation and test rows, and how they are read.
         budgets: rows of forward at which to measure.
-        test_rows: used of the test file.
         seed: of LoRA's A and of the order of rows.
     """
     torch.manual_seed(seed)
     network, pad = _network(source), 0
-    (choices, train), (_, test) = (
-        _examples(edge, path, files.settings, rows) for path, rows in ((files.train, None), (files.test, test_rows))
-    )
+    (choices, train), (_, test) = (_examples(edge, path, files.settings) for path in (files.train, files.test))
     optimizer = torch.optim.AdamW([parameter for parameter in network.parameters() if parameter.requires_grad], lr=LR)
     order = np.concatenate(
         [np.random.default_rng([seed, epoch]).permutation(len(train)) for epoch in range(1 + budgets[-1] // (ROW_COST * len(train)))]
@@ -65,10 +62,10 @@ def _network(source: Path) -> Any:
     return get_peft_model(network, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def _examples(edge: Path, path: Path, settings: dict[str, Any], rows: int | None) -> tuple[bool, list[Example]]:
+def _examples(edge: Path, path: Path, settings: dict[str, Any]) -> tuple[bool, list[Example]]:
     """Whether rows are of choices, and the rows."""
     model, config = EdgeModel(edge), make_config(None, {"data": str(path)}, None, settings)
-    read = read_data(str(path))[:rows]
+    read = read_data(str(path))
     task = task_of(read, config)
     return task.kind == "choice", list(tokenize_data(model, config, task, str(path), read).examples)
 

@@ -37,7 +37,7 @@ NOTES: dict[str, Any] = {
 STEP_ROWS = 32  # of forward, of every method
 
 
-Cell = dict[str, Any]  # task, method, seed, test_rows, points: test accuracy by rows of forward, seconds of learning
+Cell = dict[str, Any]  # task, method, seed, test_rows, valid_rows (at most), points: test accuracy by rows of forward, seconds of learning
 
 
 class Method(NamedTuple):
@@ -90,27 +90,30 @@ def budgets(most: int, factor: int) -> list[int]:
 def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folder: Path) -> Cell:
     """Learn, and measure the test rows at every number of rows of forward; accuracy by rows, and seconds of learning."""
     method, files = METHODS[name], files_of(options, task)
-    edge = getattr(options, method.edge)
+    files = files._replace(
+        valid=_first(files.valid, options.valid_rows, folder / "rows"), test=_first(files.test, options.test_rows, folder / "rows")
+    )
+    edge, run = getattr(options, method.edge), folder / "run"
     if method.edge == "source":
         from examples.bench.backpropagation import learn
 
-        return learn(edge, options.lora, files, budgets(options.rows, 4), options.test_rows, seed)
+        return learn(edge, options.lora, files, budgets(options.rows, 4), seed)
     points: dict[int, float] = {}
     if method.each_budget:
         available, seconds = len(read_data(str(files.train))), 0.0
-        for rows in budgets(min(options.rows, available), 2):
-            forwards, accuracy, seconds = _learn_once(options, edge, name, files, rows, folder / f"{rows}", seed)
+        for rows in budgets(min(options.rows, available), 4):
+            forwards, accuracy, seconds = _learn_once(edge, name, files, rows, folder / f"{rows}", seed)
             points[forwards] = accuracy
         return {"points": points, "seconds": seconds}
     steps = max(1, options.rows // STEP_ROWS)
     result = edgezo.tune(
-        edge, folder, data=str(files.train), valid=str(files.valid), seed=seed, steps=steps, eval_every=max(1, steps // 4),
+        edge, run, data=str(files.train), valid=str(files.valid), seed=seed, steps=steps, eval_every=max(1, steps // 4),
         **files.settings, **method.settings,
     )  # fmt: skip
-    rows_at = _rows_by_step(folder)
+    rows_at = _rows_by_step(run)
     places = {rows: max((step for step, spent in rows_at.items() if spent <= rows), default=None) for rows in budgets(options.rows, 4)}
     chosen = {rows: step for rows, step in places.items() if step is not None}
-    measured = measure(edge, folder, files, options.test_rows, {*chosen.values(), result.best_step, result.steps})
+    measured = measure(edge, run, files, {*chosen.values(), result.best_step, result.steps})
     points = {**{rows: measured[step] for rows, step in chosen.items()}, max(rows_at.values()): measured[result.steps]}
     return {
         "points": points,
@@ -121,18 +124,16 @@ def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folde
     }
 
 
-def _learn_once(
-    options: argparse.Namespace, edge: Path, name: str, files: Files, rows: int, folder: Path, seed: int
-) -> tuple[int, float, float]:
+def _learn_once(edge: Path, name: str, files: Files, rows: int, folder: Path, seed: int) -> tuple[int, float, float]:
     """Rows of forward, test accuracy, and seconds."""
     begun = time.monotonic()
     if name == "linear probe":
-        found = edgezo.probe(edge, files.train, _first(files.test, options.test_rows, folder), rows=rows, **files.settings)
+        found = edgezo.probe(edge, files.train, files.test, rows=rows, **files.settings)
         return rows, float(found.evaluation.accuracy or 0.0), time.monotonic() - begun
     result = edgezo.tune(
         edge, folder, data=str(files.train), valid=str(files.valid), seed=seed, start_rows=rows, **files.settings, **METHODS[name].settings
     )
-    return result.forward_rows, measure(edge, folder, files, options.test_rows, {0})[0], result.seconds
+    return result.forward_rows, measure(edge, folder, files, {0})[0], result.seconds
 
 
 def _first(path: Path, rows: int, folder: Path) -> Path:
@@ -148,10 +149,10 @@ def _rows_by_step(folder: Path) -> dict[int, int]:
     return {line["step"]: line["forward_rows"] for line in lines if "forward_rows" in line}
 
 
-def measure(edge: Path, run: Path, files: Files, test_rows: int, steps: Iterable[int]) -> dict[int, float]:
+def measure(edge: Path, run: Path, files: Files, steps: Iterable[int]) -> dict[int, float]:
     """Test accuracy of steps of a run."""
     model, config = EdgeModel(edge), read_run(run).config
-    rows = read_data(str(files.test))[:test_rows]
+    rows = read_data(str(files.test))
     task = task_of(rows, config, ModelFacts.of(model.manifest))
     examples = tokenize_data(model, config, task, str(files.test), rows).examples
     objective, found = Objective(Sequences(model), task, config), {}
@@ -234,6 +235,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--rows", type=int, default=4096, help="of forward, at most")
     parser.add_argument("--test-rows", type=int, default=1000)
+    parser.add_argument("--valid-rows", type=int, default=1000, help="at most; less time, and another best step")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -242,7 +244,19 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = run_cell(options, task, name, int(seed), Path(folder))
         with options.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"task": task, "method": name, "seed": int(seed), "test_rows": options.test_rows, **found}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "task": task,
+                        "method": name,
+                        "seed": int(seed),
+                        "test_rows": options.test_rows,
+                        "valid_rows": options.valid_rows,
+                        **found,
+                    }
+                )
+                + "\n"
+            )
         return
     if options.results.is_dir():
         parser.error(f"{options.results} is a folder; give a file")
