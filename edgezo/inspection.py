@@ -1,12 +1,31 @@
 """`edgezo inspect`: what a directory holds, as names and values."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from edgezo.adapters import PREFIX
+from edgezo.config import TuneConfig
 from edgezo.errors import EdgezoError
 from edgezo.manifest import MANIFEST_NAME
 from edgezo.manifest_reader import read_manifest, verify_file
+
+# settings that do something beside some values of others alone
+MATTERS: dict[str, Callable[[TuneConfig], bool]] = {
+    "label_field": lambda config: config.labels is not None,
+    "max_tokens": lambda config: config.answer_field is not None,
+    "beta": lambda config: config.objective in {"preference", "dpo"} or not (config.objective or config.template),
+    "beta_m": lambda config: config.rule in {"momentum", "adam"},
+    "beta_v": lambda config: config.rule in {"meazo", "adam"},
+    "anchor_every": lambda config: config.rule == "svrg",
+    "anchor_batches": lambda config: config.rule == "svrg",
+    "share": lambda config: config.sampler in {"layers", "magnitude"},
+    "z_rank": lambda config: config.sampler in {"lozo", "subzero", "tezo"},
+    "redraw_every": lambda config: config.sampler in {"lozo", "subzero"},
+    "start_rows": lambda config: config.start != "none",
+    "valid_share": lambda config: config.valid is None,
+}
+EVALUATIONS = {"valid_share", "eval_every", "eval_rows", "patience"}
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -67,11 +86,12 @@ def _run(path: Path) -> dict[str, Any]:
     from edgezo.runtime.run import read_run
 
     run = read_run(path)
-    settings = {name: value for name, value in run.config.model_dump().items() if value is not None}
+    unused = {name for name, matters in MATTERS.items() if not matters(run.config)} | (EVALUATIONS if not run.evaluations else set())
+    settings = {name: value for name, value in run.config.model_dump().items() if value is not None and name not in unused}
     facts: dict[str, Any] = {
         "run": str(path),
         "steps": len(run.records),
-        "best_step": run.best_step,
+        **({"best_step": run.best_step} if run.evaluations else {}),
         "seconds": round(run.seconds, 1),
         "base": run.header.get("base"),
     }
