@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from edgezo.errors import DataError
 
@@ -76,12 +76,21 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             yield Row(fields, place)
 
 
+def _delimiter(file: TextIO) -> str:
+    """A semicolon where the header has some and no comma, as spreadsheets write it where numbers have a decimal comma."""
+    header = file.readline(LINE_LIMIT)
+    file.seek(0)
+    return ";" if ";" in header and "," not in header else ","
+
+
 def _read_table(path: Path) -> Iterator[Row]:
     csv.field_size_limit(min(LINE_LIMIT, sys.maxsize))
     tab = path.suffix.lower() == ".tsv"
     with open(path, encoding="utf-8-sig", newline="") as file:
         # quotes are ordinary characters in the TSV files of the field (GLUE and others)
-        reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tab else csv.reader(file, strict=True)
+        reader = (
+            csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tab else csv.reader(file, delimiter=_delimiter(file), strict=True)
+        )
         first = 1  # line a row begins at; a quoted cell may hold line breaks
         try:
             header = next(reader, None)

@@ -1,6 +1,7 @@
 """The rows of a run as examples: training and validation files read under one configuration."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgezo.config import ADAPTER_DEFAULTS, TuneConfig
@@ -134,9 +135,11 @@ def _aside(config: TuneConfig, rows: int) -> int:
     return count
 
 
-def no_validation(dataset: Dataset) -> str | None:
-    """Why no rows were set aside, and what to do; None where there are validation rows or none were wanted."""
+def weak_validation(dataset: Dataset) -> str | None:
+    """Why there is no validation, or one that tells nothing, and what to do; None where all is well or none was wanted."""
     config, rows = dataset.config, len(dataset.train.examples)
+    if config.valid is not None and Path(config.valid).samefile(config.data):
+        return f"warning: --valid {config.valid} holds the rows that are learned, and cannot tell when learning them by heart begins; give others, or leave it out"
     if dataset.valid is not None or not config.valid_share:
         return None
     none = round(config.valid_share * rows) == 0

@@ -10,7 +10,7 @@ from edgezo.errors import AdapterError, ConfigError, RunError
 from edgezo.runtime.adapter_files import read_adapter
 from edgezo.runtime.calibration import calibrate, first_scale, measuring_config
 from edgezo.runtime.corpus import WARNING
-from edgezo.runtime.dataset import Dataset, no_validation, read_dataset
+from edgezo.runtime.dataset import Dataset, read_dataset, weak_validation
 from edgezo.runtime.exact_start import ExactStart, resolve_start, start_exactly
 from edgezo.runtime.journal_records import head_record
 from edgezo.runtime.liveness import prove_live
@@ -89,7 +89,7 @@ def tune(
             check_same(previous, config, header)
         if previous is None and dataset.task.kind == "text":
             reporter.notice(WARNING)
-        if previous is None and (why := no_validation(dataset)) is not None:
+        if previous is None and (why := weak_validation(dataset)) is not None:
             reporter.notice(why)
         measuring = measuring_config(model, config)
         model.changed = True  # by rounding to the grid, whatever happens from here on

@@ -96,6 +96,12 @@ def test_csv_cells_keep_the_kind_of_their_line_breaks(write: Write) -> None:
     assert fields(write("rows.csv", b'a,b\r\n"one\r\ntwo\nthree",1\r\n')) == [{"a": "one\r\ntwo\nthree", "b": "1"}]
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_csv_of_spreadsheets_with_semicolons(write: Write, mark: bytes) -> None:
+    assert fields(write("rows.csv", mark + b'a;"b c"\n1,5;"x;y"\n')) == [{"a": "1,5", "b c": "x;y"}]
+    assert fields(write("rows.csv", mark + b"a;b,c\n1,2\n")) == [{"a;b": "1", "c": "2"}]
+
+
 def test_csv_header_names_may_be_quoted(write: Write) -> None:
     assert fields(write("rows.csv", b'"a, b","c"\n1,2\n')) == [{"a, b": "1", "c": "2"}]
 

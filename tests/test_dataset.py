@@ -12,7 +12,7 @@ import edgezo
 from edgezo.config import DEFAULT_PATIENCE, make_config
 from edgezo.errors import DataError, RunError
 from edgezo.runtime.check import check_run
-from edgezo.runtime.dataset import LEAST_TO_SHARE, Dataset, no_validation, read_dataset
+from edgezo.runtime.dataset import LEAST_TO_SHARE, Dataset, read_dataset, weak_validation
 from edgezo.runtime.journal import Journal
 from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.model import EdgeModel
@@ -69,13 +69,21 @@ def test_of_a_small_file_none_are_set_aside_unless_asked_for(model: EdgeModel, w
     dataset, _ = split(model, few)
     assert dataset.valid is None
     advice = "; --valid FILE gives others, --valid-share 0.3 sets some aside"
-    assert no_validation(dataset) == f"no validation: {few} has 99 rows, files under 100 rows are not split{advice}"
+    assert weak_validation(dataset) == f"no validation: {few} has 99 rows, files under 100 rows are not split{advice}"
     dataset, _ = split(model, few, valid_share=0.3)
-    assert (len(prompts(dataset)[1]), no_validation(dataset)) == (30, None)
+    assert (len(prompts(dataset)[1]), weak_validation(dataset)) == (30, None)
     dataset, _ = split(model, few, valid_share=0.001)
     assert dataset.valid is None
-    assert no_validation(dataset) == f"no validation: {few} has 99 rows, 0.001 of them is none{advice}"
-    assert no_validation(split(model, few, valid_share=0.0)[0]) is None
+    assert weak_validation(dataset) == f"no validation: {few} has 99 rows, 0.001 of them is none{advice}"
+    assert weak_validation(split(model, few, valid_share=0.0)[0]) is None
+
+
+def test_validation_on_the_rows_that_are_learned_is_told(model: EdgeModel, many: str, write_rows: Callable[..., str]) -> None:
+    others = write_rows([{"text": "other", "label": 0}], "others.jsonl")
+    assert weak_validation(split(model, many, valid=others)[0]) is None
+    told = weak_validation(split(model, many, valid=str(Path(many).parent / "." / Path(many).name))[0])
+    assert told is not None
+    assert told.startswith(f"warning: --valid {many} holds the rows that are learned")
 
 
 def test_that_nothing_is_set_aside_is_told_when_a_run_starts(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
