@@ -79,7 +79,8 @@ def noise_values(distribution: Distribution, shared: Floats, direction: Directio
                 signs: Floats = np.where(shared > 0, plus, minus)
                 return signs
             signs = shared * half  # 0.3 ms where the choice took 3
-            signs += middle
+            if middle:
+                signs += middle
             return signs
         total = np.zeros(len(shared))
         for scale, times in scales.items():
