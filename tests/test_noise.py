@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from edgezo.runtime import noise
+from edgezo.runtime.grid import sign_values
 from edgezo.runtime.noise import BLOCK, TABLE_SIZE, Direction
+from edgezo.runtime.samplers.full import noise_values
 
 MASK = (1 << 64) - 1
 
@@ -119,3 +121,16 @@ def test_uniform_lies_in_the_unit_interval_and_fills_it() -> None:
     values = [noise.uniform(0, noise.DITHER, step) for step in range(1000)]
     assert 0 <= min(values) < 0.01
     assert 0.99 < max(values) < 1
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.25, 16777214.7, 3.0])
+def test_tables_of_signs_hold_both_values_to_the_last_bit(scale: float) -> None:
+    """Whatever way they are made: half the difference of large values of unlike size is no float32 number."""
+    shared, ways = noise.table("rademacher")[:1000], set()
+    for step in range(20):
+        direction = Direction(0, step)
+        plus, minus = (np.float32(value) for value in sign_values(direction, {scale: 1}, 1.0 if scale > 1 else 2.0**-20))
+        found = noise_values("rademacher", shared, direction, {scale: 1}, 1.0 if scale > 1 else 2.0**-20)
+        assert np.array_equal(found, np.where(shared > 0, plus, minus))
+        ways.add(bool(plus == -minus))
+    assert ways == ({True} if scale in {0.25, 3.0} else {True, False})
