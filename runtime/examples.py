@@ -146,7 +146,7 @@ def _pairs(row: Row, task: Task, text: TextCodec) -> list[Pair]:
         prompts = [task.prompt(row), *([task.prefix + task.calibrate] if task.calibrate is not None else [])]
         if not all(prompt.strip() for prompt in prompts):
             raise DataError(f"{row.place}: the prompt is empty; give a --template with some text, or rows with a prompt")
-        return [text.split(prompt, _spaced(prompt, word)) for prompt in prompts for word in candidate_texts(row, task)]
+        return [_scored(prompt, _spaced(prompt, word), row, text) for prompt in prompts for word in candidate_texts(row, task)]
     if task.kind in {"completion", "answer", "preference"}:
         prompt = task.prompt(row)
         return [_completed(prompt, completion, row, task, text) for completion in _completions(row, task)]
@@ -160,6 +160,15 @@ def _pairs(row: Row, task: Task, text: TextCodec) -> list[Pair]:
         return [_start(*text.split(opened, whole[len(opened) :], special=False), row, text)]
     tokens = text.encode(text_of(row, "text"))
     return [_start([], tokens, row, text)]
+
+
+def _scored(prompt: str, word: str, row: Row, text: TextCodec) -> Pair:
+    head, tail = text.split(prompt, word)
+    if not head:
+        raise DataError(
+            f"{row.place}: the tokenizer joins the whole prompt with {word.strip()!r}, so that no token stands before it; give a --template with more text"
+        )
+    return head, tail
 
 
 def candidate_texts(row: Row, task: Task) -> list[str]:

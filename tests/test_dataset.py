@@ -171,3 +171,9 @@ def test_a_share_that_leaves_no_rows_is_refused(exported_dir: Path, many: str, t
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         edgezo.tune(exported_dir, tmp_path / "run", data=many, valid_share=0.999, eval_rows=500, **FAST)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_that_the_tokenizer_joins_with_the_word_is_refused(model: EdgeModel, many: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.text, "split", lambda prompt, completion: ([], [7]))  # as of a tokenizer without pieces
+    with pytest.raises(DataError, match=r":1: the tokenizer joins the whole prompt with .terrible.+ a --template with more text"):
+        split(model, many)
