@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from edgezo.adapters import PREFIX
-from edgezo.config import TuneConfig
+from edgezo.config import OBJECTIVES, TuneConfig
 from edgezo.errors import EdgezoError
 from edgezo.manifest import MANIFEST_NAME
 from edgezo.manifest_reader import read_manifest, verify_file
 
-# settings that do something beside some values of others alone
+# when a setting has an effect at all, as far as the other settings tell; which adapter there was, or that rows have answers, they do not
 MATTERS: dict[str, Callable[[TuneConfig], bool]] = {
     "label_field": lambda config: config.labels is not None,
-    "max_tokens": lambda config: config.answer_field is not None,
-    "beta": lambda config: config.objective in {"preference", "dpo"} or not (config.objective or config.template),
+    "max_tokens": lambda config: config.labels is None and config.choices is None,
+    "beta": lambda config: config.labels is None and config.objective not in set(OBJECTIVES) - {"preference", "dpo"},
     "beta_m": lambda config: config.rule in {"momentum", "adam"},
     "beta_v": lambda config: config.rule in {"meazo", "adam"},
     "anchor_every": lambda config: config.rule == "svrg",
@@ -86,7 +86,7 @@ def _run(path: Path) -> dict[str, Any]:
     from edgezo.runtime.run import read_run
 
     run = read_run(path)
-    unused = {name for name, matters in MATTERS.items() if not matters(run.config)} | (EVALUATIONS if not run.evaluations else set())
+    unused = unused_settings(run.config, bool(run.evaluations))
     settings = {name: value for name, value in run.config.model_dump().items() if value is not None and name not in unused}
     facts: dict[str, Any] = {
         "run": str(path),
@@ -109,3 +109,8 @@ def _run(path: Path) -> dict[str, Any]:
     if run.records:
         facts["last_loss"] = run.records[-1].loss
     return {**facts, **{{"steps": "steps_asked"}.get(name, name): value for name, value in settings.items()}}
+
+
+def unused_settings(config: TuneConfig, evaluated: bool) -> set[str]:
+    """Names of settings that did nothing in a run."""
+    return {name for name, matters in MATTERS.items() if not matters(config)} | (set() if evaluated else EVALUATIONS)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,7 +79,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 def _delimiter(file: TextIO) -> str:
     """A semicolon where the header has some and no comma, as spreadsheets write it where numbers have a decimal comma."""
-    header = file.readline(LINE_LIMIT)
+    header = re.sub(r'"[^"]*"', "", file.readline(LINE_LIMIT))  # a name in quotes may hold either
     file.seek(0)
     return ";" if ";" in header and "," not in header else ","
 

@@ -1,13 +1,12 @@
 """The rows of a run as examples: training and validation files read under one configuration."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgezo.config import ADAPTER_DEFAULTS, TuneConfig
 from edgezo.errors import DataError, RunError
 from edgezo.runtime import noise
-from edgezo.runtime.corpus import is_corpus, pack, packs, read_data
+from edgezo.runtime.corpus import is_corpus, pack, packs, read_data, sha256_data
 from edgezo.runtime.data import Row
 from edgezo.runtime.examples import Example, Examples, Offsets, make_examples
 from edgezo.runtime.masked import CAUSAL, ModelFacts
@@ -138,8 +137,8 @@ def _aside(config: TuneConfig, rows: int) -> int:
 def weak_validation(dataset: Dataset) -> str | None:
     """Why there is no validation, or one that tells nothing, and what to do; None where all is well or none was wanted."""
     config, rows = dataset.config, len(dataset.train.examples)
-    if config.valid is not None and Path(config.valid).samefile(config.data):
-        return f"warning: --valid {config.valid} holds the rows that are learned, and cannot tell when learning them by heart begins; give others, or leave it out"
+    if config.valid is not None and sha256_data(config.valid) == sha256_data(config.data):
+        return f"warning: --valid {config.valid} has the rows that are learned, and cannot tell when learning them by heart begins; give others, or leave it out"
     if dataset.valid is not None or not config.valid_share:
         return None
     none = round(config.valid_share * rows) == 0

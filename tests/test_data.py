@@ -100,6 +100,8 @@ def test_csv_cells_keep_the_kind_of_their_line_breaks(write: Write) -> None:
 def test_csv_of_spreadsheets_with_semicolons(write: Write, mark: bytes) -> None:
     assert fields(write("rows.csv", mark + b'a;"b c"\n1,5;"x;y"\n')) == [{"a": "1,5", "b c": "x;y"}]
     assert fields(write("rows.csv", mark + b"a;b,c\n1,2\n")) == [{"a;b": "1", "c": "2"}]
+    assert fields(write("rows.csv", mark + b'"text, long";label\na;b\n')) == [{"text, long": "a", "label": "b"}]
+    assert fields(write("rows.csv", mark + b'"a;b"\n1\n')) == [{"a;b": "1"}]
 
 
 def test_csv_header_names_may_be_quoted(write: Write) -> None:

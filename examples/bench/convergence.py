@@ -10,6 +10,7 @@ calibration and exact start with it, one for each forward of a row; backpropagat
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -90,9 +91,7 @@ def budgets(most: int, factor: int) -> list[int]:
 def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folder: Path) -> Cell:
     """Learn, and measure the test rows at every number of rows of forward; accuracy by rows, and seconds of learning."""
     method, files = METHODS[name], files_of(options, task)
-    files = files._replace(
-        valid=_first(files.valid, options.valid_rows, folder / "rows"), test=_first(files.test, options.test_rows, folder / "rows")
-    )
+    files = files._replace(test=_first(files.test, options.test_rows, folder / "rows"))
     edge, run = getattr(options, method.edge), folder / "run"
     if method.edge == "source":
         from examples.bench.backpropagation import learn
@@ -102,12 +101,13 @@ def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folde
     if method.each_budget:
         available, seconds = len(read_data(str(files.train))), 0.0
         for rows in budgets(min(options.rows, available), 4):
-            forwards, accuracy, seconds = _learn_once(edge, name, files, rows, folder / f"{rows}", seed)
+            forwards, accuracy, seconds = _learn_once(options, edge, name, files, rows, folder / f"{rows}", seed)
             points[forwards] = accuracy
         return {"points": points, "seconds": seconds}
     steps = max(1, options.rows // STEP_ROWS)
     result = edgezo.tune(
         edge, run, data=str(files.train), valid=str(files.valid), seed=seed, steps=steps, eval_every=max(1, steps // 4),
+        eval_rows=options.valid_rows,
         **files.settings, **method.settings,
     )  # fmt: skip
     rows_at = _rows_by_step(run)
@@ -124,23 +124,26 @@ def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folde
     }
 
 
-def _learn_once(edge: Path, name: str, files: Files, rows: int, folder: Path, seed: int) -> tuple[int, float, float]:
+def _learn_once(
+    options: argparse.Namespace, edge: Path, name: str, files: Files, rows: int, folder: Path, seed: int
+) -> tuple[int, float, float]:
     """Rows of forward, test accuracy, and seconds."""
     begun = time.monotonic()
     if name == "linear probe":
         found = edgezo.probe(edge, files.train, files.test, rows=rows, **files.settings)
         return rows, float(found.evaluation.accuracy or 0.0), time.monotonic() - begun
     result = edgezo.tune(
-        edge, folder, data=str(files.train), valid=str(files.valid), seed=seed, start_rows=rows, **files.settings, **METHODS[name].settings
-    )
+        edge, folder, data=str(files.train), valid=str(files.valid), seed=seed, start_rows=rows,
+        eval_rows=options.valid_rows, **files.settings, **METHODS[name].settings,
+    )  # fmt: skip
     return result.forward_rows, measure(edge, folder, files, {0})[0], result.seconds
 
 
 def _first(path: Path, rows: int, folder: Path) -> Path:
     """A file of the first rows of another."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:rows]
-    (folder / path.name).write_text("".join(lines), encoding="utf-8")
+    with open(path, encoding="utf-8") as file:
+        (folder / path.name).write_text("".join(itertools.islice(file, rows)), encoding="utf-8")
     return folder / path.name
 
 
@@ -235,7 +238,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--rows", type=int, default=4096, help="of forward, at most")
     parser.add_argument("--test-rows", type=int, default=1000)
-    parser.add_argument("--valid-rows", type=int, default=1000, help="at most; less time, and another best step")
+    parser.add_argument("--valid-rows", type=int, default=256, help="at most; fewer take less time, and may choose another step or start")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -79,7 +79,7 @@ def noise_values(distribution: Distribution, shared: Floats, direction: Directio
                 signs: Floats = np.where(shared > 0, plus, minus)
                 return signs
             signs = shared * half  # 0.3 ms where the choice took 3
-            if middle:
+            if middle or not half:  # -0.0 + 0.0 is 0.0
                 signs += middle
             return signs
         total = np.zeros(len(shared))
