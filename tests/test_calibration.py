@@ -167,7 +167,8 @@ def test_a_run_without_eps_and_lr_measures_them_tells_them_and_keeps_them(
         rf"eps {config.eps:.3g}, measured on 16 rows: projected gradients there and at a quarter of it differ by [0-9]+ %",
         rf"lr {config.lr:.3g} \({config.rule}, {config.schedule}, about 30 steps of {rows}\): random steps reach [0-9.e-]+ in all, where half of a projected gradient is left",
     ]
-    for line, pattern in zip(notices, expected, strict=True):
+    assert notices[0].startswith(f"warning: --valid {reviews} has the rows that are learned")
+    for line, pattern in zip(notices[1:], expected, strict=True):
         assert re.fullmatch(pattern, line)
     kept = header["calibration"]
     assert kept.keys() == {*Landscape._fields, "lr", "steps", "rows"}
