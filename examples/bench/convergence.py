@@ -36,6 +36,7 @@ NOTES: dict[str, Any] = {
     "labels": ",".join(f"{w}={w}" for w in ("family", "health", "money", "travel", "work")),
 }
 STEP_ROWS = 32  # of forward, of every method
+LEAST_RANGE = 20  # per cent that a panel shows: a row of test rows is no cliff
 
 
 Cell = dict[str, Any]  # task, method, seed, test_rows, valid_rows (at most), points: test accuracy by rows of forward, seconds of learning
@@ -191,8 +192,13 @@ def plot(cells: list[Cell], path: Path) -> None:
 
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     colors = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    figure, panels = pyplot.subplots(1, len(tasks), figsize=(6 * len(tasks), 4.5), squeeze=False)
-    for panel, task in zip(panels[0], tasks, strict=True):
+    columns_wide = min(len(tasks), 2)
+    lines_high = -(-len(tasks) // columns_wide)
+    figure, grid = pyplot.subplots(lines_high, columns_wide, figsize=(6 * columns_wide, 4.5 * lines_high), squeeze=False)
+    panels = grid.flat[: len(tasks)]
+    for panel in grid.flat[len(tasks) :]:
+        panel.set_axis_off()
+    for panel, task in zip(panels, tasks, strict=True):
         for number, name in enumerate(METHODS):
             own = [cell for cell in cells if (cell["task"], cell["method"]) == (task, name)]
             columns = sorted({rows for cell in own for rows in cell["points"]})
@@ -203,11 +209,13 @@ def plot(cells: list[Cell], path: Path) -> None:
             if own:
                 panel.plot(columns, [float(_mean(own, rows)) for rows in columns], "o-", color=colors[number], label=name, markersize=3)
         panel.set(title=task, xscale="log", xlabel="rows of forward", ylabel="test accuracy, %")
+        low, high = panel.get_ylim()
+        panel.set_ylim(min(low, high - LEAST_RANGE), high + 1)
         panel.grid(alpha=0.3)
         panel.xaxis.set_major_formatter(ticker.FuncFormatter(lambda rows, place: f"{rows:,.0f}"))
         panel.xaxis.set_minor_formatter(ticker.NullFormatter())
         panel.set_xticks(budgets(max((rows for cell in cells for rows in cell["points"]), default=128) + 1, 2)[:-1])
-    figure.legend(*_unique(panels[0]), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(*_unique(panels), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
