@@ -127,7 +127,8 @@ def test_tune_shows_its_progress_on_standard_error(command: Command) -> None:
     found = command("tune", "edge", "-o", "run", *PLAIN, "--valid", "rows.jsonl", "--steps", "3", "--eval-every", "2", "--lr", "1e-4")
     step = r"mean loss \d+\.\d{4}  \d+\.\d\d s/step  \d+:\d\d left\n"
     matches(
-        "  reading data\n  checking that the engine sees changes of every tunable tensor\n  measuring the loss around the start\n"
+        r"  reading data\n  warning: --valid rows\.jsonl has the rows that are learned, and cannot tell .*\n"
+        r"  checking that the engine sees changes of every tunable tensor\n  measuring the loss around the start\n"
         r"  eps \S+, measured on 16 rows: projected gradients there and at a quarter of it differ by \d+ %\n"
         rf"  step 0: {MEASURED}\n  step 1  {step}  step 2  {step}  step 2: {MEASURED}(?:  best so far)?\n"
         rf"  step 3  {step}  step 3: {MEASURED}(?:  best so far)?\n",
