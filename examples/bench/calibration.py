@@ -1,6 +1,7 @@
 """What `edgezo tune` chooses by itself, against other learning rates at the same rows, and against settings that make no sense.
 
     python -m examples.bench.calibration RESULTS EDGE --data DATA --tasks sst2,trec --steps 80
+    python -m examples.bench.calibration RESULTS EDGE --data DATA --tasks sst2 --steps 60 --start none --grid 0.001,0.004,0.016,0.064 0.001,0.004,0.016
     python -m examples.bench.calibration RESULTS EDGE --data DATA --tasks sst2 --steps 30 --eval-rows 64 --start none --overrides
 
 The data folder has TASK/train.jsonl and TASK/validation.jsonl. Every run is a command of its own; one that is in RESULTS, which is for one set of options, is not run again, and one that was stopped goes on. `--before 'nice -n 5'`
@@ -15,10 +16,11 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-FACTORS = (1 / 4, 4.0)
+FACTORS = "0.25,4"
 BEGUN = time.monotonic()
 OWN_RECIPES = Path(__file__).parent
 
@@ -32,7 +34,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--eval-rows", type=int, default=256)
     parser.add_argument("--start", help="of every run, as edgezo tune takes it")
-    parser.add_argument("--overrides", action="store_true")
+    parser.add_argument("--factors", default=FACTORS, help="of the measured rate, that it is compared with")
+    parser.add_argument("--grid", nargs=2, metavar=("LRS", "EPSS"), help="rates and eps, every one with every one, in place of factors")
+    parser.add_argument("--overrides", action="store_true", help="settings that make no sense in their place")
     parser.add_argument("--before", default="")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which no run is begun")
     options = parser.parse_args()
@@ -42,14 +46,24 @@ def main() -> None:
     )
     for task in options.tasks.split(","):
         chosen = run(options, task, "chosen", [])
-        settings = overrides(chosen["config"]) if options.overrides else rates(chosen["config"])
+        if options.overrides:
+            settings = overrides(chosen["config"])
+        elif options.grid:
+            settings = grid(*([float(number) for number in numbers.split(",")] for numbers in options.grid))
+        else:
+            settings = rates(chosen["config"], map(float, options.factors.split(",")))
         for name, given in settings.items():
             run(options, task, name, given)
 
 
-def rates(config: dict[str, Any]) -> dict[str, list[str]]:
-    """The measured rate, and others, at the measured eps."""
-    return {f"lr x {factor:g}": ["--lr", str(config["lr"] * factor), "--eps", str(config["eps"])] for factor in FACTORS}
+def rates(config: dict[str, Any], factors: Iterable[float]) -> dict[str, list[str]]:
+    """Others than the measured rate, at the measured eps."""
+    return {f"lr x {factor:g}": ["--lr", str(config["lr"] * factor), "--eps", str(config["eps"])] for factor in factors}
+
+
+def grid(lrs: Iterable[float], epss: Sequence[float]) -> dict[str, list[str]]:
+    """What is tried where nothing is measured: every rate at every eps."""
+    return {f"lr {lr:g}, eps {eps:g}": ["--lr", str(lr), "--eps", str(eps)] for lr in lrs for eps in epss}
 
 
 def overrides(config: dict[str, Any]) -> dict[str, list[str]]:
