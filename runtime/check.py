@@ -11,7 +11,8 @@ from edgezo.runtime.corpus import sha256_data
 from edgezo.runtime.dataset import read_dataset
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
-from edgezo.runtime.run import DECISIVE, INIT, JOURNAL, Run, check_base, check_same, journal_header, read_run
+from edgezo.runtime.replay import check_base
+from edgezo.runtime.run import DECISIVE, INIT, JOURNAL, Run, check_same, journal_header, read_run
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions
 from edgezo.storage import sha256_file

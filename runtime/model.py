@@ -21,11 +21,11 @@ from edgezo.runtime.device_passes import DevicePasses
 from edgezo.runtime.device_session import DeviceSession
 from edgezo.runtime.graph_file import external_files
 from edgezo.runtime.lora import Lora
-from edgezo.runtime.machine import available_bytes, default_threads
+from edgezo.runtime.machine import default_threads
 from edgezo.runtime.prefix import Prefix
 from edgezo.runtime.session import Session, engine_version
 from edgezo.runtime.text import TextCodec
-from edgezo.runtime.weight_files import load_file, read_head, view_tensor
+from edgezo.runtime.weight_files import load_file, read_head, refuse_too_large, view_tensor
 
 if TYPE_CHECKING:
     from edgezo.runtime.run import StepChoice
@@ -76,7 +76,8 @@ class EdgeModel:
         files = self.manifest.files
         for name in files:
             verify_size(self.directory, name, files[name])
-        self._refuse_too_large()
+        if self.device is None:  # a device says itself what it cannot hold
+            refuse_too_large(self.directory, self.manifest)
         in_memory = [tensor for tensor in self.manifest.tunable if self.device is None or tensor.name == PREFIX]
         mutable_files = {tensor.file for tensor in in_memory}
         for name in files.keys() - mutable_files:
@@ -118,7 +119,7 @@ class EdgeModel:
         if run is not None and adapter is not None:
             raise ConfigError(f"--run {run} and --adapter {adapter}: two models were asked for; give one of the two")
         from edgezo.runtime.adapter_files import read_adapter
-        from edgezo.runtime.run import read_tuned, rebuild
+        from edgezo.runtime.replay import read_tuned, rebuild
 
         read = read_tuned(self, run, step) if run is not None else None
         other = read_adapter(Path(adapter), self.manifest) if adapter is not None else None
@@ -178,28 +179,6 @@ class EdgeModel:
         if self.device is not None and self.manifest.weights == "fp16":
             return "export the model without --weights fp16, in which activations end at 65504"
         return "export the model again"
-
-    def _refuse_too_large(self) -> None:
-        """A system that promises more memory than it has would end the process without a word. A device says itself what it cannot hold."""
-        if self.device is not None:
-            return
-        needed = sum(self.manifest.files[name].bytes for name in {tensor.file for tensor in self.manifest.tensors})
-        # the CPU multiplies in float32
-        needed += sum(tensor.nbytes for tensor in self.manifest.tensors if tensor.dtype == "float16")
-        free = available_bytes()
-        if free is not None and needed > free:
-            smaller = (
-                {"int8": 1 / 4, "int4": 1 / 8}
-                if self.manifest.weights in {"fp32", "fp16"}
-                else {"int4": 1 / 2}
-                if self.manifest.weights == "int8"
-                else {}
-            )
-            fitting = next((name for name, share in smaller.items() if share * needed * (1 + 1 / 8) < free), None)
-            advice = f"export it with --adapter lora --weights {fitting}" if fitting else "take a smaller model"
-            raise EdgeModelError(
-                f"{self.directory}: its weights take {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; end other programs, or {advice}"
-            )
 
     def _upload(self) -> None:
         """The tunable tensors as in their files to the device."""

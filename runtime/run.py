@@ -1,4 +1,4 @@
-"""A run directory: config.json, journal.bin, metrics.jsonl, summary.json; and the weights it stands for."""
+"""A run directory: config.json, journal.bin, metrics.jsonl, summary.json."""
 
 import hashlib
 import json
@@ -16,18 +16,11 @@ from edgezo.config import TuneConfig, describe
 from edgezo.errors import RunError
 from edgezo.manifest import Manifest
 from edgezo.runtime import noise
-from edgezo.runtime.attention_probe import probe_fits
 from edgezo.runtime.corpus import sha256_data
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.journal import Journal
 from edgezo.runtime.journal_reader import JournalContents, read_journal
 from edgezo.runtime.journal_records import Record, StepRecord
-from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.optimizer import zo_step
-from edgezo.runtime.rules import make_rule
-from edgezo.runtime.rules.rule import Rule
-from edgezo.runtime.theta import mutable_weights, step_directions
-from edgezo.runtime.weights import MutableWeights
 from edgezo.storage import PART, refuse_existing, sha256_file, write_atomically
 
 # what the weights depend on, with the base, the start, the noise and the records
@@ -41,7 +34,6 @@ MAY_CHANGE = {"data", "valid", "steps", "minutes", "eval_every", "patience"}  # 
 CONFIG, JOURNAL, METRICS, SUMMARY = "config.json", "journal.bin", "metrics.jsonl", "summary.json"
 BEFORE = {"valid_share": 0.0, "patience": 0}  # what held before there were these settings
 INIT = "init.safetensors"  # the adapter a run started from, when it was given one
-REPLAY_GROUP = 8  # steps added to a block while it lies in cache; each holds a 1.3 MB table
 StepChoice = int | Literal["best", "last"]
 
 
@@ -150,56 +142,6 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     except ValidationError as error:
         raise RunError(f"{directory}: {describe(error, JOURNAL)}") from None
     return Run(directory, config, contents, _spent(directory / METRICS, "seconds"), int(_spent(directory / METRICS, "forward_rows")))
-
-
-def check_base(run: Run, model: EdgeModel) -> None:
-    """Refuse a run that was tuned from other weights, or has rows of the head that this export cannot be fed."""
-    recorded, found = str(run.header.get("base")), base_id(model.manifest)
-    if recorded != found:
-        raise RunError(
-            f"{run.directory}: was tuned from another edge model (base {recorded[:12]}) than {model.directory} ({found[:12]}); give the one it was tuned from"
-        )
-    fits = all(probe_fits(head.probe, model.manifest) for head in run.journal.heads.values())
-    if run.journal.heads and not (model.takes_head_rows and fits):
-        raise RunError(
-            f"{run.directory}: has an exact start, and {model.directory} was exported without inputs for it; export it again, or give the one it was tuned from"
-        )
-
-
-def replay(run: Run, model: EdgeModel, weights: MutableWeights, steps: int, rule: Rule | None = None) -> None:
-    """Bring the base to the state after `steps` steps, without a forward pass.
-
-    Args:
-        rule: at its start; afterwards as after the last step.
-    """
-    head = run.journal.head_at(steps)
-    if head is not None:
-        model.head = head
-    apply_records(run.config, run.records[:steps], weights, rule or make_rule(run.config, weights.sizes))
-
-
-def apply_records(config: TuneConfig, records: Sequence[StepRecord], weights: MutableWeights, rule: Rule) -> None:
-    """Apply the steps of a run from its first one on to weights and a rule at their start."""
-    for step, record in enumerate(records):
-        directions = step_directions(config, step)
-        zo_step(weights, directions, record.projected_grads, record.learning_rate, rule, config.weight_decay)
-        if (step + 1) % REPLAY_GROUP == 0:
-            weights.flush()
-    weights.flush()
-
-
-def read_tuned(model: EdgeModel, directory: str | os.PathLike[str], step: StepChoice = "best") -> tuple[Run, int]:
-    """A run of this model and the number of a step of it, checked."""
-    run = read_run(directory)
-    check_base(run, model)
-    assert run.start is None or run.start.is_file()  # told before anything is changed
-    return run, run.resolve(step)
-
-
-def rebuild(model: EdgeModel, run: Run, step: int) -> int:
-    """Turn the base into the model of a run after `step` steps: base + journal. Returns the number of the step."""
-    replay(run, model, mutable_weights(model, run.config, run.start), step)
-    return step
 
 
 @contextmanager

@@ -18,16 +18,9 @@ from edgezo.runtime.lora import Lora
 from edgezo.runtime.memory import fit_batches, refuse_less_than_weights
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
+from edgezo.runtime.replay import check_base, replay
 from edgezo.runtime.reports import Reporter, StepReport, TuneResult
-from edgezo.runtime.run import (
-    INIT,
-    check_base,
-    check_same,
-    held_run,
-    journal_header,
-    open_journal,
-    replay,
-)
+from edgezo.runtime.run import INIT, check_same, held_run, journal_header, open_journal
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.smoothness import smoothness_warning
 from edgezo.runtime.theta import Theta, mutable_weights, write_start

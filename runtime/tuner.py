@@ -22,12 +22,9 @@ from edgezo.runtime.journal_records import DIRECTIONS, EVALUATION, STEP, StepRec
 from edgezo.runtime.machine import peak_bytes
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.optimizer import schedule_factor
+from edgezo.runtime.replay import apply_records
 from edgezo.runtime.reports import Reporter, StepReport, TuneResult, append_lines, write_step
-from edgezo.runtime.run import (
-    METRICS,
-    apply_records,
-    write_summary,
-)
+from edgezo.runtime.run import METRICS, write_summary
 from edgezo.runtime.signals import stop_signals
 from edgezo.runtime.theta import Theta, step_directions
 from edgezo.runtime.watch import LEVEL_STEPS, Rise, find_rise, lowest_level, worse_than_start

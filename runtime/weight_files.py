@@ -14,7 +14,29 @@ from edgezo.manifest import Manifest, StoredFile, Tensor
 from edgezo.manifest_reader import verify_file
 from edgezo.runtime.attention_probe import NO_PROBE
 from edgezo.runtime.head_rows import NO_ROWS, HeadRows
+from edgezo.runtime.machine import available_bytes
 from edgezo.storage import CHUNK_BYTES
+
+
+def refuse_too_large(directory: Path, manifest: Manifest) -> None:
+    """A system that promises more memory than it has would end the process without a word.
+
+    Raises:
+        EdgeModelError: the weights are larger than what is free; says what would fit.
+    """
+    needed = sum(manifest.files[name].bytes for name in {tensor.file for tensor in manifest.tensors})
+    needed += sum(tensor.nbytes for tensor in manifest.tensors if tensor.dtype == "float16")  # the CPU multiplies in float32
+    free = available_bytes()
+    if free is None or needed <= free:
+        return
+    smaller = {"fp32": {"int8": 1 / 4, "int4": 1 / 8}, "fp16": {"int8": 1 / 4, "int4": 1 / 8}, "int8": {"int4": 1 / 2}}.get(
+        manifest.weights, {}
+    )
+    fitting = next((name for name, share in smaller.items() if share * needed * (1 + 1 / 8) < free), None)
+    advice = f"export it with --adapter lora --weights {fitting}" if fitting else "take a smaller model"
+    raise EdgeModelError(
+        f"{directory}: its weights take {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; end other programs, or {advice}"
+    )
 
 
 def load_file(directory: Path, name: str, stored: StoredFile, into: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:

@@ -8,8 +8,7 @@ import pytest
 
 from edgezo.errors import EdgeModelError
 from edgezo.manifest_reader import read_manifest
-from edgezo.runtime import machine
-from edgezo.runtime import model as model_module
+from edgezo.runtime import machine, weight_files
 from edgezo.runtime.machine import available_bytes, default_threads
 from edgezo.runtime.model import EdgeModel
 
@@ -82,7 +81,7 @@ def test_free_memory_is_what_system_and_container_leave(system: Path) -> None:
     ],
 )
 def test_a_model_larger_than_free_memory_is_refused(exported_dir: Path, monkeypatch: pytest.MonkeyPatch, free: int, advice: str) -> None:
-    monkeypatch.setattr(model_module, "available_bytes", lambda: free)
+    monkeypatch.setattr(weight_files, "available_bytes", lambda: free)
     with pytest.raises(EdgeModelError) as caught:
         EdgeModel(exported_dir)
     assert str(caught.value).startswith(
@@ -94,14 +93,14 @@ def test_half_precision_is_unpacked_on_the_cpu(export_tiny: Callable[..., Path],
     directory = export_tiny("llama", adapter="lora", weights="fp16")
     tensors = read_manifest(directory).tensors
     stored, half = (sum(tensor.nbytes for tensor in tensors if tensor.dtype in kinds) for kinds in (("float32", "float16"), ("float16",)))
-    monkeypatch.setattr(model_module, "available_bytes", lambda: stored + half // 2)
+    monkeypatch.setattr(weight_files, "available_bytes", lambda: stored + half // 2)
     with pytest.raises(EdgeModelError, match=r"end other programs, or export it with --adapter lora --weights int8$"):
         EdgeModel(directory)
-    monkeypatch.setattr(model_module, "available_bytes", lambda: stored + half + 2 * 4096 * len(tensors))
+    monkeypatch.setattr(weight_files, "available_bytes", lambda: stored + half + 2 * 4096 * len(tensors))
     assert EdgeModel(directory).manifest.weights == "fp16"
 
 
 def test_a_model_that_fits_or_cannot_be_told_is_opened(exported_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for free in (None, 1 << 30):
-        monkeypatch.setattr(model_module, "available_bytes", lambda free=free: free)
+        monkeypatch.setattr(weight_files, "available_bytes", lambda free=free: free)
         assert EdgeModel(exported_dir).weights

@@ -21,7 +21,7 @@ from edgezo.errors import ConfigError, RunError
 from edgezo.manifest import Manifest
 from edgezo.manifest_reader import read_manifest
 from edgezo.runtime import passes as passes_module
-from edgezo.runtime import run as run_module
+from edgezo.runtime import replay as replay_module
 from edgezo.runtime.check import check_run, compare_runs
 from edgezo.runtime.journal import Journal
 from edgezo.runtime.journal_reader import read_journal
@@ -89,7 +89,7 @@ def test_replay_does_not_depend_on_threads_shares_and_groups(
 ) -> None:
     expected = write_replayed(exported_dir, run, "last", tmp_path / "usual", 1).files["tunable.bin"].sha256
     monkeypatch.setattr(passes_module, "RUN_BLOCKS", blocks)
-    monkeypatch.setattr(run_module, "REPLAY_GROUP", group)
+    monkeypatch.setattr(replay_module, "REPLAY_GROUP", group)
     shutil.copytree(exported_dir, tmp_path / "copy")
     shutil.move(run, tmp_path / "moved")
     assert (

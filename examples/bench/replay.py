@@ -18,7 +18,7 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.optimizer import zo_step
 from edgezo.runtime.passes import NumPyPasses
-from edgezo.runtime.run import REPLAY_GROUP
+from edgezo.runtime.replay import REPLAY_GROUP
 from edgezo.runtime.weights import MutableWeights
 from examples.bench.passes import add_constant
 
