@@ -14,7 +14,11 @@ from edgezo.runtime.scoring import BATCH_TOKENS, LOGITS_BYTES
 def generate_batch(
     model: EdgeModel, prompts: Sequence[list[int]], max_tokens: int, stop: str | None = None, batch_tokens: int = BATCH_TOKENS
 ) -> list[str]:
-    """The greedy continuation of every prompt, in order, as `generate` gives it one by one (up to rounding of equal logits).
+    """The greedy answer to every prompt, in order: as `generate` continues it one by one (up to rounding of equal logits), but none is empty.
+
+    No right answer is empty, so the first token is the likeliest of those that begin one: no end-of-text token, no white space alone, and without the
+    stop text. (Tuning makes the ends of answers likelier; after a start from 400 questions of SQuAD a model of 135M parameters ended XX of 100 before their
+    first word.)
 
     Args:
         model: at its present weights and adapter.
@@ -26,16 +30,21 @@ def generate_batch(
     Raises:
         NonFiniteLossError: the model gives no finite logits.
     """
-    return [text for _, text in continue_batch(model, prompts, max_tokens, stop, batch_tokens)]
+    return [text for _, text in continue_batch(model, prompts, max_tokens, stop, batch_tokens, empty=False)]
 
 
 def continue_batch(
-    model: EdgeModel, prompts: Sequence[list[int]], max_tokens: int, stop: str | None = None, batch_tokens: int = BATCH_TOKENS
+    model: EdgeModel,
+    prompts: Sequence[list[int]],
+    max_tokens: int,
+    stop: str | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    empty: bool = True,
 ) -> list[tuple[list[int], str]]:
-    """As `generate_batch`, with the token ids before each text; they may hold those of the stop text."""
+    """As `generate_batch`, with the token ids before each text; they may hold those of the stop text. `empty`: whether a text may be."""
     answers: list[tuple[list[int], str]] = [([], "")] * len(prompts)
     for rows in _batches(prompts, max_tokens, batch_tokens, LOGITS_BYTES // (4 * model.manifest.origin.vocab_size)):
-        for row, answer in zip(rows, _answer(model, [prompts[row] for row in rows], max_tokens, stop), strict=True):
+        for row, answer in zip(rows, _answer(model, [prompts[row] for row in rows], max_tokens, stop, empty), strict=True):
             answers[row] = answer
     return answers
 
@@ -53,13 +62,13 @@ def _batches(prompts: Sequence[list[int]], max_tokens: int, batch_tokens: int, m
         yield held
 
 
-def _answer(model: EdgeModel, prompts: list[list[int]], max_tokens: int, stop: str | None) -> list[tuple[list[int], str]]:
+def _answer(model: EdgeModel, prompts: list[list[int]], max_tokens: int, stop: str | None, empty: bool) -> list[tuple[list[int], str]]:
     """Rows are padded on the left, so that all write their next token at one place; rows that are done leave the batch."""
     width, ends = max(map(len, prompts)), set(model.manifest.tokenizer.eos_token_ids)
     new = np.full((len(prompts), width), model.manifest.tokenizer.pad_token_id, np.int64)
     mask = np.zeros(new.shape, np.int64)
-    for row, tokens in enumerate(prompts):
-        new[row, width - len(tokens) :], mask[row, width - len(tokens) :] = tokens, 1
+    for row, prompt in enumerate(prompts):
+        new[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
     fed, past = _start(model, len(prompts))
     before = model.adapter.prefix_tokens if model.adapter is not None else 0
     mask = np.concatenate([np.ones((len(prompts), before), np.int64), mask], axis=1)
@@ -67,27 +76,38 @@ def _answer(model: EdgeModel, prompts: list[list[int]], max_tokens: int, stop: s
     written: list[list[int]] = [[] for _ in prompts]
     texts: dict[int, str] = {}
     alive = np.arange(len(prompts))
-    for _ in range(max_tokens):
+    for count in range(max_tokens):
         logits, past = _forward(model, new, mask, positions, past, fed)
-        tokens = logits.argmax(axis=1)
+        free = count > 0 or empty
+        tokens = logits.argmax(axis=1) if free else np.array([_first_token(model, row, stop) for row in logits])
         going = []
-        for place, row in enumerate(alive.tolist()):
-            if int(tokens[place]) not in ends:
-                written[row].append(int(tokens[place]))
+        for place, (row, token) in enumerate(zip(alive.tolist(), tokens.tolist(), strict=True)):
+            if token not in ends:
+                written[row].append(token)
             text = model.text.decode(written[row])
             stopped = stop is not None and stop in text
             texts[row] = text.split(stop)[0] if stop is not None and stopped else text
             full = len(prompts[row]) + len(written[row]) >= model.context
-            if int(tokens[place]) not in ends and not stopped and not full:
+            if token not in ends and not stopped and not full:
                 going.append(place)
         if not going:
             break
         alive, tokens, mask, positions = alive[going], tokens[going], mask[going], positions[going]
         if len(going) < len(new):
             past = {name: np.ascontiguousarray(array[going]) for name, array in past.items()}
-        new, positions = tokens[:, None].astype(np.int64), positions[:, -1:] + 1
+        new, positions = tokens[:, None], positions[:, -1:] + 1
         mask = np.concatenate([mask, np.ones((len(going), 1), np.int64)], axis=1)
     return [(written[row], texts[row].strip()) for row in range(len(prompts))]
+
+
+def _first_token(model: EdgeModel, logits: npt.NDArray[np.float32], stop: str | None) -> int:
+    """The likeliest token that begins a text, the first of equals; the likeliest of all where none does."""
+    ends = set(model.manifest.tokenizer.eos_token_ids)
+    for token in np.argsort(-logits, kind="stable").tolist():
+        text = model.text.decode([token])
+        if token not in ends and text.strip() and (stop is None or stop not in text):
+            return int(token)
+    return int(logits.argmax())
 
 
 def _start(model: EdgeModel, rows: int) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -12,6 +12,7 @@ from conftest import Command
 import edgezo
 from edgezo.errors import ConfigError, DataError, EdgezoError, NonFiniteLossError
 from edgezo.recipe import task_settings
+from edgezo.runtime import batch_generate
 from edgezo.runtime.batch_generate import generate_batch
 from edgezo.runtime.data import Row
 from edgezo.runtime.model import EdgeModel
@@ -170,6 +171,19 @@ def test_a_long_prompt_leaves_room_for_its_answer(exported_dir: Path, write_rows
     assert len(tokens) > 100
     kept = [*tokens[:1], *tokens[-13:]] if tokens[0] == model.text.facts.bos_token_id else tokens[-14:]
     assert found == Prediction(text=generate_batch(model, [kept], 6)[0])
+
+
+def test_no_answer_is_empty(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    end, blank, *words = (
+        model.manifest.tokenizer.eos_token_ids[0],
+        *(model.text.encode(text, special=False)[-1] for text in ("\n", "x", "q")),
+    )
+    logits = np.zeros((2, model.manifest.origin.vocab_size), np.float32)
+    logits[:, [end, blank, *words]] = [4, 3, 2, 1]
+    monkeypatch.setattr(batch_generate, "_forward", lambda model, new, *others: (logits[: len(new)], {}))
+    for stop, expected in ((None, words[0]), ("\n", words[0]), (model.text.decode(words[:1]), words[1])):
+        assert generate_batch(model, [[5, 6], [7]], 3, stop) == [model.text.decode([expected]).strip()] * 2
+        assert [text for _, text in batch_generate.continue_batch(model, [[5, 6], [7]], 3, stop)] == ["", ""]
 
 
 # refusals
