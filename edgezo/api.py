@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edgezo.config import TASK_SETTINGS, TuneConfig, make_config
+from edgezo.config import TASK_SETTINGS, Sampling, TuneConfig, make_config
 from edgezo.errors import ConfigError, DataError, ExportError
 from edgezo.manifest_reader import read_manifest
 from edgezo.recipe import task_settings
@@ -22,6 +22,7 @@ from edgezo.runtime.predict import Prediction, task_to_predict
 from edgezo.runtime.predict import predict as predict_rows
 from edgezo.runtime.probe import ProbeResult, refuse_rare_labels, require_scikit_learn, run_probe
 from edgezo.runtime.run import StepChoice, read_run
+from edgezo.runtime.sampling import check_sampling, refuse_draws
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.shots import add_shots, draw_shots
 from edgezo.runtime.tasks import template_fields
@@ -122,6 +123,7 @@ def evaluate(
     shots: int | None = None,
     train: PathLike | None = None,
     seed: int = 0,
+    sampling: Sampling | None = None,
     **settings: Any,
 ) -> EvalResult:
     """Evaluate an edge model, or with `run` the tuned one, on a data file.
@@ -137,6 +139,7 @@ def evaluate(
         device: "cpu" or "cuda".
         shots: worked rows of `train` before every prompt; fewer where the longest row leaves no space.
         train: rows to draw them from, with `seed`.
+        sampling: how to draw generated answers; None is greedy.
         settings: how rows are read and measured, as `TASK_SETTINGS` of edgezo.config; those of the run where not given.
 
     Raises:
@@ -154,13 +157,17 @@ def evaluate(
         kind, used = add_shots(kind, rows, drawn, model.text, row_limit(model, config), kind.room)
     examples, truncated = tokenize_data(model, config, kind, config.data, rows)
     objective = Objective(Sequences(model), kind, config)
+    if not objective.writes_text:
+        refuse_draws(sampling, kind.kind)
+    elif sampling is not None:
+        check_sampling(sampling)  # before anything is read
     if objective.name == "dpo":
         model.use(run=run, step=0)
         examples = add_references(objective.sequences, examples)
     if run is not None or adapter is not None:
         model.use(run=run, step=step, adapter=adapter)
     with model.one_session():
-        return EvalResult(objective.evaluate(examples), model.step, truncated, used)
+        return EvalResult(objective.evaluate(examples, sampling), model.step, truncated, used)
 
 
 def predict(
@@ -174,6 +181,7 @@ def predict(
     task: PathLike | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    sampling: Sampling | None = None,
     **settings: Any,
 ) -> list[Prediction]:
     """The likeliest label or choice, or the answer, of every text or of every row of a data file, which needs neither.
@@ -188,6 +196,7 @@ def predict(
         task: name or .yaml file of a recipe, in place of the run's own reading of rows.
         threads: cores to use; all of this process when None.
         device: "cpu" or "cuda".
+        sampling: how to draw answers; None is greedy.
         settings: how rows are read, as `TASK_SETTINGS` of edgezo.config; those of the run where not given.
 
     Raises:
@@ -212,7 +221,7 @@ def predict(
         return []
     kind = task_to_predict(rows, config, reader, run is not None)
     model = EdgeModel(directory, threads=threads, device=device, run=run, step=step, adapter=adapter)
-    return predict_rows(model, rows, kind, row_limit(model, config))
+    return predict_rows(model, rows, kind, row_limit(model, config), sampling)
 
 
 def probe(

@@ -137,8 +137,8 @@ def chat_command(
     device: Device = "cpu",
 ) -> None:
     """Converse with the base or, with --run or --adapter, a tuned model. From a pipe, each line is a message."""
-    from edgezo.runtime.generate import check_sampling
     from edgezo.runtime.model import EdgeModel
+    from edgezo.runtime.sampling import check_sampling
 
     sampling = sampling_of(temperature, top_k, top_p, seed)
     if sampling is not None:

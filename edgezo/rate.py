@@ -127,8 +127,8 @@ def rate_command(
     device: Device = "cpu",
 ) -> None:
     """Rate generated answers: the better of two, or thumbs up and down. Rows are for `edgezo tune`. From a pipe, lines are read."""
-    from edgezo.runtime.generate import check_sampling
     from edgezo.runtime.model import EdgeModel
+    from edgezo.runtime.sampling import check_sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     check_sampling(sampling)

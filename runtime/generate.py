@@ -7,9 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from edgezo.config import MAX_TOKENS, Sampling
-from edgezo.errors import ConfigError, DataError, NonFiniteLossError
+from edgezo.errors import DataError, NonFiniteLossError
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.prefix import Prefix
+from edgezo.runtime.sampling import make_pick
 
 
 class Cache:
@@ -33,23 +34,6 @@ class Cache:
         """How many tokens at the beginning were read already; never all, since the engine must be fed one to tell the next."""
         pairs = zip(self.read[0], tokens, strict=False)
         return next((place for place, (old, new) in enumerate(pairs) if old != new), min(len(self.read[0]), len(tokens) - 1))
-
-
-def check_sampling(sampling: Sampling) -> None:
-    """Refuse settings that no draw can follow.
-
-    Args:
-        sampling: how to draw.
-
-    Raises:
-        ConfigError: a setting is out of range.
-    """
-    if not (sampling.temperature > 0 and sampling.top_k >= 0 and 0 < sampling.top_p <= 1):
-        raise ConfigError(
-            f"temperature must be above 0, top-k at least 0 and top-p in (0, 1]; got {sampling.temperature}, {sampling.top_k}, {sampling.top_p}"
-        )
-    if sampling.seed < 0:
-        raise ConfigError(f"the sampling seed must be at least 0; got {sampling.seed}")
 
 
 def generate(
@@ -76,15 +60,13 @@ def generate(
         ConfigError: a sampling setting is out of range.
         NonFiniteLossError: the model gives no finite logits.
     """
-    if sampling is not None:
-        check_sampling(sampling)
+    pick = make_pick(sampling)
     facts, graph, context = model.manifest.tokenizer, model.generation_facts, model.context
     tokens = model.text.encode(prompt, special) or ([facts.bos_token_id] if facts.bos_token_id is not None else [])
     if not tokens:
         raise DataError("the prompt is empty and this model has no beginning-of-text token; give some text")
     if len(tokens) >= context:
         raise DataError(f"the prompt has {len(tokens)} tokens, the model's context is {context}; shorten it")
-    random = np.random.default_rng(sampling.seed) if sampling else None
     outputs = ["logits", *(state.output for state in graph.past)]
     adapter = model.adapter
     if isinstance(adapter, Prefix):
@@ -112,7 +94,7 @@ def generate(
         logits, *present = model.generation.run(outputs, {**{name: feeds[name] for name in graph.inputs}, **past, **fed})
         if not np.isfinite(logits[0].max()):  # NaN passes through max
             raise NonFiniteLossError(f"the model's logits are NaN or infinite; {model.remedy}, or tune with a smaller --lr")
-        token = int(logits[0].argmax()) if random is None or sampling is None else _sample(logits[0], sampling, random)
+        token = pick(logits[0])
         past = {state.input: value for state, value in zip(graph.past, present, strict=True)}
         cache.read = ([*tokens, *written], past)
         if token in facts.eos_token_ids:
@@ -142,18 +124,3 @@ def until(pieces: Iterable[str], stop: str) -> Iterator[str]:
         held = held[len(ready) :]
     if held:
         yield held
-
-
-def _sample(logits: npt.NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
-    wide = logits.astype(np.float64)
-    with np.errstate(over="ignore"):  # -inf is the right score of the others at a temperature near 0
-        wide = (wide - wide.max()) / sampling.temperature
-    order = np.argsort(-wide, kind="stable")
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    probability = np.exp(wide[order])
-    probability /= probability.sum()
-    # keep the smallest head whose mass reaches top_p
-    kept = int(np.searchsorted(np.cumsum(probability), sampling.top_p)) + 1
-    head = probability[:kept] / probability[:kept].sum()
-    return int(order[:kept][random.choice(len(head), p=head)])

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgezo.config import ANSWER_METRICS, TuneConfig
+from edgezo.config import ANSWER_METRICS, Sampling, TuneConfig
 from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime.batch_generate import generate_batch
 from edgezo.runtime.evaluation import Evaluation
@@ -88,8 +88,8 @@ class Objective:
             [[self._value(self.name, parts, group) for parts in by_side] for group, by_side in zip(groups, scored, strict=True)]
         )
 
-    def evaluate(self, examples: Sequence[Example]) -> Evaluation:
-        """Loss and metrics over all examples. The loss is the objective where it is smooth, else that of the kind of data.
+    def evaluate(self, examples: Sequence[Example], sampling: Sampling | None = None) -> Evaluation:
+        """Loss and metrics over all examples, of answers drawn by `sampling` (None: greedy). The loss is the objective where it is smooth, else that of the kind of data.
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite.
@@ -105,7 +105,7 @@ class Objective:
             remedy = self.sequences.model.remedy
             raise NonFiniteLossError(f"the loss over {count} rows is {loss}; {remedy}, or tune with a smaller --lr")
         if not self.task.has_candidates:
-            return Evaluation(count, loss, others=self._text_metrics(examples))
+            return Evaluation(count, loss, others=self._text_metrics(examples, sampling))
         scores = self.candidate_scores(every, examples)
         if self.task.kind == "preference":
             margins = self._margins(self.smooth_name, scores, examples)
@@ -151,22 +151,22 @@ class Objective:
             margins -= np.array([example.reference[0] - example.reference[1] for example in examples])
         return margins
 
-    def _text_metrics(self, examples: Sequence[Example]) -> dict[str, float]:
+    def _text_metrics(self, examples: Sequence[Example], sampling: Sampling | None) -> dict[str, float]:
         own = [self.name] if self.name in METRICS else []
         names = list(dict.fromkeys([*own, *self.metrics]))
         if not names and not self.reward:
             return {}
-        texts = self._answers(examples)
+        texts = self._answers(examples, sampling)
         found = {"reward": self._reward(examples, None, texts)} if self.reward else {}
         return {**found, **{name.replace("-", "_"): _mean_metric(name, examples, texts) for name in names}}
 
     def _generated_loss(self, examples: Sequence[Example], texts: list[str]) -> float:
         return -self._reward(examples, None, texts) if self.reward else 1 - _mean_metric(self.name, examples, texts)
 
-    def _answers(self, examples: Sequence[Example]) -> list[str]:
-        """Greedy answers after the prompts."""
+    def _answers(self, examples: Sequence[Example], sampling: Sampling | None = None) -> list[str]:
+        """What the model answers to the prompts."""
         prompts = [example.pairs[0][0] for example in examples]
-        return generate_batch(self.sequences.model, prompts, self.config.max_tokens, self.task.stop, self.sequences.batch_tokens)
+        return generate_batch(self.sequences.model, prompts, self.config.max_tokens, self.task.stop, self.sequences.batch_tokens, sampling)
 
     def _reward(self, examples: Sequence[Example], scores: list[CandidateScores] | None, texts: list[str] | None) -> float:
         assert self.reward is not None

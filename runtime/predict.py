@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from edgezo.config import TuneConfig
+from edgezo.config import Sampling, TuneConfig
 from edgezo.errors import ConfigError, DataError, NonFiniteLossError
 from edgezo.runtime.batch_generate import generate_batch
 from edgezo.runtime.data import Row
@@ -16,6 +16,7 @@ from edgezo.runtime.examples import candidate_texts, make_candidates, make_promp
 from edgezo.runtime.masked import ModelFacts
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import score_candidates
+from edgezo.runtime.sampling import refuse_draws
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.tasks import Task
 
@@ -25,7 +26,7 @@ class Prediction(NamedTuple):
 
     label: the likeliest label; None unless classification.
     choice: number of the likeliest choice, from 0; None unless choices.
-    text: that choice, or the answer that the model writes, greedily; None for labels.
+    text: that choice, or the answer that the model writes; None for labels.
     probabilities: of every label or choice: softmax over the candidates' scores.
     """
 
@@ -68,21 +69,24 @@ def task_to_predict(rows: Sequence[Row], config: TuneConfig, model: ModelFacts, 
     return task_of(rows, config, model)
 
 
-def predict(model: EdgeModel, rows: Sequence[Row], task: Task, max_length: int) -> list[Prediction]:
+def predict(model: EdgeModel, rows: Sequence[Row], task: Task, max_length: int, sampling: Sampling | None = None) -> list[Prediction]:
     """Rank the labels or choices of every row, or write its answer; the rows need neither label nor answer.
 
     Args:
         rows: with the template's fields.
         task: classification, choice or answer.
         max_length: tokens of a row; longer prompts lose their first tokens.
+        sampling: how to draw answers; None is greedy.
 
     Raises:
+        ConfigError: no answers are written that could be drawn, or a setting of the sampling is out of range.
         DataError: a row lacks a field of the template, or a candidate does not fit.
         NonFiniteLossError: the model gives no finite scores.
     """
     if task.kind == "answer":
         prompts = [make_prompt(row, task, model.text, max_length) for row in rows]
-        return [Prediction(text=text) for text in generate_batch(model, prompts, task.room, task.stop)]
+        return [Prediction(text=text) for text in generate_batch(model, prompts, task.room, task.stop, sampling=sampling)]
+    refuse_draws(sampling, task.kind)
     found = []
     for row, likely in zip(rows, _rank(model, rows, task, max_length), strict=True):
         best = int(likely.argmax())

@@ -10,6 +10,7 @@ import pytest
 from conftest import Command
 
 import edgezo
+from edgezo.config import Sampling
 from edgezo.errors import ConfigError, DataError, EdgezoError, NonFiniteLossError
 from edgezo.recipe import task_settings
 from edgezo.runtime import batch_generate
@@ -184,6 +185,57 @@ def test_no_answer_is_empty(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -
     for stop, expected in ((None, words[0]), ("\n", words[0]), (model.text.decode(words[:1]), words[1])):
         assert generate_batch(model, [[5, 6], [7]], 3, stop) == [model.text.decode([expected]).strip()] * 2
         assert [text for _, text in batch_generate.continue_batch(model, [[5, 6], [7]], 3, stop)] == ["", ""]
+
+
+# draws
+
+
+def test_answers_are_drawn_by_seed_and_row(exported_dir: Path, write_rows: Write, model: EdgeModel) -> None:
+    rows = write_rows(without(ANSWERS, "answer"))
+
+    def answers(**sampling: Any) -> list[str | None]:
+        return [found.text for found in edgezo.predict(exported_dir, data=rows, sampling=Sampling(**sampling), **SHORT)]
+
+    greedy = [found.text for found in edgezo.predict(exported_dir, data=rows, **SHORT)]
+    assert answers(temperature=1e-6) == answers(top_k=1) == greedy
+    assert answers(seed=1) == answers(seed=1)
+    assert len({tuple(answers(seed=seed)) for seed in range(4)}) == 4
+    prompts = [[5, 6, 7]] * 3
+    drawn = generate_batch(model, prompts, 6, sampling=Sampling(seed=2))
+    assert len(set(drawn)) == 3
+    assert generate_batch(model, prompts, 6, batch_tokens=1, sampling=Sampling(seed=2)) == drawn
+
+
+def test_an_evaluation_may_draw_its_answers(exported_dir: Path, write_rows: Write) -> None:
+    drawn = edgezo.predict(exported_dir, data=write_rows(without(ANSWERS, "answer")), sampling=Sampling(seed=3), **SHORT)
+    data = write_rows([{**row, "answer": found.text} for row, found in zip(ANSWERS, drawn, strict=True)])
+    losses, matches = set(), []
+    for sampling in (Sampling(seed=3), Sampling(seed=4), None):
+        found = edgezo.evaluate(exported_dir, data, sampling=sampling, objective="exact-match", **SHORT).evaluation
+        losses.add(found.loss)
+        matches.append(found.others["exact_match"])
+    assert matches == [1.0, 0.0, 0.0]
+    assert len(losses) == 1
+
+
+@pytest.mark.parametrize("call", ["predict", "evaluate"])
+def test_draws_without_a_written_answer_are_refused(exported_dir: Path, write_rows: Write, call: str) -> None:
+    data = write_rows(CHOICES)
+    given = {"sampling": Sampling(temperature=0.5), "threads": 1}
+    with pytest.raises(
+        ConfigError, match=r"draw the tokens of written answers, of rows of kind choice none are written here; leave them out$"
+    ):
+        edgezo.predict(exported_dir, data=data, **given) if call == "predict" else edgezo.evaluate(exported_dir, data, **given)
+
+
+def test_draws_out_of_range_are_refused(exported_dir: Path, write_rows: Write) -> None:
+    data, given = write_rows(ANSWERS), {"sampling": Sampling(temperature=-1.0), **SHORT}
+    for call in (
+        lambda: edgezo.predict(exported_dir, data=data, **given),
+        lambda: edgezo.evaluate(exported_dir, data, objective="f1", **given),
+    ):
+        with pytest.raises(ConfigError, match="temperature must be above 0"):
+            call()
 
 
 # refusals
