@@ -25,7 +25,6 @@ from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.smoothness import smoothness_warning
 from edgezo.runtime.theta import Theta, mutable_weights, write_start
 from edgezo.runtime.tuner import Tuner
-from edgezo.runtime.watch import LEVEL_STEPS
 
 __all__ = ["Reporter", "StepReport", "TuneResult", "tune"]
 
@@ -54,16 +53,7 @@ def tune(
             then holds all whole steps.
     """
     reporter, output = reporter or Reporter(), Path(output)
-    if model.changed:
-        raise RunError(
-            f"{output}: the model given is tuned already; tune starts from the base, open the edge model anew without run= and adapter="
-        )
-    if memory is not None and model.device is not None:
-        raise ConfigError(
-            f"--memory: what a process takes on {model.device.name} is not measured; leave it out and lower --batch and --max-length"
-        )
-    if memory is not None:
-        refuse_less_than_weights(model, memory)
+    _refuse_unfit(model, output, memory)
     with held_run(output, resume) as previous, model.one_session():
         start = previous.start if previous is not None else None
         if previous is not None:
@@ -127,12 +117,22 @@ def tune(
             if previous is not None:
                 reporter.stage(f"rebuilding step {len(previous.records)} from the journal")
                 replay(previous, model, theta.weights, len(previous.records), theta.rule)
-                tuner.records, tuner.spent_seconds, tuner.spent_rows = list(previous.records), previous.seconds, previous.forward_rows
-                tuner.evaluations, tuner.untuned = dict(previous.evaluations), previous.journal.untuned
-                tuner.lr_scale, tuner.undos, tuner.pending = previous.journal.lr_scale, previous.journal.undos, previous.journal.last_kind
-                if previous.journal.quiet_step is not None:
-                    tuner.quiet_until = previous.journal.quiet_step + LEVEL_STEPS
+                tuner.go_on_from(previous)
             return tuner.loop()
+
+
+def _refuse_unfit(model: EdgeModel, output: Path, memory: int | None) -> None:
+    """A model that is tuned already, or a limit of memory that cannot be kept."""
+    if model.changed:
+        raise RunError(
+            f"{output}: the model given is tuned already; tune starts from the base, open the edge model anew without run= and adapter="
+        )
+    if memory is not None and model.device is not None:
+        raise ConfigError(
+            f"--memory: what a process takes on {model.device.name} is not measured; leave it out and lower --batch and --max-length"
+        )
+    if memory is not None:
+        refuse_less_than_weights(model, memory)
 
 
 def _with_references(theta: Theta, dataset: Dataset, memory: int | None) -> Dataset:

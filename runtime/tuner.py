@@ -24,7 +24,7 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.optimizer import schedule_factor
 from edgezo.runtime.replay import apply_records
 from edgezo.runtime.reports import Reporter, StepReport, TuneResult, append_lines, write_step
-from edgezo.runtime.run import METRICS, write_summary
+from edgezo.runtime.run import METRICS, Run, write_summary
 from edgezo.runtime.signals import stop_signals
 from edgezo.runtime.theta import Theta, step_directions
 from edgezo.runtime.watch import LEVEL_STEPS, Rise, find_rise, lowest_level, worse_than_start
@@ -64,6 +64,15 @@ class Tuner:
 
     def __post_init__(self) -> None:
         self.order = self.dataset.order()
+
+    def go_on_from(self, previous: Run) -> None:
+        """Stand where an earlier process ended; theta is the run's already."""
+        journal = previous.journal
+        self.records, self.spent_seconds, self.spent_rows = list(previous.records), previous.seconds, previous.forward_rows
+        self.evaluations, self.untuned = dict(previous.evaluations), journal.untuned
+        self.lr_scale, self.undos, self.pending = journal.lr_scale, journal.undos, journal.last_kind
+        if journal.quiet_step is not None:
+            self.quiet_until = journal.quiet_step + LEVEL_STEPS
 
     def loop(self) -> TuneResult:
         """The forwards of the estimator and one update a step, until the steps or the minutes are used up or a signal asks to stop."""
