@@ -36,12 +36,16 @@ PathLike = str | os.PathLike[str]
 
 
 class EvalResult(NamedTuple):
-    """An evaluation, the step of the run it was made at (None: the base), how many rows were cut to fit, and how many shots they had."""
+    """An evaluation, the step of the run it was made at (None: the base), how many rows were cut to fit, and how many shots they had.
+
+    labels: those that the rows themselves have, where nothing else said what they are; empty otherwise.
+    """
 
     evaluation: Evaluation
     step: int | None
     truncated: int
     shots: int = 0
+    labels: tuple[str, ...] = ()
 
 
 def export_model(
@@ -148,12 +152,13 @@ def evaluate(
     if (shots is None) != (train is None):
         raise ConfigError("--shots and --train go together: how many worked rows to show, and the file they are drawn from; give both")
     config = _task_config(run, {**settings, "data": str(data)}, task)
-    rows = read_data(data)
-    kind = task_of(rows, config, _reader(directory))
+    rows, reader = read_data(data), _reader(directory)
+    examples_of = [*rows, *(read_rows(train) if train is not None else [])]
+    kind = task_of(examples_of, config, reader)
     model = EdgeModel(directory, threads=threads, device=device)
     used = 0
     if shots is not None and train is not None:
-        drawn = draw_shots(read_rows(train), kind, shots, seed)
+        drawn = draw_shots(examples_of[len(rows) :], kind, shots, seed)
         kind, used = add_shots(kind, rows, drawn, model.text, row_limit(model, config), kind.room)
     examples, truncated = tokenize_data(model, config, kind, config.data, rows)
     objective = Objective(Sequences(model), kind, config)
@@ -167,7 +172,8 @@ def evaluate(
     if run is not None or adapter is not None:
         model.use(run=run, step=step, adapter=adapter)
     with model.one_session():
-        return EvalResult(objective.evaluate(examples, sampling), model.step, truncated, used)
+        found = () if config.labels is not None or reader.classes else tuple(kind.words)
+        return EvalResult(objective.evaluate(examples, sampling), model.step, truncated, used, found)
 
 
 def predict(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from edgezo import __version__, baseline_commands, chat, export_command, rate, run_commands, terminal, use_commands
 from edgezo.config import DEFAULT_PATIENCE, DEFAULT_STEPS, choices_of
@@ -34,8 +35,22 @@ from edgezo.options import (
     setting,
 )
 
+
+class Commands(typer.core.TyperGroup):
+    """Says that a command was interrupted; typer 0.29 ends without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """The command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     name="edgezo",
+    cls=Commands,
     help="Fine-tune language models with nothing but an inference engine.",
     no_args_is_help=True,
     add_completion=False,
@@ -146,6 +161,7 @@ def tune_command(
 ) -> None:
     """Tune an edge model with forward passes only; Ctrl-C finishes the step and saves."""
     from edgezo import api
+    from edgezo.runtime.run import JOURNAL
 
     settings = as_typed(
         data=data, valid=valid, valid_share=valid_share, template=template, labels=labels, label_field=label_field, max_length=max_length,
@@ -158,8 +174,17 @@ def tune_command(
         warmup=warmup, weight_decay=weight_decay, eval_every=eval_every, patience=patience, eval_rows=eval_rows,
     )  # fmt: skip
     how: dict[str, Any] = {"resume": resume, "config": config, "task": task, "threads": threads, "device": device, "memory": memory}
-    with terminal.tuning() as reporter:
-        result = api.tune(directory, output, reporter=reporter, **how, **settings)
+    try:
+        with terminal.tuning() as reporter:
+            result = api.tune(directory, output, reporter=reporter, **how, **settings)
+    except KeyboardInterrupt:  # outside the loop, which ends by itself
+        kept = (
+            "whole steps are kept, go on with --resume"
+            if (output / JOURNAL).is_file()
+            else "nothing was kept, it was before the first step"
+        )
+        sys.stderr.write(f"interrupted; {kept}\n")
+        raise typer.Exit(130) from None
     if as_json:
         shown = {name: value.as_dict() if hasattr(value, "as_dict") else value for name, value in result._asdict().items()}
         terminal.print_json({**shown, "directory": str(result.directory)})
@@ -254,6 +279,3 @@ def main() -> None:
         told = f"{error.filename or ''}: {error.strerror or error}" if isinstance(error, OSError) else error
         sys.stderr.write(f"error: {told}\n")
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)

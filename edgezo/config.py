@@ -253,7 +253,10 @@ def parse_labels(given: Any) -> dict[str, str]:
     labels = {str(key).strip(): "" if word is None else str(word).strip() for key, word in pairs}
     words, distinct = list(labels.values()), len(set(labels.values()))
     listed = isinstance(given, list) or (isinstance(given, str) and "=" not in given)
-    if len(labels) != len(pairs) or not all(labels) or not all(words) or distinct < (len(words) if listed else min(len(words), 2)):
+    if all(labels) and not all(words):
+        empty = next(label for label, word in labels.items() if not word)
+        raise ConfigError(f"--labels {given!r}: the word of {empty!r} is empty; give every label its word")
+    if len(labels) != len(pairs) or not all(labels) or distinct < (len(words) if listed else min(len(words), 2)):
         raise ConfigError(f"--labels {given!r}: every label needs one word of its own")
     return labels
 
@@ -285,7 +288,8 @@ def describe(error: ValidationError, file: str | None = None, known: Iterable[st
         return f"{shown}: not given; it is needed"
     if first["type"] == "extra_forbidden":
         return f"{shown}: no such setting; the settings are {', '.join(known or TuneConfig.model_fields)}"
-    message = first["msg"].removeprefix("Value error, ")
+    plain = {"int_parsing": "write a whole number", "float_parsing": "write a number", "bool_parsing": "write true or false"}
+    message = plain.get(first["type"], first["msg"].removeprefix("Value error, "))
     return f"{shown} {first['input']!r}: {message[0].lower()}{message[1:]}" if name else message
 
 

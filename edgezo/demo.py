@@ -52,7 +52,7 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
         settings = {**SETTINGS, **({"steps": steps} if steps else {})}
         count = settings["directions"]
         say(
-            f"3. Tune with forward passes alone: the last layer exactly, then LoRA, {settings['steps']} steps of {count} directions, a note each, both signs in one forward"
+            f"3. Tune with forward passes alone: an exact start, then LoRA, {settings['steps']} steps of {count} directions, a note each, both signs in one forward"
         )
         rows: dict[str, Any] = {"data": str(data / "train.jsonl"), "valid": str(data / "validation.jsonl")}
         with terminal.tuning() as reporter:

@@ -40,6 +40,8 @@ def inspect_path(path: Path) -> dict[str, Any]:
 
     if (path / JOURNAL).is_file():
         return _run(path)
+    if not path.exists():
+        raise EdgezoError(f"{path}: no such directory; give an edge model or a run")
     raise EdgezoError(f"{path}: neither an edge model ({MANIFEST_NAME}) nor a run ({JOURNAL}) is in it")
 
 
@@ -51,6 +53,11 @@ def _edge_model(path: Path) -> dict[str, Any]:
     tied = [f"{tensor.name} = {other}" for tensor in manifest.tensors for other in tensor.tied_to]
     scales = {tensor.quantized.scales for tensor in manifest.tensors if tensor.quantized}
     adapter = manifest.adapter
+    in_place = {
+        "tunable_parameters": manifest.tunable_size,
+        "tunable_tensors": len(manifest.tunable),
+        "tunable_kinds": sorted({tensor.kind for tensor in manifest.tunable}),
+    }
     return {
         "edge_model": str(path),
         "model": origin.id,
@@ -66,11 +73,9 @@ def _edge_model(path: Path) -> dict[str, Any]:
         "parameters": sum(tensor.parameters for tensor in manifest.tensors if tensor.name not in {*scales, PREFIX}),
         "weights": manifest.weights,
         "adapter": adapter.kind if adapter else None,
-        "adapter_targets": len(adapter.targets) if adapter else 0,
-        "prefix_tokens": adapter.tokens if adapter else 0,
-        "tunable_parameters": manifest.tunable_size,
-        "tunable_tensors": len(manifest.tunable),
-        "tunable_kinds": sorted({tensor.kind for tensor in manifest.tunable}),
+        **({"adapter_targets": len(adapter.targets)} if adapter and adapter.targets else {}),
+        **({"prefix_tokens": adapter.tokens} if adapter and adapter.tokens else {}),
+        **(in_place if manifest.tunable else {}),
         "tied": tied,
         "layers": 1 + max((tensor.layer for tensor in manifest.tensors if tensor.layer is not None), default=-1),
         "chat_template": manifest.tokenizer.chat_template is not None,

@@ -91,12 +91,10 @@ def verify_command(
         "steps_derived_again": found.derived,
         "largest_loss_difference": found.largest_loss_difference,
     }
-    left = [f"{path} is {state}" for path, state in found.files.items() if state == "not there"]
-    left += ["the base was not given"] if base is None else [] if every else ["no step was derived again"]
+    left = [f"{path} (not there)" for path, state in found.files.items() if state == "not there"]
+    left += ["the base (--base DIR)"] if base is None else [] if every else ["the scalars of steps (--every K)"]
     left += [f"{found.torn_bytes} torn bytes at the end, which a resume cuts off"] if found.torn_bytes else []
-    facts["verdict"] = "; ".join(found.problems) or (
-        "as recorded, all of it" if not left else f"as recorded; not checked: {', '.join(left)}"
-    )
+    facts["verdict"] = "; ".join(found.problems) or f"no fault found{'; not checked: ' if left else ''}{', '.join(left)}"
     terminal.print_facts(facts, as_json)
     if found.problems:
         raise RunError(f"{run}: {'; '.join(found.problems)}")
@@ -111,7 +109,10 @@ def diff_command(
     from edgezo.runtime.check import compare_runs
     from edgezo.runtime.run import read_run
 
-    terminal.print_facts({"runs": [str(first), str(second)], **compare_runs(read_run(first), read_run(second))}, as_json)
+    facts = {"runs": [str(first), str(second)], **compare_runs(read_run(first), read_run(second))}
+    if not as_json:  # a line a setting
+        facts |= {"settings": len(facts["settings"]), **{f"--{name.replace('_', '-')}": pair for name, pair in facts["settings"].items()}}
+    terminal.print_facts(facts, as_json)
 
 
 def _written(output: Path, runs: list[Path], tuned: "list[Tuned]", as_json: bool) -> None:

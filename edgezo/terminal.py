@@ -136,7 +136,7 @@ def tuning() -> Iterator["Reporter"]:
                 first_step, first_seconds = report.step - 1, report.seconds - report.step_seconds
             seen += 1
             smooth += (report.loss - smooth) * max(1 / seen, 0.05)
-            note = f"mean loss {smooth:.4f}  {report.step_seconds:.2f} s/step"
+            note = f"training loss {smooth:.4f}  {report.step_seconds:.2f} s/step"
             count = f"{report.step}/{total}" if total else f"step {report.step}"
             progress.update(task, description="tuning", completed=report.progress, count=count, note=note)
             if not live and (report.progress - shown >= 1 / LINES_PER_RUN or report.progress >= 1):

@@ -188,7 +188,10 @@ def _check_settings(tunable: str, adapter: str | None, targets: str, tokens: int
     if weights != "fp32" and adapter in {None, "all"} and tunable == "all":
         raise ConfigError(f"--weights {weights}: rounded weights cannot be tuned; add --adapter lora, or leave --weights out")
     check_targets(targets)
-    tunable_pattern(tunable if adapter in {None, "lora", "prefix"} else str(adapter))
+    if adapter in {None, "lora", "prefix"}:
+        tunable_pattern(tunable)
+    else:
+        tunable_pattern(str(adapter), "--adapter")
     return cast(Precision, weights)
 
 

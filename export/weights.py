@@ -76,18 +76,21 @@ def write_weights(directory: Path, tensors: list[Tensor], weights: dict[str, Wei
     return stored
 
 
-def tunable_pattern(tunable: str) -> re.Pattern[str]:
+def tunable_pattern(tunable: str, option: str = "--tunable") -> re.Pattern[str]:
     """`tunable` as a regular expression.
+
+    Args:
+        option: that gave it, for the message.
 
     Raises:
         ConfigError: it is none, or empty.
     """
     if not tunable:
-        raise ConfigError("--tunable '': an empty expression; leave it out to tune all weights")
+        raise ConfigError(f"{option} '': an empty expression; leave it out to tune all weights")
     try:
         return re.compile(tunable)
     except re.error as error:
-        raise ConfigError(f"--tunable {tunable!r}: not a regular expression ({error})") from None
+        raise ConfigError(f"{option} {tunable!r}: not a regular expression ({error})") from None
 
 
 def matching(weights: Iterable[Weight], tunable: str, option: str = "--tunable") -> set[str]:
@@ -104,7 +107,7 @@ def matching(weights: Iterable[Weight], tunable: str, option: str = "--tunable")
     trainable = [weight for weight in weights if weight.trainable]
     if tunable == "all":
         return {weight.name for weight in trainable}
-    pattern = tunable_pattern(NORMS if tunable == "norms" else tunable)
+    pattern = tunable_pattern(NORMS if tunable == "norms" else tunable, option)
     chosen = {weight.name for weight in trainable if any(pattern.search(name) for name in [weight.name, *weight.tied_to])}
     if not chosen:
         kinds = sorted({_kind(weight.name) for weight in trainable})

@@ -59,14 +59,17 @@ def _first_bad_byte(path: Path) -> int:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with open(path, encoding="utf-8-sig") as file:
-        number = 0
+        number, blank = 0, 0
         while line := file.readline(LINE_LIMIT + 1):
             number += 1
             place = f"{path}:{number}"
             if len(line) > LINE_LIMIT:
                 raise DataError(f"{place}: line longer than {LINE_LIMIT} characters")
             if not line.strip():
-                raise DataError(f"{place}: empty line; remove it")
+                blank = blank or number
+                continue
+            if blank:  # at the end there may be some
+                raise DataError(f"{path}:{blank}: empty line; remove it")
             try:
                 fields = json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -102,12 +105,16 @@ def _read_table(path: Path) -> Iterator[Row]:
             if len(set(header)) != len(header) or not all(name.strip() for name in header):
                 raise DataError(f"{path}:1: the header needs a distinct name for every column, found {header}")
             first = reader.line_num + 1
+            blank = 0
             for cells in reader:
                 place = f"{path}:{first}"
+                if not cells:
+                    blank, first = blank or first, reader.line_num + 1
+                    continue
+                if blank:  # at the end there may be some
+                    raise DataError(f"{path}:{blank}: empty line; remove it")
                 if len(cells) != len(header):
-                    raise DataError(
-                        f"{place}: {len(cells)} cells, the header has {len(header)}" if cells else f"{place}: empty line; remove it"
-                    )
+                    raise DataError(f"{place}: {len(cells)} cells, the header has {len(header)}")
                 yield Row(dict(zip(header, cells, strict=True)), place)
                 first = reader.line_num + 1
         except csv.Error as error:

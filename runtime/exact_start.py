@@ -25,6 +25,7 @@ from edgezo.runtime.journal_records import Record, evaluation_records, head_reco
 from edgezo.runtime.label_start import first_tokens, label_fits, read_features
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
+from edgezo.runtime.reports import Reporter
 from edgezo.runtime.token_start import token_fits
 
 SHARE = 1 / 6  # of a time budget, that forwards of the start may take; a probe reads its rows twice
@@ -53,18 +54,22 @@ def resolve_start(model: EdgeModel, dataset: Dataset, notice: Callable[[str], No
     return dataset._replace(config=dataset.config.model_copy(update={"start": start}))
 
 
-def start_exactly(model: EdgeModel, objective: Objective, dataset: Dataset, notice: Callable[[str], None]) -> ExactStart:
+def start_exactly(model: EdgeModel, objective: Objective, dataset: Dataset, reporter: Reporter) -> ExactStart:
     """Give the model the solution that helps its validation rows, the one that promises more tried first; without such rows that one."""
-    config, valid = dataset.config, dataset.valid
+    config, valid, notice = dataset.config, dataset.valid, reporter.notice
     chosen = np.array(spread(list(range(len(dataset.train.examples))), config.start_rows))
     # a file may come label by label, and parts of the rows are used for themselves
     rows = chosen[noise.permutation(config.seed, len(chosen), 0)]
+    if valid is not None:
+        reporter.stage("validating the model as it is")
     before = objective.evaluate(valid.examples) if valid is not None else None
     seconds = SHARE * 60 * config.minutes if config.minutes is not None else math.inf
     found, refused = model.head, "lower the held-out loss"
-    for fit in _fits(objective, [dataset.train.examples[row] for row in rows], config.start == "exact", seconds):
+    for fit in _fits(objective, [dataset.train.examples[row] for row in rows], config.start == "exact", seconds, reporter.stage):
         try:
             model.head = summed([found, fit.make()], [1.0, 1.0])
+            if valid is not None:
+                reporter.stage(f"validating {fit.name}")
             after = objective.evaluate(valid.examples) if valid is not None else None
         except NonFiniteLossError:  # of the changed model; as it was it gave what the fit read
             model.head, refused = found, f"keep the losses finite ({fit.name})"
@@ -81,10 +86,12 @@ def start_exactly(model: EdgeModel, objective: Objective, dataset: Dataset, noti
     return ExactStart([head_record(found)] if len(found.tokens) else [])
 
 
-def _fits(objective: Objective, examples: list[Example], probe: bool, seconds: float) -> Iterator[HeadFit]:
+def _fits(objective: Objective, examples: list[Example], probe: bool, seconds: float, stage: Callable[[str], None]) -> Iterator[HeadFit]:
     if objective.task.kind != "classification":
-        return token_fits(objective, examples, seconds)
+        return token_fits(objective, examples, seconds, stage)
+    stage(f"reading {len(examples)} rows for the exact start")
     features = read_features(objective, examples, len(objective.task.words), seconds, attention=None if probe else False)
+    stage(f"solving the exact start from {len(features.gold)} rows")
     return label_fits(objective, examples[: len(features.gold)], features)
 
 

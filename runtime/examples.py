@@ -267,7 +267,8 @@ def _gold_label(row: Row, task: Task) -> int:
     word = task.labels.get(label, label)
     if word in task.words:
         return task.words.index(word)
-    raise DataError(f"{row.place}: label {label!r} is not in the list {', '.join(task.labels)}; add it with --labels or mend the row")
+    known = ", ".join(label if label == word else f"{label}={word}" for label, word in task.labels.items())
+    raise DataError(f"{row.place}: label {label!r} is not among {known}; add it with --labels or mend the row")
 
 
 def _gold_choice(row: Row, task: Task) -> int:
@@ -289,10 +290,12 @@ def _gold_choice(row: Row, task: Task) -> int:
 def _messages(row: Row) -> list[dict[str, str]]:
     messages = row.fields.get("messages")
     if not isinstance(messages, list) or len(messages) < 2:
-        raise DataError(f"{row.place}: field 'messages' must be a list of at least two messages, the last from the assistant")
+        found = f"has {len(messages)}" if isinstance(messages, list) else f"is {type(messages).__name__}"
+        raise DataError(f"{row.place}: field 'messages' {found}; it must be a list of at least two messages, the last from the assistant")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise DataError(f"{row.place}: every message needs a 'role' and a 'content' of text")
+            found = ", ".join(map(repr, message)) if isinstance(message, dict) else repr(message)[:40]
+            raise DataError(f"{row.place}: every message needs a 'role' and a 'content' of text, one has {found}")
     if messages[-1]["role"] != "assistant":
         raise DataError(f"{row.place}: the last message is from {messages[-1]['role']!r}; it must be the assistant's, which is learned")
     return messages

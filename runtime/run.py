@@ -127,6 +127,8 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
         RunError: it is none, or its files cannot be used.
     """
     directory = Path(directory)
+    if not directory.exists():
+        raise RunError(f"{directory}: no such run directory; make one with: edgezo tune DIR --data FILE -o {directory}")
     if not (directory / JOURNAL).is_file():
         raise RunError(f"{directory}: no run in it ({JOURNAL} is missing); make one with: edgezo tune DIR --data FILE -o {directory}")
     contents = read_journal(directory / JOURNAL)
@@ -156,7 +158,8 @@ def held_run(output: Path, resume: bool) -> Iterator[Run | None]:
     Raises:
         RunError: it exists already, or holds no run to resume; another process has it; it cannot be written.
     """
-    advice = "continue it with --resume or choose another directory"
+    is_run = (output / JOURNAL).is_file()
+    advice = "continue it with --resume or choose another directory" if is_run else "it holds no run; choose another directory"
     if resume:
         read_run(output)
     else:

@@ -111,6 +111,9 @@ def find_task(
         for option, value in (("--calibrate", calibrate), ("--choices", choices), ("--stop", stop)):
             if value is not None:
                 raise DataError(f"{option}: belongs to the prompts of a causal model, this is {FAMILY_WORDS[model.family]}; leave it out")
+    told = {"classification": label_field, "choice": task.answer_field, "answer": task.answer_field}.get(task.kind)
+    if template is not None and told in template_fields(template, model):
+        raise DataError(f"--template {template!r}: holds the field {told!r}, so that the prompt tells what is to be found; take it out")
     if choices is not None and (len(choices) < 2 or task.kind != "choice"):
         raise DataError(
             f"--choices: {len(choices)} given for rows of kind {task.kind}; give a template for each of at least two choices, and no --labels"
@@ -199,9 +202,8 @@ def _check_template(template: str, first: Row, option: str, model: ModelFacts) -
         check_mask(template, model.family, list(first.fields))
     masked = [MASK] if model.family == "masked" else []
     if len(fields) == len(masked) and option == "--template":
-        raise DataError(
-            f"{option} {template!r}: names no field; write for example '{{{next(iter(first.fields), 'text')}}} It was{' {mask} .' if masked else ''}'"
-        )
+        longest = max(first.fields, key=lambda name: len(str(first.fields[name])), default="text")
+        raise DataError(f"{option} {template!r}: names no field; write for example '{{{longest}}} It was{' {mask} .' if masked else ''}'")
     for name, spec, conversion in fields:
         if spec or conversion:
             raise DataError(f"{option} {template!r}: field {name!r} has a format; fields are put in as they are, write {{{name}}}")

@@ -12,7 +12,7 @@ determine may do anything elsewhere.
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,19 +48,25 @@ class Positions(NamedTuple):
     own: npt.NDArray[np.bool_]
 
 
-def token_fits(objective: Objective, examples: Sequence[Example], seconds: float) -> Iterator[HeadFit]:
+def token_fits(
+    objective: Objective, examples: Sequence[Example], seconds: float, stage: Callable[[str], None] = lambda text: None
+) -> Iterator[HeadFit]:
     """The solution, if it lowers the held-out loss of the texts given.
 
     Args:
         objective: of rows with one text each, or choices, of which the right one is learned.
         examples: to learn from.
         seconds: forwards of further texts begin no later than this.
+        stage: told what is being done.
 
     Raises:
         NonFiniteLossError: the model gives no finite log-probabilities or hidden states.
     """
+    stage("letting the model write texts of its own, to keep beside those it learns")
     own = own_texts(objective.sequences.model, objective.config.seed, objective.sequences.batch_tokens)
+    stage(f"reading up to {POSITIONS} tokens of {len(examples)} texts for the exact start")
     tokens, found = read_positions(objective, examples, own, seconds)
+    stage(f"solving the exact start for {len(tokens)} tokens")
     fit, given = fit_softmax(found.states, found.scores, found.gold, fold=found.texts % FOLDS, rest=True), ~found.own
     before, held_out = (mean_loss(logits[given], found.gold[given]) for logits in (found.scores, fit.held_out.logits))
     if held_out < before:

@@ -10,6 +10,7 @@ from edgezo.errors import AdapterError, ConfigError, RunError
 from edgezo.runtime.adapter_files import read_adapter
 from edgezo.runtime.calibration import calibrate, first_scale, measuring_config
 from edgezo.runtime.corpus import WARNING
+from edgezo.runtime.data_summary import data_summary
 from edgezo.runtime.dataset import Dataset, read_dataset, weak_validation
 from edgezo.runtime.exact_start import ExactStart, resolve_start, start_exactly
 from edgezo.runtime.journal_records import head_record
@@ -70,6 +71,8 @@ def tune(
         if previous is not None:
             check_base(previous, model)
             check_same(previous, config, header)
+        for line in data_summary(dataset, model.text) if previous is None else []:
+            reporter.notice(line)
         if previous is None and dataset.task.kind == "text":
             reporter.notice(WARNING)
         if previous is None and (why := weak_validation(dataset)) is not None:
@@ -94,8 +97,7 @@ def tune(
         given = [head_record(model.head)] if previous is None and config.init is not None and len(model.head.tokens) else []
         begun, exact = time.monotonic(), ExactStart(given)
         if previous is None and config.start != "none":
-            reporter.stage("solving the exact start")
-            exact = start_exactly(model, theta.objective, dataset, reporter.notice)
+            exact = start_exactly(model, theta.objective, dataset, reporter)
         dataset = dataset.with_offsets(exact.offsets if previous is None else previous.journal.offsets)
         spent = time.monotonic() - begun
         if measuring is not config:

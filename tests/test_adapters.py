@@ -496,7 +496,7 @@ def test_targets_that_are_not_there_are_refused_with_near_names(
             {"adapter": "lora", "tunable": "norms"},
             "--adapter lora freezes the whole base, --tunable norms tunes some of it; give one of the two",
         ),
-        ({"adapter": "(x"}, "--tunable '(x': not a regular expression (missing ), unterminated subpattern at position 0)"),
+        ({"adapter": "(x"}, "--adapter '(x': not a regular expression (missing ), unterminated subpattern at position 0)"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_is_loaded(tmp_path: Path, settings: dict[str, Any], message: str) -> None:

@@ -167,8 +167,9 @@ def test_a_run_without_eps_and_lr_measures_them_tells_them_and_keeps_them(
         rf"eps {config.eps:.3g}, measured on 16 rows: projected gradients there and at a quarter of it differ by [0-9]+ %",
         rf"lr {config.lr:.3g} \({config.rule}, {config.schedule}, about 30 steps of {rows}\): random steps reach [0-9.e-]+ in all, where half of a projected gradient is left",
     ]
-    assert notices[0].startswith(f"warning: --valid {reviews} has the rows that are learned")
-    for line, pattern in zip(notices[1:], expected, strict=True):
+    assert notices[0].startswith("16 rows of kind classification, 16 for validation: ")
+    assert notices[2].startswith(f"warning: --valid {reviews} has the rows that are learned")
+    for line, pattern in zip(notices[3:], expected, strict=True):
         assert re.fullmatch(pattern, line)
     kept = header["calibration"]
     assert kept.keys() == {*Landscape._fields, "lr", "steps", "rows"}
@@ -196,16 +197,19 @@ def test_what_is_given_is_kept_and_told_when_it_is_far_off(lora_dir: Path, revie
     notices: list[str] = []
     settings = {"data": reviews, "steps": 2, "valid_share": 0.0, "reporter": Reporter(notice=notices.append), **TASK}
     edgezo.tune(lora_dir, tmp_path / "both", lr=1e-3, eps=2**-8, **settings)
-    assert not notices
+    understood = list(notices)
+    assert [line[:9] for line in understood] == ["16 rows o", "the first"]
+    notices.clear()
     assert "calibration" not in read_journal(tmp_path / "both" / "journal.bin").header
     edgezo.tune(lora_dir, tmp_path / "lr", lr=1e-7, **settings)
     assert read_run(tmp_path / "lr").config.lr == 1e-7
     pattern = r"warning: --lr 1e-07 is kept, [0-9.e-]+ was measured for 2 steps; the run may learn little, leave --lr out"
-    assert [bool(re.fullmatch(pattern, line)) for line in notices] == [False, True]
+    assert notices[:2] == understood
+    assert [bool(re.fullmatch(pattern, line)) for line in notices[2:]] == [False, True]
     notices.clear()
     edgezo.tune(lora_dir, tmp_path / "eps", eps=2**-9, **settings)
     assert read_run(tmp_path / "eps").config.eps == 2**-9
-    assert [line[:3] for line in notices] == ["lr "]
+    assert [line[:3] for line in notices[2:]] == ["lr "]
 
 
 def test_a_weight_decay_that_undoes_every_step_is_refused(lora_dir: Path, reviews: str, tmp_path: Path) -> None:

@@ -213,11 +213,11 @@ def test_reset_forgets_what_was_said_but_not_the_system_message(chat: Chat, mode
         ("/adapter ", "/adapter: wants a path; /help shows how to write it"),
         (
             "/run none",
-            "none: no run in it (journal.bin is missing); make one with: edgezo tune DIR --data FILE -o none",
+            "none: no such run directory; make one with: edgezo tune DIR --data FILE -o none",
         ),
         (
             "/run none here 12",
-            "none here: no run in it (journal.bin is missing); make one with: edgezo tune DIR --data FILE -o none here",
+            "none here: no such run directory; make one with: edgezo tune DIR --data FILE -o none here",
         ),
         (
             "/adapter none here",
@@ -453,7 +453,7 @@ def test_a_model_without_chat_template_is_refused(chat: Chat, edge_dir: Path) ->
     [
         (["--temperature", "0"], "temperature must be above 0, top-k at least 0 and top-p in (0, 1]; got 0.0, 0, 1.0"),
         (["--step", "3"], "--step 3: says a step of a run, but no --run is given; add --run RUN or leave --step out"),
-        (["--run", "none"], "none: no run in it (journal.bin is missing); make one with: edgezo tune DIR --data FILE -o none"),
+        (["--run", "none"], "none: no such run directory; make one with: edgezo tune DIR --data FILE -o none"),
         (["--run", "a", "--adapter", "b"], "--run a and --adapter b: two models were asked for; give one of the two"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

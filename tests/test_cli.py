@@ -125,9 +125,11 @@ def test_tune_tells_before_after_and_what_to_do_next(command: Command) -> None:
 
 def test_tune_shows_its_progress_on_standard_error(command: Command) -> None:
     found = command("tune", "edge", "-o", "run", *PLAIN, "--valid", "rows.jsonl", "--steps", "3", "--eval-every", "2", "--lr", "1e-4")
-    step = r"mean loss \d+\.\d{4}  \d+\.\d\d s/step  \d+:\d\d left\n"
+    step = r"training loss \d+\.\d{4}  \d+\.\d\d s/step  \d+:\d\d left\n"
     matches(
-        r"  reading data\n  warning: --valid rows\.jsonl has the rows that are learned, and cannot tell .*\n"
+        r"  reading data\n  16 rows of kind classification, 16 for validation: (?:great 8, terrible 8|terrible 8, great 8)\n"
+        r"  the first reads 'a great film\\nIt was' -> ' great'\n"
+        r"  warning: --valid rows\.jsonl has the rows that are learned, and cannot tell .*\n"
         r"  checking that the engine sees changes of every tunable tensor\n  measuring the loss around the start\n"
         r"  eps \S+, measured on 16 rows: projected gradients there and at a quarter of it differ by \d+ %\n"
         rf"  step 0: {MEASURED}\n  step 1  {step}  step 2  {step}  step 2: {MEASURED}(?:  best so far)?\n"
@@ -227,9 +229,19 @@ def test_eval_with_a_run_uses_its_template_labels_and_best_step(command: Command
     assert found["loss"] == pytest.approx(state.evaluations[state.best_step].loss, abs=1e-6)
 
 
-@pytest.mark.parametrize(("step", "shown"), [("0", "step 0, the start"), ("3", "step 3"), ("last", "step 4")])
+@pytest.mark.parametrize(("step", "shown"), [("0", "step 0, the exact start"), ("3", "step 3"), ("last", "step 4")])
 def test_eval_takes_a_step_of_the_run(command: Command, run: str, step: str, shown: str) -> None:
     assert command("eval", "edge", "--data", "rows.jsonl", "--run", run, "--step", step).out.startswith(f"{shown}  accuracy ")
+
+
+def test_eval_tells_the_labels_that_it_found_in_the_rows(command: Command, write_rows: Callable[..., str]) -> None:
+    write_rows([{"text": "a film", "label": label} for label in ("good", "bad", "long")], "three.jsonl")
+    write_rows([{"text": "a film", "label": label} for label in ("good", "bad")], "two.jsonl")
+    asked = ["eval", "edge", "--data", "two.jsonl", "--template", "{text} It was", "--threads", "1"]
+    assert command(*asked).err == "the labels compared are those of the rows: bad, good; --labels names others\n"
+    found = command(*asked, "--shots", "1", "--train", "three.jsonl")
+    assert (found.code, found.err) == (0, "the labels compared are those of the rows: bad, good, long; --labels names others\n")
+    assert command(*asked, "--labels", "bad=bad,good=good,long=long").err == ""
 
 
 def test_eval_with_a_run_keeps_the_candidates_it_learned(command: Command, write_rows: Callable[..., str]) -> None:
@@ -335,8 +347,6 @@ def test_inspect_of_an_edge_model(command: Command) -> None:
         ("parameters", str(320 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32)),
         ("weights", "fp32"),
         ("adapter", "none"),
-        ("adapter targets", "0"),
-        ("prefix tokens", "0"),
         ("tunable parameters", "25760"),
         ("tunable tensors", "20"),
         (
@@ -493,6 +503,18 @@ def test_a_command_with_nothing_to_work_on_says_what_is_missing(command: Command
     assert re.search(r"Missing (argument|option)", found.err)
 
 
+def test_an_interrupted_command_says_so(command: Command, monkeypatch: pytest.MonkeyPatch, run: str) -> None:
+    def interrupt(*arguments: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgezo.inspection.inspect_path", interrupt)
+    assert command("inspect", "edge") == (130, "", "interrupted\n")
+    monkeypatch.setattr("edgezo.api.tune", interrupt)
+    found = command("tune", "edge", "-o", "other", *TASK)
+    assert found == (130, "", "interrupted; nothing was kept, it was before the first step\n")
+    assert command("tune", "edge", "-o", run, "--resume").err == "interrupted; whole steps are kept, go on with --resume\n"
+
+
 def test_an_unknown_option_is_named(command: Command) -> None:
     found = command("eval", "edge", "--data", "rows.jsonl", "--labls", "a,b")
     assert found.code == 2
@@ -514,10 +536,10 @@ def test_a_missing_edge_model(refusal: Callable[..., str], arguments: list[str])
     assert refusal(*arguments) == "none: no such directory; make an edge model with: edgezo export MODEL -o none"
 
 
-@pytest.mark.parametrize("name", ["none", "empty"])
-def test_inspect_of_neither_model_nor_run(refusal: Callable[..., str], tmp_path: Path, name: str) -> None:
+def test_inspect_of_neither_model_nor_run(refusal: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert refusal("inspect", name) == f"{name}: neither an edge model (manifest.json) nor a run (journal.bin) is in it"
+    assert refusal("inspect", "empty") == "empty: neither an edge model (manifest.json) nor a run (journal.bin) is in it"
+    assert refusal("inspect", "none") == "none: no such directory; give an edge model or a run"
 
 
 def test_a_folder_that_is_no_edge_model(refusal: Callable[..., str], tmp_path: Path) -> None:
@@ -563,7 +585,7 @@ def test_a_file_in_place_of_the_run(refusal: Callable[..., str]) -> None:
 
 
 def test_an_edge_model_in_place_of_the_run(refusal: Callable[..., str]) -> None:
-    assert refusal("tune", "edge", "-o", "edge", *TASK).startswith("edge: exists already; ")
+    assert refusal("tune", "edge", "-o", "edge", *TASK) == "edge: exists already; it holds no run; choose another directory"
 
 
 def test_a_run_directory_that_is_empty_is_used(command: Command, tmp_path: Path) -> None:
@@ -576,7 +598,7 @@ def test_a_label_outside_the_list(refusal: Callable[..., str], write_rows: Calla
     write_rows([{"text": "a", "label": 1}, {"text": "b", "label": 2}], "bad.jsonl")
     output = ["-o", "run"] if name == "tune" else []
     message = refusal(name, "edge", *output, *TASK, "--data", "bad.jsonl")
-    assert message == "bad.jsonl:2: label '2' is not in the list 0, 1; add it with --labels or mend the row"
+    assert message == "bad.jsonl:2: label '2' is not among 0=terrible, 1=great; add it with --labels or mend the row"
 
 
 @pytest.mark.parametrize(
@@ -603,7 +625,8 @@ def test_a_completion_longer_than_the_context(refusal: Callable[..., str], write
 
 @pytest.mark.parametrize("name", ["none", "edge", "rows.jsonl"])
 def test_resuming_what_is_no_run(refusal: Callable[..., str], name: str) -> None:
-    expected = f"{name}: no run in it (journal.bin is missing); make one with: edgezo tune DIR --data FILE -o {name}"
+    found = "no such run directory" if name == "none" else "no run in it (journal.bin is missing)"
+    expected = f"{name}: {found}; make one with: edgezo tune DIR --data FILE -o {name}"
     assert refusal("tune", "edge", "-o", name, "--resume") == expected
 
 

@@ -291,7 +291,14 @@ def test_labels_of_both_forms_are_refused(text: str) -> None:
     assert str(caught.value) == f"--labels {text!r}: mixes words and label=word; use one form"
 
 
-@pytest.mark.parametrize("text", ["", ",", "a,", "a,,b", "a,a", "a=x,b=x", "a=x,a=y", "a=,b=y", "=x,b=y"])
+@pytest.mark.parametrize(("text", "label"), [("", "0"), (",", "0"), ("a,", "1"), ("a,,b", "1"), ("a=,b=y", "a")])
+def test_an_empty_word_is_named(text: str, label: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_labels(text)
+    assert str(caught.value) == f"--labels {text!r}: the word of {label!r} is empty; give every label its word"
+
+
+@pytest.mark.parametrize("text", ["a,a", "a=x,b=x", "a=x,a=y", "=x,b=y"])
 def test_labels_without_a_word_of_their_own_are_refused(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_labels(text)
@@ -300,7 +307,8 @@ def test_labels_without_a_word_of_their_own_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize("written", ["{0: a, 1: a}", "{0: a, 1: ''}", "{0: a, 1: null}"])
 def test_labels_of_a_file_are_checked_like_the_option(write: Write, written: str) -> None:
-    assert "every label needs one word of its own" in refusal(write("run.yaml", f"data: x\nlabels: {written}\n"))
+    expected = "every label needs one word of its own" if written.endswith("a}") else "the word of '1' is empty"
+    assert expected in refusal(write("run.yaml", f"data: x\nlabels: {written}\n"))
 
 
 @pytest.mark.parametrize("written", ["[no, yes]", "{0: no, 1: yes}", "{no: bad, yes: good}"])
@@ -351,7 +359,7 @@ def test_missing_data_is_said_by_its_file(write: Write) -> None:
         ("redraw_every", 0, "input should be greater than 0"),
         ("rank", 0, "input should be greater than 0"),
         ("alpha", float("inf"), "input should be a finite number"),
-        ("tune_a", "perhaps", "input should be a valid boolean, unable to interpret input"),
+        ("tune_a", "perhaps", "write true or false"),
         ("seed", -1, "input should be greater than or equal to 0"),
         ("seed", 1 << 64, "input should be less than 18446744073709551616"),
         ("noise", "uniform", "input should be 'rademacher', 'gaussian' or 'sphere'"),

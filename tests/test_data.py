@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from edgezo.errors import DataError
 from edgezo.runtime import data
-from edgezo.runtime.data import read_rows
+from edgezo.runtime.data import Row, read_rows
 
 Write = Callable[[str, bytes], Path]
 
@@ -168,16 +168,24 @@ def test_a_header_without_rows_is_refused(write: Write, name: str, content: byte
     ("name", "content", "line"),
     [
         ("rows.jsonl", b'{"a": 1}\n\n{"a": 2}\n', 2),
-        ("rows.jsonl", b'{"a": 1}\n   \n', 2),
+        ("rows.jsonl", b'{"a": 1}\n   \n\n{"a": 2}\n\n', 2),
         ("rows.csv", b"a,b\n1,2\n\n3,4\n", 3),
         ("rows.csv", b"a\n\n1\n", 2),
-        ("rows.tsv", b"a\tb\n1\t2\n\n", 3),
+        ("rows.tsv", b"a\tb\n1\t2\n\n3\t4\n", 3),
         ("rows.csv", b"\na,b\n1,2\n", 1),
     ],
 )
 def test_an_empty_line_is_refused_by_its_number(write: Write, name: str, content: bytes, line: int) -> None:
     path = write(name, content)
     assert refusal(path) == f"{path}:{line}: empty line; remove it"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("rows.jsonl", b'{"a": "1"}\n\n  \n'), ("rows.csv", b"a\n1\n\n\n"), ("rows.tsv", b"a\n1\n\n")]
+)
+def test_empty_lines_at_the_end_are_passed_over(write: Write, name: str, content: bytes) -> None:
+    path = write(name, content)
+    assert read_rows(path) == [Row({"a": "1"}, f"{path}:{1 if name == 'rows.jsonl' else 2}")]
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_encoders
 
 import edgezo
 from edgezo.config import DEFAULT_PATIENCE, make_config
 from edgezo.errors import DataError, RunError
+from edgezo.export import export_model
 from edgezo.runtime.check import check_run
+from edgezo.runtime.data_summary import data_summary
 from edgezo.runtime.dataset import LEAST_TO_SHARE, Dataset, read_dataset, weak_validation
 from edgezo.runtime.journal import Journal
 from edgezo.runtime.journal_reader import read_journal
@@ -180,3 +183,40 @@ def test_a_prompt_that_the_tokenizer_joins_with_the_word_is_refused(model: EdgeM
     monkeypatch.setattr(model.text, "split", lambda prompt, completion: ([], [7]))  # as of a tokenizer without pieces
     with pytest.raises(DataError, match=r":1: the tokenizer joins the whole prompt with .terrible.+ a --template with more text"):
         split(model, many)
+
+
+# what was understood of the rows
+
+
+def test_the_rows_are_told_as_they_were_understood(model: EdgeModel, many: str, write_rows: Callable[..., str]) -> None:
+    dataset, _ = split(model, many)
+    great = sum(example.gold for example in dataset.train.examples)
+    lines = data_summary(dataset, model.text)
+    assert re.fullmatch(r"170 rows of kind classification, 30 for validation: \w+ \d+, \w+ \d+", lines[0])
+    assert f"great {great}" in lines[0]
+    assert re.fullmatch(r"the first reads 'film \d+ is (great|long) It was' -> ' (great|terrible)'", lines[1])
+    rows = write_rows([{"prompt": "the film " * 12, "completion": " is long" * 9}] * 2, "texts.jsonl")
+    told = data_summary(split(model, rows, template=None, labels=None)[0], model.text)
+    assert told[0] == "2 rows of kind completion"
+    assert re.fullmatch(r"the first reads '\.\.\.[a-z ]{70}' -> '[a-z ]{40}\.\.\.'", told[1])
+    text = write_rows([{"text": "the film is long"}] * 2, "plain.jsonl")
+    assert data_summary(split(model, text, template=None, labels=None, directions=1, batch=1)[0], model.text) == []
+
+
+def test_labels_beyond_ten_are_counted_together(model: EdgeModel, write_rows: Callable[..., str]) -> None:
+    rows = write_rows([{"text": "a film", "label": f"word{chr(97 + number % 12)}"} for number in range(26)], "many.jsonl")
+    (line, _) = data_summary(split(model, rows, labels=None)[0], model.text)
+    assert line.startswith("26 rows of kind classification: worda 3, wordb 3, wordc 2")
+    assert line.endswith(", 2 more")
+
+
+def test_what_an_encoder_reads_is_told(tmp_path: Path, write_rows: Callable[..., str]) -> None:
+    rows = write_rows([{"text": "the film", "label": label} for label in (0, 1)], "two.jsonl")
+    masked = EdgeModel(export_model(str(tiny_encoders.save(tmp_path / "source", "bert")), tmp_path / "bert").directory, threads=1)
+    (_, line) = data_summary(split(masked, rows, template="{text} It was {mask} .", labels="bad,good")[0], masked.text)
+    assert re.fullmatch(r"the first reads '.*the film.*' \[bad\] '.*'", line)
+
+
+def test_a_length_beyond_the_context_is_told(model: EdgeModel, many: str) -> None:
+    _, notices = split(model, many, max_length=4096, valid_share=0.0)
+    assert notices == [f"--max-length 4096: the model's context has {model.context} tokens, which holds instead"]

@@ -187,6 +187,31 @@ def test_no_answer_is_empty(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -
         assert [text for _, text in batch_generate.continue_batch(model, [[5, 6], [7]], 3, stop)] == ["", ""]
 
 
+# written to a file
+
+
+def test_rows_are_written_with_their_predictions(exported_dir: Path, write_rows: Write, invoke: Command, tmp_path: Path) -> None:
+    rows = [{"id": 7, "text": "the film"}, {"id": 8, "text": "a plöt"}]
+    task = ["--template", "{text} It was", "--labels", "terrible,great", "--threads", "1"]
+    asked = ["predict", str(exported_dir), "--data", write_rows(rows), *task]
+    plain = json.loads(invoke(*asked, "--json").out)["predictions"]
+    path = tmp_path / "predicted.jsonl"
+    found = invoke(*asked, "-o", str(path))
+    assert (found.code, found.out) == (0, f"written  {path}\nrows     2\n")
+    written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert written == [{**row, "prediction": prediction} for row, prediction in zip(rows, plain, strict=True)]
+    again = invoke(*asked, "-o", str(path))
+    assert (again.code, again.err) == (1, f"error: {path}: exists already; choose another file or remove it\n")
+    nowhere = invoke(*asked, "-o", str(tmp_path / "none" / "file.jsonl"))
+    assert (
+        nowhere.err
+        == f"error: {tmp_path / 'none' / 'file.jsonl'}: there is no folder {tmp_path / 'none'}; make it or choose another file\n"
+    )
+    text = invoke("predict", str(exported_dir), "--text", "the film", *task, "-o", str(tmp_path / "one.jsonl"))
+    assert text.code == 0
+    assert json.loads((tmp_path / "one.jsonl").read_text()) == {"text": "the film", "prediction": plain[0]}
+
+
 # draws
 
 

@@ -222,10 +222,10 @@ def test_verify_shows_its_findings_and_fails_on_a_problem(command: Callable[...,
     ]
     assert (code, names) == (0, expected)
     assert "steps derived again      3\n" in out
-    assert out.endswith("verdict                  as recorded, all of it\n")
+    assert out.endswith("verdict                  no fault found\n")
     Path(reviews).rename(Path(reviews).with_name("moved.jsonl"))
     _, out, _ = command("verify", run)
-    expected = f"as recorded; not checked: {reviews} is not there, the base was not given\n"
+    expected = f"no fault found; not checked: {reviews} (not there), the base (--base DIR)\n"
     assert out.endswith(expected)
     Path(reviews).write_text("{}\n")
     code, out, err = command("verify", run, "--json")

@@ -195,7 +195,7 @@ def test_a_label_outside_the_list_is_refused_by_its_place(text: TextCodec, label
     rows = make_rows({"text": "a", "label": 1}, {"text": "b", "label": label})
     message = refusal(make_examples, rows, find_task(rows, "{text}", WORDS, "label"), text, 128)
     shown = str(label)
-    assert message == f"rows.jsonl:2: label {shown!r} is not in the list 0, 1; add it with --labels or mend the row"
+    assert message == f"rows.jsonl:2: label {shown!r} is not among 0=terrible, 1=great; add it with --labels or mend the row"
 
 
 def test_a_row_without_the_label_field_is_refused_with_its_fields(text: TextCodec) -> None:
@@ -328,17 +328,39 @@ def test_a_cut_prompt_keeps_the_token_that_the_tokenizer_put_first(opening: Text
     )
 
 
-@pytest.mark.parametrize("messages", ["text", None, {"role": "user"}, [], CHAT[1:]])
-def test_messages_that_are_no_list_of_two_are_refused(text: TextCodec, messages: Any) -> None:
-    expected = "rows.jsonl:1: field 'messages' must be a list of at least two messages, the last from the assistant"
+@pytest.mark.parametrize(
+    ("fields", "template", "told"),
+    [
+        ({"text": "a film", "label": "good"}, "{text} is {label}", "label"),
+        ({"text": "a film", "answer": "good"}, "{text} is {answer}", "answer"),
+        ({"text": "a film", "choices": ["good", "bad"], "answer": 0}, "{text} is {answer}", "answer"),
+    ],
+)
+def test_a_template_that_tells_what_is_to_be_found_is_refused(fields: dict[str, Any], template: str, told: str) -> None:
+    message = refusal(task_of, fields, {**fields, "label": "bad"} if told == "label" else fields, template=template)
+    assert message == f"--template {template!r}: holds the field {told!r}, so that the prompt tells what is to be found; take it out"
+
+
+@pytest.mark.parametrize(
+    ("messages", "found"), [("text", "is str"), (None, "is NoneType"), ({"role": "user"}, "is dict"), ([], "has 0"), (CHAT[1:], "has 1")]
+)
+def test_messages_that_are_no_list_of_two_are_refused(text: TextCodec, messages: Any, found: str) -> None:
+    expected = f"rows.jsonl:1: field 'messages' {found}; it must be a list of at least two messages, the last from the assistant"
     assert refusal(only, text, {"messages": messages}) == expected
 
 
 @pytest.mark.parametrize(
-    "message", ["text", {"role": "user"}, {"content": "a"}, {"role": "user", "content": None}, {"role": 1, "content": "a"}]
+    ("message", "found"),
+    [
+        ("text", "'text'"),
+        ({"from": "user", "value": "a"}, "'from', 'value'"),
+        ({"content": "a"}, "'content'"),
+        ({"role": "user", "content": None}, "'role', 'content'"),
+        ({"role": 1, "content": "a"}, "'role', 'content'"),
+    ],
 )
-def test_a_message_without_role_or_content_is_refused(text: TextCodec, message: Any) -> None:
-    expected = "rows.jsonl:1: every message needs a 'role' and a 'content' of text"
+def test_a_message_without_role_or_content_is_refused(text: TextCodec, message: Any, found: str) -> None:
+    expected = f"rows.jsonl:1: every message needs a 'role' and a 'content' of text, one has {found}"
     assert refusal(only, text, {"messages": [message, CHAT[1]]}) == expected
 
 
