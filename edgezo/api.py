@@ -38,7 +38,7 @@ PathLike = str | os.PathLike[str]
 class EvalResult(NamedTuple):
     """An evaluation, the step of the run it was made at (None: the base), how many rows were cut to fit, and how many shots they had.
 
-    labels: those that the rows themselves have, where nothing else said what they are; empty otherwise.
+    labels: the label words, where nothing but the rows says what they are; empty otherwise.
     """
 
     evaluation: Evaluation
@@ -149,31 +149,32 @@ def evaluate(
     Raises:
         EdgezoError: bad data, model or run.
     """
+    if sampling is not None:
+        check_sampling(sampling)
     if (shots is None) != (train is None):
         raise ConfigError("--shots and --train go together: how many worked rows to show, and the file they are drawn from; give both")
     config = _task_config(run, {**settings, "data": str(data)}, task)
     rows, reader = read_data(data), _reader(directory)
-    examples_of = [*rows, *(read_rows(train) if train is not None else [])]
-    kind = task_of(examples_of, config, reader)
+    train_rows = read_rows(train) if train is not None else []
+    kind = task_of([*rows, *train_rows], config, reader)
     model = EdgeModel(directory, threads=threads, device=device)
     used = 0
     if shots is not None and train is not None:
-        drawn = draw_shots(examples_of[len(rows) :], kind, shots, seed)
+        drawn = draw_shots(train_rows, kind, shots, seed)
         kind, used = add_shots(kind, rows, drawn, model.text, row_limit(model, config), kind.room)
     examples, truncated = tokenize_data(model, config, kind, config.data, rows)
     objective = Objective(Sequences(model), kind, config)
     if not objective.writes_text:
         refuse_draws(sampling, kind.kind)
-    elif sampling is not None:
-        check_sampling(sampling)  # before anything is read
     if objective.name == "dpo":
         model.use(run=run, step=0)
         examples = add_references(objective.sequences, examples)
     if run is not None or adapter is not None:
         model.use(run=run, step=step, adapter=adapter)
     with model.one_session():
-        found = () if config.labels is not None or reader.classes else tuple(kind.words)
-        return EvalResult(objective.evaluate(examples, sampling), model.step, truncated, used, found)
+        found = objective.evaluate(examples, sampling)
+    words = () if config.labels is not None or reader.classes else tuple(kind.words)
+    return EvalResult(found, model.step, truncated, used, words)
 
 
 def predict(

@@ -36,21 +36,21 @@ from edgezo.options import (
 )
 
 
-class Commands(typer.core.TyperGroup):
+class InterruptibleGroup(typer.core.TyperGroup):
     """Says that a command was interrupted; typer 0.29 ends without a word."""
 
     def invoke(self, ctx: Any) -> Any:
-        """The command that was asked for."""
+        """Run the command that was asked for."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            sys.stderr.write("interrupted\n")
+        except KeyboardInterrupt as interrupt:
+            sys.stderr.write(f"{'; '.join(['interrupted', *map(str, interrupt.args)])}\n")
             raise typer.Exit(130) from None
 
 
 app = typer.Typer(
     name="edgezo",
-    cls=Commands,
+    cls=InterruptibleGroup,
     help="Fine-tune language models with nothing but an inference engine.",
     no_args_is_help=True,
     add_completion=False,
@@ -183,8 +183,7 @@ def tune_command(
             if (output / JOURNAL).is_file()
             else "nothing was kept, it was before the first step"
         )
-        sys.stderr.write(f"interrupted; {kept}\n")
-        raise typer.Exit(130) from None
+        raise KeyboardInterrupt(kept) from None
     if as_json:
         shown = {name: value.as_dict() if hasattr(value, "as_dict") else value for name, value in result._asdict().items()}
         terminal.print_json({**shown, "directory": str(result.directory)})

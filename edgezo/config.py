@@ -255,7 +255,8 @@ def parse_labels(given: Any) -> dict[str, str]:
     listed = isinstance(given, list) or (isinstance(given, str) and "=" not in given)
     if all(labels) and not all(words):
         empty = next(label for label, word in labels.items() if not word)
-        raise ConfigError(f"--labels {given!r}: the word of {empty!r} is empty; give every label its word")
+        which = f"word {int(empty) + 1}" if listed else f"the word of {empty!r}"
+        raise ConfigError(f"--labels {given!r}: {which} is empty; give every label its word")
     if len(labels) != len(pairs) or not all(labels) or distinct < (len(words) if listed else min(len(words), 2)):
         raise ConfigError(f"--labels {given!r}: every label needs one word of its own")
     return labels
@@ -274,6 +275,13 @@ def parse_replacement(given: Any) -> tuple[str, dict[str, str]]:
     return field, {value.strip(): word.strip() for value, _, word in pairs}
 
 
+PLAIN = {
+    "int_parsing": "write a whole number",
+    "float_parsing": "write a number",
+    "bool_parsing": "write true or false",
+}  # by pydantic's type
+
+
 def describe(error: ValidationError, file: str | None = None, known: Iterable[str] = ()) -> str:
     """The first problem of a validation in one line.
 
@@ -288,8 +296,7 @@ def describe(error: ValidationError, file: str | None = None, known: Iterable[st
         return f"{shown}: not given; it is needed"
     if first["type"] == "extra_forbidden":
         return f"{shown}: no such setting; the settings are {', '.join(known or TuneConfig.model_fields)}"
-    plain = {"int_parsing": "write a whole number", "float_parsing": "write a number", "bool_parsing": "write true or false"}
-    message = plain.get(first["type"], first["msg"].removeprefix("Value error, "))
+    message = PLAIN.get(first["type"], first["msg"].removeprefix("Value error, "))
     return f"{shown} {first['input']!r}: {message[0].lower()}{message[1:]}" if name else message
 
 

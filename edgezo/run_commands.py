@@ -93,8 +93,9 @@ def verify_command(
     }
     left = [f"{path} (not there)" for path, state in found.files.items() if state == "not there"]
     left += ["the base (--base DIR)"] if base is None else [] if every else ["the scalars of steps (--every K)"]
-    left += [f"{found.torn_bytes} torn bytes at the end, which a resume cuts off"] if found.torn_bytes else []
-    facts["verdict"] = "; ".join(found.problems) or f"no fault found{'; not checked: ' if left else ''}{', '.join(left)}"
+    parts = [f"not checked: {', '.join(left)}"] if left else []
+    parts += [f"{found.torn_bytes} torn bytes at the end, which a resume cuts off"] if found.torn_bytes else []
+    facts["verdict"] = "; ".join(found.problems or ["no fault found", *parts])
     terminal.print_facts(facts, as_json)
     if found.problems:
         raise RunError(f"{run}: {'; '.join(found.problems)}")
@@ -110,8 +111,8 @@ def diff_command(
     from edgezo.runtime.run import read_run
 
     facts = {"runs": [str(first), str(second)], **compare_runs(read_run(first), read_run(second))}
-    if not as_json:  # a line a setting
-        facts |= {"settings": len(facts["settings"]), **{f"--{name.replace('_', '-')}": pair for name, pair in facts["settings"].items()}}
+    if not as_json and facts["settings"]:  # a line a setting
+        facts |= {f"--{name.replace('_', '-')}": terminal.changed_text(*pair) for name, pair in facts.pop("settings").items()}
     terminal.print_facts(facts, as_json)
 
 

@@ -66,6 +66,11 @@ def _fact_text(value: Any) -> str:
     return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def changed_text(first: Any, second: Any) -> str:
+    """Two values of one setting."""
+    return f"{_fact_text(first)} -> {_fact_text(second)}"
+
+
 def evaluation_text(evaluation: "Evaluation") -> str:
     """An evaluation in a few words."""
     parts = [f"loss {evaluation.loss:.4f}"]

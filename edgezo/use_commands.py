@@ -1,6 +1,5 @@
 """Commands that use a model: eval, predict, generate; and tasks, which lists how to read rows."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -42,9 +41,6 @@ from edgezo.options import (
     step_of_run,
     unescape,
 )
-from edgezo.storage import refuse_existing, write_atomically
-
-PREDICTION = "prediction"  # field of a row that is written with it
 
 
 def eval_command(
@@ -85,6 +81,8 @@ def eval_command(
     from edgezo.runtime.corpus import sha256_data
     from edgezo.runtime.run import read_run
 
+    if train is not None and Path(train).is_file() and Path(data).is_file() and sha256_data(train) == sha256_data(data):
+        terminal.stderr().print(f"warning: --train {train} has the very rows that are evaluated, so that a row may be its own example")
     result = api.evaluate(
         directory,
         data,
@@ -118,13 +116,11 @@ def eval_command(
         terminal.stderr().print(f"{result.truncated} of {result.evaluation.rows} rows were cut to fit")
     if result.labels:
         terminal.stderr().print(f"the labels compared are those of the rows: {', '.join(result.labels)}; --labels names others")
-    if train is not None and sha256_data(train) == sha256_data(data):
-        terminal.stderr().print(f"warning: --train {train} has the very rows that are evaluated, so that a row may be its own example")
     if as_json:
         shown = {} if shots is None else {"shots": result.shots}
         terminal.print_json({**result.evaluation.as_dict(), "step": result.step, "truncated": result.truncated, **shown})
     else:
-        start = f"step 0, the {'exact ' if run is not None and read_run(run).journal.heads else ''}start"
+        start = f"step 0, the {read_run(run).start_name}" if run is not None else ""
         model = {None: "base" if adapter is None else str(adapter), 0: start}.get(result.step, f"step {result.step}")
         rows = [(model, terminal.evaluation_text(result.evaluation))]
         if shots is not None:
@@ -140,7 +136,12 @@ def predict_command(
     data: Annotated[str | None, typer.Option("--data", help="Or rows without label or answer: .jsonl, .csv or .tsv.")] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="FILE", help="Write .jsonl here: every row, with its prediction in a field of its own."),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="Write the rows of --data here as .jsonl, each with its prediction in a field of its own; nothing else is printed of them.",
+        ),
     ] = None,
     run: RunDir = None,
     step: Step = None,
@@ -165,12 +166,9 @@ def predict_command(
 ) -> None:
     """Tell the likeliest label or choice of a text or of rows, or their answer; how rows are read is the run's own unless given."""
     from edgezo import api
-    from edgezo.runtime.data import read_rows
+    from edgezo.predictions import rows_to_write, write_predictions
 
-    if output is not None:
-        refuse_existing(output, ConfigError, "choose another file or remove it")
-        if not output.parent.is_dir():
-            raise ConfigError(f"{output}: there is no folder {output.parent}; make it or choose another file")
+    rows = rows_to_write(output, data) if output is not None else []
     found = api.predict(
         directory,
         texts=None if text is None else [text],
@@ -195,12 +193,8 @@ def predict_command(
         ),
     )
     if output is not None:
-        fields = [{"text": text}] if data is None else [row.fields for row in read_rows(data)]
-        lines = [
-            json.dumps({**row, PREDICTION: prediction.as_dict()}, ensure_ascii=False) for row, prediction in zip(fields, found, strict=True)
-        ]
-        write_atomically(output, "".join(f"{line}\n" for line in lines).encode())
-        terminal.print_facts({"written": str(output), "rows": len(lines)}, as_json)
+        write_predictions(output, rows, found)
+        terminal.print_facts({"written": str(output), "rows": len(rows)}, as_json)
         return
     if as_json:
         terminal.print_json({"predictions": [prediction.as_dict() for prediction in found]})

@@ -6,7 +6,7 @@ from edgezo.runtime.dataset import Dataset
 from edgezo.runtime.scoring import Candidate, Classified, Masked
 from edgezo.runtime.text import TextCodec
 
-PROMPT, COMPLETION, WORDS = 70, 40, 10  # characters, and label words, that are shown
+PROMPT, COMPLETION, MOST_LABELS = 70, 40, 10  # characters, and label words, that are shown at most
 
 
 def data_summary(dataset: Dataset, text: TextCodec) -> list[str]:
@@ -22,26 +22,26 @@ def data_summary(dataset: Dataset, text: TextCodec) -> list[str]:
     others = f", {len(dataset.valid.examples)} for validation" if dataset.valid is not None else ""
     labels = ""
     if task.kind == "classification":
-        counts = Counter(task.words[example.gold] for example in examples).most_common()
-        counts += [(word, 0) for word in task.words if word not in dict(counts)]
-        more = f", {len(counts) - WORDS} more" if len(counts) > WORDS else ""
-        labels = f": {', '.join(f'{word} {count}' for word, count in counts[:WORDS])}{more}"
-    read = _read(examples[0].pairs[examples[0].gold], task.words, text)
+        words, counts = task.words, Counter(dict.fromkeys(task.words, 0))
+        counts.update(words[example.gold] for example in examples)
+        more = f", {len(counts) - MOST_LABELS} more" if len(counts) > MOST_LABELS else ""
+        labels = f": {', '.join(f'{word} {count}' for word, count in counts.most_common(MOST_LABELS))}{more}"
+    read = _shown(examples[0].pairs[examples[0].gold], task.words, text)
     return [f"{len(examples)} rows of kind {task.kind}{others}{labels}", f"the first reads {read}"]
 
 
-def _read(candidate: Candidate, words: list[str], text: TextCodec) -> str:
+def _shown(candidate: Candidate, words: list[str], text: TextCodec) -> str:
     if isinstance(candidate, Masked):
         before, after = text.decode(candidate.tokens[: candidate.position]), text.decode(candidate.tokens[candidate.position + 1 :])
-        return f"{_end(before)} [{text.decode([candidate.target]).strip()}] {_begin(after)}"
+        return f"{_last_characters(before)} [{text.decode([candidate.target]).strip()}] {_first_characters(after)}"
     if isinstance(candidate, Classified):
-        return f"{_end(text.decode(candidate.tokens))} -> {words[candidate.target]}"
-    return f"{_end(text.decode(candidate[0]))} -> {_begin(text.decode(candidate[1]))}"
+        return f"{_last_characters(text.decode(candidate.tokens))} -> {words[candidate.target]}"
+    return f"{_last_characters(text.decode(candidate[0]))} -> {_first_characters(text.decode(candidate[1]))}"
 
 
-def _end(shown: str) -> str:
+def _last_characters(shown: str) -> str:
     return repr(shown if len(shown) <= PROMPT else f"...{shown[-PROMPT:]}")
 
 
-def _begin(shown: str) -> str:
+def _first_characters(shown: str) -> str:
     return repr(shown if len(shown) <= COMPLETION else f"{shown[:COMPLETION]}...")

@@ -72,8 +72,6 @@ def read_dataset(model: EdgeModel, config: TuneConfig, notice: Callable[[str], N
     Raises:
         DataError: a file, row, template or label cannot be used.
     """
-    if config.max_length is not None and config.max_length > model.context:
-        notice(f"--max-length {config.max_length}: the model's context has {model.context} tokens, which holds instead")
     rows = read_data(config.data)
     task = task_of(rows, config, ModelFacts.of(model.manifest))
     chosen = read_data(config.valid) if config.valid is not None else []

@@ -66,6 +66,7 @@ def start_exactly(model: EdgeModel, objective: Objective, dataset: Dataset, repo
     seconds = SHARE * 60 * config.minutes if config.minutes is not None else math.inf
     found, refused = model.head, "lower the held-out loss"
     for fit in _fits(objective, [dataset.train.examples[row] for row in rows], config.start == "exact", seconds, reporter.stage):
+        reporter.stage(f"putting {fit.name} into the model")
         try:
             model.head = summed([found, fit.make()], [1.0, 1.0])
             if valid is not None:

@@ -89,7 +89,11 @@ class Objective:
         )
 
     def evaluate(self, examples: Sequence[Example], sampling: Sampling | None = None) -> Evaluation:
-        """Loss and metrics over all examples, of answers drawn by `sampling` (None: greedy). The loss is the objective where it is smooth, else that of the kind of data.
+        """Loss and metrics over all examples. The loss is the objective where it is smooth, else that of the kind of data.
+
+        Args:
+            examples: of one file.
+            sampling: how written answers are drawn; None is greedy.
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite.

@@ -5,7 +5,7 @@
     def short_and_right(outcomes):
         return [(outcome.text == outcome.fields["answer"]) - 0.01 * len(outcome.text) for outcome in outcomes]
 
-Rows with candidates are scored, all others are answered by greedy generation. Tuning lowers minus the mean of the numbers.
+Rows with candidates are scored, all others are answered by greedy generation, never with nothing. Tuning lowers minus the mean of the numbers.
 """
 
 import importlib

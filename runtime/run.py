@@ -72,6 +72,11 @@ class Run(NamedTuple):
         return path
 
     @property
+    def start_name(self) -> str:
+        """What step 0 is: the start, or an exact one that was kept."""
+        return "exact start" if self.journal.untuned is not None or (self.journal.heads and self.header.get("init") is None) else "start"
+
+    @property
     def evaluations(self) -> dict[int, Evaluation]:
         """Evaluations on the way, by step."""
         return self.journal.evaluations
@@ -127,10 +132,9 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
         RunError: it is none, or its files cannot be used.
     """
     directory = Path(directory)
-    if not directory.exists():
-        raise RunError(f"{directory}: no such run directory; make one with: edgezo tune DIR --data FILE -o {directory}")
     if not (directory / JOURNAL).is_file():
-        raise RunError(f"{directory}: no run in it ({JOURNAL} is missing); make one with: edgezo tune DIR --data FILE -o {directory}")
+        found = f"no run in it ({JOURNAL} is missing)" if directory.exists() else "no such run directory"
+        raise RunError(f"{directory}: {found}; make one with: edgezo tune DIR --data FILE -o {directory}")
     contents = read_journal(directory / JOURNAL)
     header = contents.header
     if header.get("noise") != noise.SPECIFICATION_VERSION:
@@ -158,12 +162,10 @@ def held_run(output: Path, resume: bool) -> Iterator[Run | None]:
     Raises:
         RunError: it exists already, or holds no run to resume; another process has it; it cannot be written.
     """
-    is_run = (output / JOURNAL).is_file()
-    advice = "continue it with --resume or choose another directory" if is_run else "it holds no run; choose another directory"
     if resume:
         read_run(output)
     else:
-        refuse_existing(output, RunError, advice, lambda name: _is_leftover(name) or name == INIT)
+        _refuse_taken(output)
     made = not output.exists()
     lock = FileLock(output / LOCK)
     try:
@@ -177,7 +179,7 @@ def held_run(output: Path, resume: bool) -> Iterator[Run | None]:
     kept = True
     try:
         if not resume:
-            refuse_existing(output, RunError, advice, lambda name: _is_leftover(name) or name == INIT)
+            _refuse_taken(output)
         kept = resume
         _remove_parts(output)
         if not resume:
@@ -253,6 +255,13 @@ def _spent(path: Path, name: str) -> float:
                     continue
                 spent = max(spent, found) if math.isfinite(found) else spent
     return spent
+
+
+def _refuse_taken(output: Path) -> None:
+    """Refuse a place that is not free for a new run."""
+    run = (output / JOURNAL).is_file()
+    advice = "continue it with --resume or choose another directory" if run else "it holds no run, choose another directory"
+    refuse_existing(output, RunError, advice, lambda name: _is_leftover(name) or name == INIT)
 
 
 def _is_leftover(name: str) -> bool:

@@ -41,7 +41,7 @@ def refuse_draws(sampling: Sampling | None, kind: str) -> None:
     """
     if sampling is not None:
         raise ConfigError(
-            f"--temperature, --top-k and --top-p draw the tokens of written answers, of rows of kind {kind} none are written here; leave them out"
+            f"--temperature, --top-k and --top-p: draw written answers, and for rows of kind {kind} none are written here; leave them out"
         )
 
 

@@ -94,7 +94,7 @@ def find_task(
         label_field, choices, answer_field, replace, stop, calibrate: as in `Task`.
 
     Raises:
-        DataError: the fields fit no kind, or the template names a field that does not exist.
+        DataError: the fields fit no kind, or the template names a field that does not exist or is what the model is to find.
     """
     first = rows[0]
     for field in replace or {}:
@@ -111,9 +111,9 @@ def find_task(
         for option, value in (("--calibrate", calibrate), ("--choices", choices), ("--stop", stop)):
             if value is not None:
                 raise DataError(f"{option}: belongs to the prompts of a causal model, this is {FAMILY_WORDS[model.family]}; leave it out")
-    told = {"classification": label_field, "choice": task.answer_field, "answer": task.answer_field}.get(task.kind)
-    if template is not None and told in template_fields(template, model):
-        raise DataError(f"--template {template!r}: holds the field {told!r}, so that the prompt tells what is to be found; take it out")
+    target = {"classification": label_field, "choice": task.answer_field, "answer": task.answer_field}.get(task.kind)
+    if template is not None and target in template_fields(template, model):
+        raise DataError(f"--template {template!r}: has the field {target!r}, which is what the model is to find; take {{{target}}} out")
     if choices is not None and (len(choices) < 2 or task.kind != "choice"):
         raise DataError(
             f"--choices: {len(choices)} given for rows of kind {task.kind}; give a template for each of at least two choices, and no --labels"

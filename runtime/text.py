@@ -9,6 +9,8 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
+import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from edgezo.errors import DataError, EdgeModelError, first_line
@@ -43,6 +45,7 @@ class TextCodec:
             raise EdgeModelError(f"{path}: not readable as a tokenizer ({error}); export the model again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._beginnings: dict[tuple[int, str | None], npt.NDArray[np.bool_]] = {}
         self._template = _read_template(directory / facts.chat_template) if facts.chat_template else None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
@@ -52,6 +55,16 @@ class TextCodec:
         except (TypeError, UnicodeEncodeError):
             raise TextError(f"{text[:40]!r}: half a surrogate pair in it, which is no UTF-8 text; save it as UTF-8") from None
         return ids
+
+    def beginnings(self, size: int, stop: str | None) -> npt.NDArray[np.bool_]:
+        """Which tokens begin a text: bool [size], those that are no special token, no white space alone, and without `stop`; all where none is."""
+        key = (size, stop)
+        if key not in self._beginnings:
+            texts = self._tokenizer.decode_batch([[token] for token in range(size)], skip_special_tokens=True)
+            found = np.array([bool(text.strip()) and (stop is None or stop not in text) for text in texts])
+            found[[token for token in self.facts.eos_token_ids if token < size]] = False
+            self._beginnings[key] = found if found.any() else np.ones(size, np.bool_)
+        return self._beginnings[key]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

@@ -71,12 +71,8 @@ def tune(
         if previous is not None:
             check_base(previous, model)
             check_same(previous, config, header)
-        for line in data_summary(dataset, model.text) if previous is None else []:
-            reporter.notice(line)
-        if previous is None and dataset.task.kind == "text":
-            reporter.notice(WARNING)
-        if previous is None and (why := weak_validation(dataset)) is not None:
-            reporter.notice(why)
+        if previous is None:
+            _tell_rows(dataset, model, reporter)
         measuring = measuring_config(model, config)
         model.changed = True  # by rounding to the grid, whatever happens from here on
         weights = mutable_weights(model, measuring, start)
@@ -124,7 +120,7 @@ def tune(
 
 
 def _refuse_unfit(model: EdgeModel, output: Path, memory: int | None) -> None:
-    """A model that is tuned already, or a limit of memory that cannot be kept."""
+    """Refuse a model that is tuned already, and a limit of memory that cannot be kept."""
     if model.changed:
         raise RunError(
             f"{output}: the model given is tuned already; tune starts from the base, open the edge model anew without run= and adapter="
@@ -135,6 +131,19 @@ def _refuse_unfit(model: EdgeModel, output: Path, memory: int | None) -> None:
         )
     if memory is not None:
         refuse_less_than_weights(model, memory)
+
+
+def _tell_rows(dataset: Dataset, model: EdgeModel, reporter: Reporter) -> None:
+    """Tell what was understood of the rows, and what speaks against them."""
+    limit = dataset.config.max_length
+    if limit is not None and limit > model.context:
+        reporter.notice(f"--max-length {limit}: the model's context has {model.context} tokens, which holds instead")
+    for line in data_summary(dataset, model.text):
+        reporter.notice(line)
+    if dataset.task.kind == "text":
+        reporter.notice(WARNING)
+    if (why := weak_validation(dataset)) is not None:
+        reporter.notice(why)
 
 
 def _with_references(theta: Theta, dataset: Dataset, memory: int | None) -> Dataset:

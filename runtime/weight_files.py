@@ -19,7 +19,11 @@ from edgezo.storage import CHUNK_BYTES
 
 
 def refuse_too_large(directory: Path, manifest: Manifest) -> None:
-    """A system that promises more memory than it has would end the process without a word.
+    """Refuse weights larger than the free memory: a system that promises more than it has would end the process without a word.
+
+    Args:
+        directory: the edge model, for the message.
+        manifest: of it.
 
     Raises:
         EdgeModelError: the weights are larger than what is free; says what would fit.

@@ -585,7 +585,7 @@ def test_a_file_in_place_of_the_run(refusal: Callable[..., str]) -> None:
 
 
 def test_an_edge_model_in_place_of_the_run(refusal: Callable[..., str]) -> None:
-    assert refusal("tune", "edge", "-o", "edge", *TASK) == "edge: exists already; it holds no run; choose another directory"
+    assert refusal("tune", "edge", "-o", "edge", *TASK) == "edge: exists already; it holds no run, choose another directory"
 
 
 def test_a_run_directory_that_is_empty_is_used(command: Command, tmp_path: Path) -> None:

@@ -291,11 +291,13 @@ def test_labels_of_both_forms_are_refused(text: str) -> None:
     assert str(caught.value) == f"--labels {text!r}: mixes words and label=word; use one form"
 
 
-@pytest.mark.parametrize(("text", "label"), [("", "0"), (",", "0"), ("a,", "1"), ("a,,b", "1"), ("a=,b=y", "a")])
-def test_an_empty_word_is_named(text: str, label: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "which"), [("", "word 1"), (",", "word 1"), ("a,", "word 2"), ("a,,b", "word 2"), ("a=,b=y", "the word of 'a'")]
+)
+def test_an_empty_word_is_named(text: str, which: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_labels(text)
-    assert str(caught.value) == f"--labels {text!r}: the word of {label!r} is empty; give every label its word"
+    assert str(caught.value) == f"--labels {text!r}: {which} is empty; give every label its word"
 
 
 @pytest.mark.parametrize("text", ["a,a", "a=x,b=x", "a=x,a=y", "=x,b=y"])

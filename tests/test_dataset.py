@@ -192,8 +192,8 @@ def test_the_rows_are_told_as_they_were_understood(model: EdgeModel, many: str, 
     dataset, _ = split(model, many)
     great = sum(example.gold for example in dataset.train.examples)
     lines = data_summary(dataset, model.text)
-    assert re.fullmatch(r"170 rows of kind classification, 30 for validation: \w+ \d+, \w+ \d+", lines[0])
-    assert f"great {great}" in lines[0]
+    told = dict(re.findall(r"(\w+) (\d+)", lines[0].removeprefix("170 rows of kind classification, 30 for validation: ")))
+    assert told == {"great": str(great), "terrible": str(170 - great)}
     assert re.fullmatch(r"the first reads 'film \d+ is (great|long) It was' -> ' (great|terrible)'", lines[1])
     rows = write_rows([{"prompt": "the film " * 12, "completion": " is long" * 9}] * 2, "texts.jsonl")
     told = data_summary(split(model, rows, template=None, labels=None)[0], model.text)
@@ -217,6 +217,11 @@ def test_what_an_encoder_reads_is_told(tmp_path: Path, write_rows: Callable[...,
     assert re.fullmatch(r"the first reads '.*the film.*' \[bad\] '.*'", line)
 
 
-def test_a_length_beyond_the_context_is_told(model: EdgeModel, many: str) -> None:
-    _, notices = split(model, many, max_length=4096, valid_share=0.0)
-    assert notices == [f"--max-length 4096: the model's context has {model.context} tokens, which holds instead"]
+def test_a_length_beyond_the_context_is_told_once(exported_dir: Path, many: str, tmp_path: Path) -> None:
+    notices: list[str] = []
+    settings = {"threads": 1, "reporter": Reporter(notice=notices.append)}
+    edgezo.tune(exported_dir, tmp_path / "run", data=many, steps=1, max_length=4096, valid_share=0.0, **{**FAST, **settings})
+    assert notices[0] == "--max-length 4096: the model's context has 128 tokens, which holds instead"
+    notices.clear()
+    edgezo.tune(exported_dir, tmp_path / "run", resume=True, steps=2, **settings)
+    assert notices == []

@@ -191,7 +191,7 @@ def test_no_answer_is_empty(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_rows_are_written_with_their_predictions(exported_dir: Path, write_rows: Write, invoke: Command, tmp_path: Path) -> None:
-    rows = [{"id": 7, "text": "the film"}, {"id": 8, "text": "a plöt"}]
+    rows = [{"id": 7, "text": "the film"}, {"id": 8, "text": "a plöt", "half": "\ud800"}]
     task = ["--template", "{text} It was", "--labels", "terrible,great", "--threads", "1"]
     asked = ["predict", str(exported_dir), "--data", write_rows(rows), *task]
     plain = json.loads(invoke(*asked, "--json").out)["predictions"]
@@ -200,16 +200,35 @@ def test_rows_are_written_with_their_predictions(exported_dir: Path, write_rows:
     assert (found.code, found.out) == (0, f"written  {path}\nrows     2\n")
     written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert written == [{**row, "prediction": prediction} for row, prediction in zip(rows, plain, strict=True)]
-    again = invoke(*asked, "-o", str(path))
-    assert (again.code, again.err) == (1, f"error: {path}: exists already; choose another file or remove it\n")
-    nowhere = invoke(*asked, "-o", str(tmp_path / "none" / "file.jsonl"))
-    assert (
-        nowhere.err
-        == f"error: {tmp_path / 'none' / 'file.jsonl'}: there is no folder {tmp_path / 'none'}; make it or choose another file\n"
-    )
-    text = invoke("predict", str(exported_dir), "--text", "the film", *task, "-o", str(tmp_path / "one.jsonl"))
-    assert text.code == 0
-    assert json.loads((tmp_path / "one.jsonl").read_text()) == {"text": "the film", "prediction": plain[0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("rows.jsonl", "exists already; choose another file or remove it"),
+        ("empty.jsonl", "exists already; choose another file or remove it"),
+        ("none/file.jsonl", "there is no folder {parent}; make it or choose another file"),
+        ("file.csv", "rows are written as .jsonl; name the file so"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_predicted(
+    exported_dir: Path, write_rows: Write, invoke: Command, tmp_path: Path, name: str, problem: str
+) -> None:
+    data, path = write_rows([{"text": "the film"}]), tmp_path / name
+    (tmp_path / "empty.jsonl").mkdir()
+    found = invoke("predict", str(exported_dir), "--data", data, "--template", "{nothing}", "--labels", "a,b", "-o", str(path))
+    asked = f"-o {path}" if name.endswith(".csv") else path
+    assert (found.code, found.err) == (1, f"error: {asked}: {problem.format(parent=path.parent)}\n")
+
+
+def test_a_prediction_overwrites_no_field_and_needs_rows(exported_dir: Path, write_rows: Write, invoke: Command, tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    data = write_rows([{"text": "a film"}, {"text": "the film", "prediction": 1}])
+    found = invoke("predict", str(exported_dir), "--data", data, "-o", str(path))
+    assert found.err == f"error: {data}:2: has a field 'prediction', which -o writes; rename it\n"
+    found = invoke("predict", str(exported_dir), "--text", "a film", "-o", str(path))
+    assert found.err == f"error: -o {path}: writes rows with their predictions; give them with --data\n"
+    assert not path.exists()
 
 
 # draws
@@ -247,9 +266,7 @@ def test_an_evaluation_may_draw_its_answers(exported_dir: Path, write_rows: Writ
 def test_draws_without_a_written_answer_are_refused(exported_dir: Path, write_rows: Write, call: str) -> None:
     data = write_rows(CHOICES)
     given = {"sampling": Sampling(temperature=0.5), "threads": 1}
-    with pytest.raises(
-        ConfigError, match=r"draw the tokens of written answers, of rows of kind choice none are written here; leave them out$"
-    ):
+    with pytest.raises(ConfigError, match=r"draw written answers, and for rows of kind choice none are written here; leave them out$"):
         edgezo.predict(exported_dir, data=data, **given) if call == "predict" else edgezo.evaluate(exported_dir, data, **given)
 
 

@@ -242,6 +242,15 @@ def test_diff_shows_names_and_values(command: Callable[..., Any], run: Path) -> 
     assert "settings                  none\n" in out
 
 
+def test_diff_shows_a_line_for_every_setting(command: Callable[..., Any], exported_dir: Path, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "longer")
+    assert command("tune", exported_dir, "-o", tmp_path / "longer", "--resume", "--steps", "13")[0] == 0
+    code, out, _ = command("diff", run, tmp_path / "longer")
+    assert code == 0
+    assert re.search(r"^--steps +12 -> 13$", out, re.MULTILINE)
+    assert "\nsettings " not in out
+
+
 # faults
 
 

@@ -338,7 +338,7 @@ def test_a_cut_prompt_keeps_the_token_that_the_tokenizer_put_first(opening: Text
 )
 def test_a_template_that_tells_what_is_to_be_found_is_refused(fields: dict[str, Any], template: str, told: str) -> None:
     message = refusal(task_of, fields, {**fields, "label": "bad"} if told == "label" else fields, template=template)
-    assert message == f"--template {template!r}: holds the field {told!r}, so that the prompt tells what is to be found; take it out"
+    assert message == f"--template {template!r}: has the field {told!r}, which is what the model is to find; take {{{told}}} out"
 
 
 @pytest.mark.parametrize(

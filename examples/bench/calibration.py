@@ -34,9 +34,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--eval-rows", type=int, default=256)
     parser.add_argument("--start", help="of every run, as edgezo tune takes it")
-    parser.add_argument("--factors", default=FACTORS, help="of the measured rate, that it is compared with")
+    parser.add_argument("--factors", default=FACTORS, help="of the measured rate: what it is compared with")
     parser.add_argument("--grid", nargs=2, metavar=("LRS", "EPSS"), help="rates and eps, every one with every one, in place of factors")
-    parser.add_argument("--overrides", action="store_true", help="settings that make no sense in their place")
+    parser.add_argument("--overrides", action="store_true", help="compare with settings that make no sense, instead")
     parser.add_argument("--before", default="")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which no run is begun")
     options = parser.parse_args()
@@ -61,9 +61,9 @@ def rates(config: dict[str, Any], factors: Iterable[float]) -> dict[str, list[st
     return {f"lr x {factor:g}": ["--lr", str(config["lr"] * factor), "--eps", str(config["eps"])] for factor in factors}
 
 
-def grid(lrs: Iterable[float], epss: Sequence[float]) -> dict[str, list[str]]:
+def grid(lrs: Iterable[float], scales: Sequence[float]) -> dict[str, list[str]]:
     """What is tried where nothing is measured: every rate at every eps."""
-    return {f"lr {lr:g}, eps {eps:g}": ["--lr", str(lr), "--eps", str(eps)] for lr in lrs for eps in epss}
+    return {f"lr {lr:g}, eps {eps:g}": ["--lr", str(lr), "--eps", str(eps)] for lr in lrs for eps in scales}
 
 
 def overrides(config: dict[str, Any]) -> dict[str, list[str]]:
