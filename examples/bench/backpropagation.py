@@ -33,8 +33,8 @@ def learn(source: Path, edge: Path, files: Any, budgets: list[int], seed: int) -
         seed: of LoRA's A and of the order of rows.
     """
     torch.manual_seed(seed)
-    network, pad = _network(source), 0
-    (choices, train), (_, test) = (_examples(edge, path, files.settings) for path in (files.train, files.test))
+    network, pad = lora_network(source), 0
+    (choices, train), (_, test) = (read_examples(edge, path, files.settings) for path in (files.train, files.test))
     optimizer = torch.optim.AdamW([parameter for parameter in network.parameters() if parameter.requires_grad], lr=LR)
     order = np.concatenate(
         [np.random.default_rng([seed, epoch]).permutation(len(train)) for epoch in range(1 + budgets[-1] // (ROW_COST * len(train)))]
@@ -55,14 +55,15 @@ def learn(source: Path, edge: Path, files: Any, budgets: list[int], seed: int) -
     return {"points": points, "seconds": seconds}
 
 
-def _network(source: Path) -> Any:
+def lora_network(source: Path) -> Any:
+    """A Hugging Face folder or .gguf file with LoRA of rank 8 at all linear layers, by PEFT."""
     where = {"gguf_file": source.name} if source.suffix == ".gguf" else {}
     with quiet():
         network = AutoModelForCausalLM.from_pretrained(source.parent if where else source, dtype=torch.float32, **where)
     return get_peft_model(network, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def _examples(edge: Path, path: Path, settings: dict[str, Any]) -> tuple[bool, list[Example]]:
+def read_examples(edge: Path, path: Path, settings: dict[str, Any]) -> tuple[bool, list[Example]]:
     """Whether rows are of choices, and the rows."""
     model, config = EdgeModel(edge), make_config(None, {"data": str(path)}, None, settings)
     read = read_data(str(path))
