@@ -30,6 +30,7 @@ from edgezo.runtime.lbfgs import minimize
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.peft_folder import write_peft
+from edgezo.runtime.reports import Reporter
 from edgezo.runtime.scoring import Classified, Sequences
 from edgezo.runtime.softmax_fit import Turned, fit_softmax, held_out
 from edgezo.runtime.tuned import write_tuned
@@ -268,6 +269,20 @@ def test_the_steps_of_a_run_are_derived_again_with_its_head(lora_dir: Path, rows
     tuned_run(lora_dir, tmp_path / "run", rows)
     found = json.loads(invoke("verify", str(tmp_path / "run"), "--base", str(lora_dir), "--every", "1", "--threads", "1", "--json").out)
     assert (found["steps_derived_again"], found["verdict"]) == (3, "no fault found")
+
+
+def test_the_stages_of_a_start_are_told(lora_dir: Path, rows: str, write_rows: Callable[..., str], tmp_path: Path) -> None:
+    stages: list[str] = []
+    tuned_run(lora_dir, tmp_path / "run", rows, reporter=Reporter(stage=stages.append))
+    begin = stages.index("validating the model as it is")
+    count = len(ROWS)
+    assert stages[begin + 1 : begin + 3] == [f"reading {count} rows for the exact start", f"solving the exact start from {count} rows"]
+    assert stages[begin + 3].startswith("putting ")
+    assert stages[begin + 4] == f"validating {stages[begin + 3].removeprefix('putting ').removesuffix(' into the model')}"
+    stages.clear()
+    texts = write_rows([{"prompt": row["text"], "completion": " it was"} for row in ROWS], "texts.jsonl")
+    edgezo.tune(lora_dir, tmp_path / "texts", data=texts, threads=1, **FEW, reporter=Reporter(stage=stages.append))
+    assert [stage.split()[0] for stage in stages if "start" in stage or "own" in stage][:3] == ["letting", "reading", "solving"]
 
 
 def test_a_masked_model_starts_exactly(tmp_path: Path, rows: str) -> None:
