@@ -1,5 +1,6 @@
 """Which token follows: the most likely, or one that is drawn."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -21,9 +22,9 @@ def check_sampling(sampling: Sampling) -> None:
     Raises:
         ConfigError: a setting is out of range.
     """
-    if not (sampling.temperature > 0 and sampling.top_k >= 0 and 0 < sampling.top_p <= 1):
+    if not (0 < sampling.temperature < math.inf and sampling.top_k >= 0 and 0 < sampling.top_p <= 1):
         raise ConfigError(
-            f"temperature must be above 0, top-k at least 0 and top-p in (0, 1]; got {sampling.temperature}, {sampling.top_k}, {sampling.top_p}"
+            f"temperature must be above 0 and finite, top-k at least 0 and top-p in (0, 1]; got {sampling.temperature}, {sampling.top_k}, {sampling.top_p}"
         )
     if sampling.seed < 0:
         raise ConfigError(f"the sampling seed must be at least 0; got {sampling.seed}")

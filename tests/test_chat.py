@@ -451,7 +451,7 @@ def test_a_model_without_chat_template_is_refused(chat: Chat, edge_dir: Path) ->
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        (["--temperature", "0"], "temperature must be above 0, top-k at least 0 and top-p in (0, 1]; got 0.0, 0, 1.0"),
+        (["--temperature", "0"], "temperature must be above 0 and finite, top-k at least 0 and top-p in (0, 1]; got 0.0, 0, 1.0"),
         (["--step", "3"], "--step 3: says a step of a run, but no --run is given; add --run RUN or leave --step out"),
         (["--run", "none"], "none: no such run directory; make one with: edgezo tune DIR --data FILE -o none"),
         (["--run", "a", "--adapter", "b"], "--run a and --adapter b: two models were asked for; give one of the two"),

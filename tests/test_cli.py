@@ -712,7 +712,7 @@ def test_a_setting_that_cannot_be_used(refusal: Callable[..., str], option: str,
 )
 def test_sampling_out_of_range(refusal: Callable[..., str], options: list[str]) -> None:
     message = refusal("generate", "edge", "--prompt", "a", *options)
-    assert message.startswith("temperature must be above 0, top-k at least 0 and top-p in (0, 1]; got ")
+    assert message.startswith("temperature must be above 0 and finite, top-k at least 0 and top-p in (0, 1]; got ")
 
 
 def test_a_prompt_that_fills_the_context(refusal: Callable[..., str]) -> None:

@@ -213,6 +213,7 @@ def test_tokens_are_drawn_with_their_probability(model: EdgeModel) -> None:
         Sampling(temperature=0.0),
         Sampling(temperature=-1.0),
         Sampling(temperature=float("nan")),
+        Sampling(temperature=float("inf")),
         Sampling(top_k=-1),
         Sampling(top_p=0.0),
         Sampling(top_p=1.5),
@@ -223,7 +224,7 @@ def test_settings_out_of_range_are_refused(model: EdgeModel, sampling: Sampling)
     with pytest.raises(ConfigError) as caught:
         model.generate("a", 4, sampling)
     assert str(caught.value) == (
-        f"temperature must be above 0, top-k at least 0 and top-p in (0, 1]; got {sampling.temperature}, {sampling.top_k}, {sampling.top_p}"
+        f"temperature must be above 0 and finite, top-k at least 0 and top-p in (0, 1]; got {sampling.temperature}, {sampling.top_k}, {sampling.top_p}"
     )
 
 

@@ -238,7 +238,7 @@ def test_wrong_settings_are_one_line(rate: Rate, tmp_path: Path) -> None:
         (("--prompts", "none.txt"), "none.txt: no such file of prompts; give rows with a field prompt, or a text file with one a line"),
         (("--prompts", "blank.txt"), "blank.txt: no prompts in it; write one a line"),
         (("--prompts", "latin.txt"), "latin.txt: not UTF-8 text (invalid continuation byte at byte 3); save it as UTF-8"),
-        (("--temperature", "0"), "temperature must be above 0, top-k at least 0 and top-p in (0, 1]; got 0.0, 0, 1.0"),
+        (("--temperature", "0"), "temperature must be above 0 and finite, top-k at least 0 and top-p in (0, 1]; got 0.0, 0, 1.0"),
         (("--step", "3"), "--step 3: says a step of a run, but no --run is given; add --run RUN or leave --step out"),
     ):
         assert rate("", *options) == (1, "", f"error: {message}\n")
