@@ -53,7 +53,7 @@ def _edge_model(path: Path) -> dict[str, Any]:
     tied = [f"{tensor.name} = {other}" for tensor in manifest.tensors for other in tensor.tied_to]
     scales = {tensor.quantized.scales for tensor in manifest.tensors if tensor.quantized}
     adapter = manifest.adapter
-    in_place = {
+    tunable = {
         "tunable_parameters": manifest.tunable_size,
         "tunable_tensors": len(manifest.tunable),
         "tunable_kinds": sorted({tensor.kind for tensor in manifest.tunable}),
@@ -75,7 +75,7 @@ def _edge_model(path: Path) -> dict[str, Any]:
         "adapter": adapter.kind if adapter else None,
         **({"adapter_targets": len(adapter.targets)} if adapter and adapter.targets else {}),
         **({"prefix_tokens": adapter.tokens} if adapter and adapter.tokens else {}),
-        **(in_place if manifest.tunable else {}),
+        **(tunable if manifest.tunable else {}),
         "tied": tied,
         "layers": 1 + max((tensor.layer for tensor in manifest.tensors if tensor.layer is not None), default=-1),
         "chat_template": manifest.tokenizer.chat_template is not None,

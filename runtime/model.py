@@ -127,10 +127,11 @@ class EdgeModel:
         self.changed = read is not None or other is not None
         if read is not None:
             try:
-                self.step = rebuild(self, *read)
+                rebuild(self, *read)
             except BaseException:
                 self._restore()
                 raise
+            self.step = read[1]
         if isinstance(other, Prefix) and isinstance(self.adapter, Prefix):
             self.adapter.array[...] = other.array
         elif other is not None:

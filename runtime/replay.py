@@ -62,7 +62,6 @@ def read_tuned(model: EdgeModel, directory: str | os.PathLike[str], step: StepCh
     return run, run.resolve(step)
 
 
-def rebuild(model: EdgeModel, run: Run, step: int) -> int:
-    """Turn the base into the model of a run after `step` steps: base + journal. Returns the number of the step."""
+def rebuild(model: EdgeModel, run: Run, step: int) -> None:
+    """Turn the base into the model of a run after `step` steps: base + journal."""
     replay(run, model, mutable_weights(model, run.config, run.start), step)
-    return step
