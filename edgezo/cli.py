@@ -11,7 +11,7 @@ import typer.core
 
 from edgezo import __version__, baseline_commands, chat, export_command, rate, run_commands, terminal, use_commands
 from edgezo.config import DEFAULT_PATIENCE, DEFAULT_STEPS, choices_of
-from edgezo.errors import EdgezoError
+from edgezo.errors import ConfigError, EdgezoError
 from edgezo.options import (
     AnswerField,
     AnswerTokens,
@@ -35,22 +35,40 @@ from edgezo.options import (
     setting,
 )
 
+UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy that typer 0.29 carries
 
-class InterruptibleGroup(typer.core.TyperGroup):
-    """Says that a command was interrupted; typer 0.29 ends without a word."""
+
+class OneLineGroup(typer.core.TyperGroup):
+    """Tells in one line that a command cannot be read (click: three, exit code 2) or was interrupted (typer 0.29: none)."""
+
+    def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
+        """Read what stands before the command's name."""
+        if not args:  # shows the help
+            return super().make_context(info_name, args, parent, **extra)
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except UsageError as error:
+            raise _in_one_line(error) from None
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
         try:
             return super().invoke(ctx)
+        except UsageError as error:
+            raise _in_one_line(error) from None
         except KeyboardInterrupt as interrupt:
             sys.stderr.write(f"{'; '.join(['interrupted', *map(str, interrupt.args)])}\n")
             raise typer.Exit(130) from None
 
 
+def _in_one_line(error: Any) -> ConfigError:
+    where = f"; see: {error.ctx.command_path} --help" if error.ctx is not None else ""
+    return ConfigError(f"{' '.join(error.format_message().split()).removesuffix('.')}{where}")
+
+
 app = typer.Typer(
     name="edgezo",
-    cls=InterruptibleGroup,
+    cls=OneLineGroup,
     help="Fine-tune language models with nothing but an inference engine.",
     no_args_is_help=True,
     add_completion=False,

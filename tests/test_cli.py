@@ -498,9 +498,8 @@ def test_no_arguments_show_help(command: Command) -> None:
 @pytest.mark.parametrize("name", ["tune", "eval", "generate", "inspect"])
 def test_a_command_with_nothing_to_work_on_says_what_is_missing(command: Command, name: str) -> None:
     found = command(name)
-    assert (found.code, found.out) == (2, "")
-    assert "Traceback" not in found.err
-    assert re.search(r"Missing (argument|option)", found.err)
+    assert (found.code, found.out) == (1, "")
+    assert re.fullmatch(rf"error: Missing (argument|option) .*; see: edgezo {name} --help\n", found.err)
 
 
 def test_an_interrupted_command_says_so(command: Command, monkeypatch: pytest.MonkeyPatch, run: str) -> None:
@@ -517,8 +516,24 @@ def test_an_interrupted_command_says_so(command: Command, monkeypatch: pytest.Mo
 
 def test_an_unknown_option_is_named(command: Command) -> None:
     found = command("eval", "edge", "--data", "rows.jsonl", "--labls", "a,b")
-    assert found.code == 2
-    assert "No such option: --labls" in found.err
+    assert found.code == 1
+    assert re.fullmatch(r"error: No such option: --labls.*; see: edgezo eval --help\n", found.err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--nope"], r"No such option: --nope; see: edgezo --help"),
+        (["tun"], r"No such command 'tun'.*; see: edgezo --help"),
+        (["tune", "edge", "-o", "run", "--steps", "abc"], r"Invalid value for '--steps': .*; see: edgezo tune --help"),
+        (["tune", "edge", "-o", "run", "--steps"], r"Option '--steps' requires an argument.*"),
+        (["inspect", "edge", "other"], r"Got unexpected extra argument.*; see: edgezo inspect --help"),
+    ],
+)
+def test_what_cannot_be_read_is_told_in_one_line(command: Command, arguments: list[str], told: str) -> None:
+    found = command(*arguments)
+    assert (found.code, found.out) == (1, "")
+    assert re.fullmatch(rf"error: {told}\n", found.err)
 
 
 def test_modules_run_as_a_command() -> None:
