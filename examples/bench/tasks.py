@@ -105,7 +105,7 @@ def show(results: Path) -> str:
     cells = {path.stem: Cell(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(results.glob("*.json"))}
     for name, cell in sorted(cells.items(), key=lambda item: (item[0].split(".")[0], list(METHODS).index(item[0].split(".")[1]))):
         task, method = name.split(".")
-        kept = {key: value for key, value in cell.metrics.items() if key in {"accuracy", "f1", "exact_match", "macro_f1"}}
+        kept = {key: value for key, value in cell.metrics.items() if key in {"accuracy", "f1", "exact_match", "rouge_l", "macro_f1"}}
         shown = ", ".join(f"{key.replace('_', ' ')} {100 * value:.1f} %" for key, value in kept.items())
         lines.append(f"| {task} | {method} | {shown} | {cell.learning_rows:,} | {cell.seconds / 60:.1f} | {cell.peak_bytes / 1e6:.0f} |")
     return "\n".join(lines) + "\n"
@@ -116,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tasks", default="sst2,trec,rte,agnews,sms_spam,copa,squad")
+    parser.add_argument("--tasks", default="sst2,trec,rte,agnews,sms_spam,copa,squad,e2e_nlg")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--test-rows", type=int, default=300)
     for name in TUNED:
