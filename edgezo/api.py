@@ -9,6 +9,7 @@ from edgezo.config import TASK_SETTINGS, Sampling, TuneConfig, make_config
 from edgezo.errors import ConfigError, DataError, ExportError
 from edgezo.manifest_reader import read_manifest
 from edgezo.recipe import task_settings
+from edgezo.runtime.class_metrics import ClassCounts
 from edgezo.runtime.corpus import read_data
 from edgezo.runtime.data import Row, read_rows
 from edgezo.runtime.dataset import row_limit, task_of, tokenize_data
@@ -38,7 +39,7 @@ PathLike = str | os.PathLike[str]
 class EvalResult(NamedTuple):
     """An evaluation, the step of the run it was made at (None: the base), how many rows were cut to fit, and how many shots they had.
 
-    labels: the label words, where nothing but the rows says what they are; empty otherwise.
+    labels: the label words, where nothing but the rows says what they are; empty otherwise. classes: counts of every class, of classification.
     """
 
     evaluation: Evaluation
@@ -46,6 +47,7 @@ class EvalResult(NamedTuple):
     truncated: int
     shots: int = 0
     labels: tuple[str, ...] = ()
+    classes: tuple[ClassCounts, ...] = ()
 
 
 def export_model(
@@ -172,9 +174,9 @@ def evaluate(
     if run is not None or adapter is not None:
         model.use(run=run, step=step, adapter=adapter)
     with model.one_session():
-        found = objective.evaluate(examples, sampling)
+        found, classes = objective.evaluate_classes(examples, sampling)
     words = () if config.labels is not None or reader.classes else tuple(kind.words)
-    return EvalResult(found, model.step, truncated, used, words)
+    return EvalResult(found, model.step, truncated, used, words, tuple(classes))
 
 
 def predict(

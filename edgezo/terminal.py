@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from edgezo.runtime.class_metrics import ClassCounts
     from edgezo.runtime.evaluation import Evaluation
     from edgezo.runtime.predict import Prediction
     from edgezo.runtime.tune import Reporter, StepReport
@@ -46,6 +47,15 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
     for *cells, last in rows:
         sys.stdout.write("".join(f"{cell.ljust(width)}  " for cell, width in zip(cells, widths, strict=True)) + last + "\n")
+
+
+def print_classes(classes: Sequence["ClassCounts"]) -> None:
+    """Counts and figures of every class, a line each; - where there is no figure."""
+    lines: list[tuple[str, ...]] = [("class", "rows", "predicted", "precision", "recall", "F1")]
+    for found in classes:
+        shares = [f"{100 * share:.1f} %" if share is not None else "-" for share in (found.precision, found.recall)]
+        lines.append((found.name, str(found.rows), str(found.predicted), *shares, f"{found.f1:.3f}" if found.f1 is not None else "-"))
+    print_table(lines)
 
 
 def print_facts(facts: dict[str, Any], as_json: bool) -> None:

@@ -118,7 +118,8 @@ def eval_command(
         terminal.stderr().print(f"the labels compared are those of the rows: {', '.join(result.labels)}; --labels names others")
     if as_json:
         shown = {} if shots is None else {"shots": result.shots}
-        terminal.print_json({**result.evaluation.as_dict(), "step": result.step, "truncated": result.truncated, **shown})
+        classes = {"classes": {counts.name: counts.as_dict() for counts in result.classes}} if result.classes else {}
+        terminal.print_json({**result.evaluation.as_dict(), **classes, "step": result.step, "truncated": result.truncated, **shown})
     else:
         start = f"step 0, the {read_run(run).start_name}" if run is not None else ""
         model = {None: "base" if adapter is None else str(adapter), 0: start}.get(result.step, f"step {result.step}")
@@ -128,6 +129,8 @@ def eval_command(
                 ("shots", f"{result.shots} of {train}{'' if result.shots == shots else f'; {shots} do not fit before the longest row'}")
             )
         terminal.print_rows(rows)
+        if result.classes:
+            terminal.print_classes(result.classes)
 
 
 def predict_command(

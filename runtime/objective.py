@@ -18,7 +18,6 @@ References:
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +25,7 @@ import numpy.typing as npt
 from edgezo.config import ANSWER_METRICS, Sampling, TuneConfig
 from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime.batch_generate import generate_batch
+from edgezo.runtime.class_metrics import ClassCounts, count_classes, macro_f1
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.examples import Example
 from edgezo.runtime.outcome import Outcome, load_reward
@@ -88,8 +88,14 @@ class Objective:
             [[self._value(self.name, parts, group) for parts in by_side] for group, by_side in zip(groups, scored, strict=True)]
         )
 
-    def evaluate(self, examples: Sequence[Example], sampling: Sampling | None = None) -> Evaluation:
-        """Loss and metrics over all examples. The loss is the objective where it is smooth, else that of the kind of data.
+    def evaluate(self, examples: Sequence[Example]) -> Evaluation:
+        """Loss and metrics over all examples."""
+        return self.evaluate_classes(examples)[0]
+
+    def evaluate_classes(self, examples: Sequence[Example], sampling: Sampling | None = None) -> tuple[Evaluation, list[ClassCounts]]:
+        """Loss and metrics over all examples, and of classification the counts of each class.
+
+        The loss is the objective where it is smooth, else that of the kind of data.
 
         Args:
             examples: of one file.
@@ -109,15 +115,16 @@ class Objective:
             remedy = self.sequences.model.remedy
             raise NonFiniteLossError(f"the loss over {count} rows is {loss}; {remedy}, or tune with a smaller --lr")
         if not self.task.has_candidates:
-            return Evaluation(count, loss, others=self._text_metrics(examples, sampling))
+            return Evaluation(count, loss, others=self._text_metrics(examples, sampling)), []
         scores = self.candidate_scores(every, examples)
         if self.task.kind == "preference":
             margins = self._margins(self.smooth_name, scores, examples)
-            return Evaluation(count, loss, others={"preferred": float((margins > 0).mean()), "margin": float(margins.mean())})
+            return Evaluation(count, loss, others={"preferred": float((margins > 0).mean()), "margin": float(margins.mean())}), []
         predicted, gold = np.array([int(np.argmax(row)) for row in scores]), np.array([example.gold for example in examples])
-        macro = macro_f1(predicted, gold, len(scores[0])) if self.task.kind == "classification" else None
+        classes = count_classes(self.task.words, predicted, gold) if self.task.kind == "classification" else []
+        macro = macro_f1(classes) if classes else None
         others = {"reward": self._reward(examples, scores, None)} if self.reward else {}
-        return Evaluation(count, loss, float((predicted == gold).mean()), macro, others)
+        return Evaluation(count, loss, float((predicted == gold).mean()), macro, others), classes
 
     def _flat(self, name: str, examples: Sequence[Example]) -> list[Candidate]:
         """The pairs that a loss needs, example after example."""
@@ -142,7 +149,7 @@ class Objective:
             return -self._reward(examples, scores, None)
         predicted = np.array([int(np.argmax(row)) for row in scores])
         if name == "f1":
-            return 1 - macro_f1(predicted, np.array(gold), len(scores[0]))
+            return 1 - macro_f1(count_classes(self.task.words, predicted, np.array(gold)))
         return 1 - float((predicted == gold).mean())
 
     def candidate_scores(self, parts: Scores, examples: Sequence[Example]) -> list[CandidateScores]:
@@ -222,14 +229,6 @@ def add_references(sequences: Sequences, examples: Sequence[Example]) -> list[Ex
     """Examples with their candidates' log-probabilities under the model as it is now."""
     sums = iter(sequences.log_probs([pair for example in examples for pair in example.pairs]))
     return [example._replace(reference=tuple(float(next(sums).sum()) for _ in example.pairs)) for example in examples]
-
-
-def macro_f1(predicted: npt.NDArray[Any], gold: npt.NDArray[Any], classes: int) -> float:
-    """Unweighted mean over classes of 2 TP / (2 TP + FP + FN); a class that neither occurs nor is predicted is left out."""
-    hits = np.bincount(gold[predicted == gold], minlength=classes)
-    total = np.bincount(predicted, minlength=classes) + np.bincount(gold, minlength=classes)
-    present = total > 0
-    return float((2 * hits[present] / total[present]).mean())
 
 
 def _golds(parts: Scores, examples: Sequence[Example]) -> Scores:

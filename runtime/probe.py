@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgezo.errors import ConfigError, DataError, NonFiniteLossError
+from edgezo.runtime.class_metrics import count_classes, macro_f1
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.examples import Example, Examples
-from edgezo.runtime.objective import macro_f1
 from edgezo.runtime.scoring import Classified, Masked, Sequences
 from edgezo.runtime.tasks import Task
 
@@ -169,4 +169,5 @@ def _evaluate(probabilities: Floats, gold: Gold) -> Evaluation:
     predicted = probabilities.argmax(axis=1)
     right = np.maximum(probabilities[np.arange(len(gold)), gold], np.finfo(np.float64).tiny)
     accuracy = float((predicted == gold).mean())
-    return Evaluation(len(gold), float(-np.log(right).mean()), accuracy, macro_f1(predicted, gold, probabilities.shape[1]))
+    classes = count_classes([""] * probabilities.shape[1], predicted, gold)
+    return Evaluation(len(gold), float(-np.log(right).mean()), accuracy, macro_f1(classes))

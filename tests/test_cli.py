@@ -196,9 +196,9 @@ def test_resume_to_fewer_steps_than_made_is_refused(command: Command, run: str) 
     assert len(read_run(run).records) == 4
 
 
-def test_eval_of_the_base_is_one_line(command: Command) -> None:
+def test_eval_of_the_base_is_a_line_before_those_of_the_classes(command: Command) -> None:
     found = command("eval", "edge", *TASK)
-    matches(rf"base  {MEASURED}\n", found.out)
+    matches(rf"base  {MEASURED}\nclass .*\nterrible .*\ngreat .*\n", found.out)
     assert (found.code, found.err) == (0, "")
 
 
@@ -210,8 +210,9 @@ def test_eval_of_text_tells_loss_and_perplexity(command: Command, write_rows: Ca
 def test_eval_as_json_is_one_object(command: Command) -> None:
     code, out, err = command("eval", "edge", *TASK, "--json")
     found = one_object(out)
-    expected = edgezo.evaluate("edge", "rows.jsonl", template="{text}\nIt was", labels="terrible,great", threads=1).evaluation
-    assert found == {**expected.as_dict(), "step": None, "truncated": 0}
+    expected = edgezo.evaluate("edge", "rows.jsonl", template="{text}\nIt was", labels="terrible,great", threads=1)
+    classes = {counts.name: counts.as_dict() for counts in expected.classes}
+    assert found == {**expected.evaluation.as_dict(), "classes": classes, "step": None, "truncated": 0}
     assert (code, err) == (0, "")
 
 
