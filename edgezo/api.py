@@ -136,7 +136,7 @@ def evaluate(
 
     Args:
         directory: edge model made by `export_model`.
-        data: .jsonl, .csv or .tsv rows; or plain text, a .txt or .md file or a folder of them.
+        data: .jsonl, .json, .csv or .tsv rows; or plain text, a .txt or .md file or a folder of them.
         run: run directory whose tuned model to evaluate; None for the base.
         step: of the run: a number, "best" (by validation) or "last".
         adapter: PEFT folder or .onnx_adapter file to use instead of a run.
@@ -198,7 +198,7 @@ def predict(
     Args:
         directory: edge model made by `export_model`.
         texts: what the template's only field is filled with, or for a run without template the prompts; or
-        data: .jsonl, .csv or .tsv rows with the template's fields.
+        data: .jsonl, .json, .csv or .tsv rows with the template's fields.
         run: run directory whose tuned model and reading of rows to use; None for the base.
         step: of the run: a number, "best" (by validation) or "last".
         adapter: PEFT folder or .onnx_adapter file to use instead of a run.
@@ -250,7 +250,7 @@ def probe(
 
     Args:
         directory: edge model made by `export_model`.
-        data: .jsonl, .csv or .tsv training rows of a classification.
+        data: .jsonl, .json, .csv or .tsv training rows of a classification.
         test: rows to evaluate on.
         valid: rows to choose the strength of the penalty by; None: cross-validation on the training rows.
         rows: use the first so many training rows; None: all.

@@ -10,7 +10,7 @@ from edgezo.options import Device, EdgeDir, Json, LabelField, Labels, MaxLength,
 
 def probe_command(
     directory: EdgeDir,
-    data: Annotated[str, typer.Option("--data", help="Training rows: .jsonl, .csv or .tsv.")],
+    data: Annotated[str, typer.Option("--data", help="Training rows: .jsonl, .json, .csv or .tsv.")],
     test: Annotated[str, typer.Option("--test", help="Rows to evaluate on.")],
     valid: Annotated[
         str | None,

@@ -44,7 +44,7 @@ class TuneConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: str = Field(description="training rows: .jsonl, .csv or .tsv; or plain text: a .txt or .md file, or a folder of them")
+    data: str = Field(description="training rows: .jsonl, .json, .csv or .tsv; or plain text: a .txt or .md file, or a folder of them")
     valid: str | None = Field(None, description="validation rows; the best state by these is kept; when unset some of the training rows")
     valid_share: float = Field(
         0.15,

@@ -45,7 +45,9 @@ from edgezo.options import (
 
 def eval_command(
     directory: EdgeDir,
-    data: Annotated[str, typer.Option("--data", help="Rows to evaluate on: .jsonl, .csv or .tsv; or plain text: .txt, .md or a folder.")],
+    data: Annotated[
+        str, typer.Option("--data", help="Rows to evaluate on: .jsonl, .json, .csv or .tsv; or plain text: .txt, .md or a folder.")
+    ],
     run: RunDir = None,
     step: Step = None,
     adapter: AdapterPath = None,
@@ -136,7 +138,7 @@ def eval_command(
 def predict_command(
     directory: EdgeDir,
     text: Annotated[str | None, typer.Option("--text", help="What the template's field is filled with.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Or rows without label or answer: .jsonl, .csv or .tsv.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Or rows without label or answer: .jsonl, .json, .csv or .tsv.")] = None,
     output: Annotated[
         Path | None,
         typer.Option(

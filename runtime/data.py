@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """Read a data file; the suffix tells the format (.jsonl, .json with one object a line, .csv, .tsv).
+    """Read a data file; the suffix tells the format (.jsonl, .json with one object a line or an array of them, .csv, .tsv).
 
     Raises:
         DataError: missing, empty, of another suffix, or a malformed line (file and line number).
@@ -33,11 +33,11 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
         raise DataError(
             f"{path}: {'a folder, not a data file' if path.is_dir() else f'no such data file{looked}'}; give the file with --data or --valid"
         )
-    readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".csv": _read_table, ".tsv": _read_table}
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_table, ".tsv": _read_table}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(
-            f"{path}: unknown data format {path.suffix or '(no suffix)'!r}; use .jsonl, .csv or .tsv; tune and eval read plain text too, .txt and .md"
+            f"{path}: unknown data format {path.suffix or '(no suffix)'!r}; use .jsonl, .json, .csv or .tsv; tune and eval read plain text too, .txt and .md"
         )
     try:
         rows = list(reader(path))
@@ -78,6 +78,25 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             if not isinstance(fields, dict):
                 raise DataError(f"{place}: a JSON {type(fields).__name__}; one object a line is expected")
             yield Row(fields, place)
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    """An array of objects, or one object a line."""
+    text = path.read_text(encoding="utf-8-sig")
+    if not text.lstrip().startswith("["):
+        yield from _read_jsonl(path)
+        return
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise DataError(f"{path}: nested too deeply to be rows; an array of objects is expected") from None
+    except ValueError as error:
+        line, reason = getattr(error, "lineno", 1), getattr(error, "msg", type(error).__name__)
+        raise DataError(f"{path}:{line}: not a JSON array of objects ({reason})") from None
+    for number, fields in enumerate(found, 1):
+        if not isinstance(fields, dict):
+            raise DataError(f"{path}: row {number} of its array is a JSON {type(fields).__name__}; an object is expected")
+        yield Row(fields, f"{path}: row {number}")
 
 
 def _delimiter(file: TextIO) -> str:

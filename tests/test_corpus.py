@@ -106,7 +106,7 @@ def test_what_holds_no_text_is_refused(tmp_path: Path, notes: Path) -> None:
     empty, blank = tmp_path / "empty", put(tmp_path / "blank" / "a.md", "\n").parent
     empty.mkdir()
     assert refusal(lambda: read_data(empty)) == (
-        f"{empty}: no .txt or .md file in this folder; put plain text into it, or give rows in a .jsonl, .csv or .tsv file"
+        f"{empty}: no .txt or .md file in this folder; put plain text into it, or give rows in a .jsonl, .json, .csv or .tsv file"
     )
     assert refusal(lambda: read_data(blank)) == f"{blank}: no text in its .txt and .md files, 1 in all"
     assert refusal(lambda: read_data(blank / "a.md")) == f"{blank / 'a.md'}: no text in it"
@@ -309,7 +309,9 @@ def test_an_empty_folder_is_one_line_and_no_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    expected = "error: empty: no .txt or .md file in this folder; put plain text into it, or give rows in a .jsonl, .csv or .tsv file"
+    expected = (
+        "error: empty: no .txt or .md file in this folder; put plain text into it, or give rows in a .jsonl, .json, .csv or .tsv file"
+    )
     done = invoke("tune", str(exported_dir), "-o", "run", "--data", "empty", "--threads", "1")
     assert (done.code, done.out, done.err) == (1, "", f"  reading data\n{expected}\n")
     assert not (tmp_path / "run").exists()

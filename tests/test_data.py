@@ -58,6 +58,27 @@ def test_a_json_suffix_means_one_object_a_line_too(write: Write) -> None:
     assert fields(write("rows.json", b'{"a": 1}\n{"a": 2}\n')) == [{"a": 1}, {"a": 2}]
 
 
+@pytest.mark.parametrize("content", [b'[{"a": 1}, {"a": 2}]', b'\xef\xbb\xbf \n[\n  {"a": 1},\n  {"a": 2}\n]\n'])
+def test_a_json_file_may_be_an_array_of_objects(write: Write, content: bytes) -> None:
+    path = write("rows.json", content)
+    assert read_rows(path) == [Row({"a": 1}, f"{path}: row 1"), Row({"a": 2}, f"{path}: row 2")]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"[]", ": no rows in it"),
+        (b'[{"a": 1},\n {"a": 2]', ":2: not a JSON array of objects (Expecting ',' delimiter)"),
+        (b'[{"a": 1}, "b"]', ": row 2 of its array is a JSON str; an object is expected"),
+        (b'[{"a": 1}]\n[{"a": 2}]', ":2: not a JSON array of objects (Extra data)"),
+        (b"[" * 100_000, ": nested too deeply to be rows; an array of objects is expected"),
+    ],
+)
+def test_an_array_that_is_not_one_of_objects_is_refused(write: Write, content: bytes, told: str) -> None:
+    path = write("rows.json", content)
+    assert refusal(path) == f"{path}{told}"
+
+
 def test_the_suffix_may_be_in_capitals(write: Write) -> None:
     assert fields(write("ROWS.JSONL", b'{"a": 1}\n')) == [{"a": 1}]
     assert fields(write("ROWS.TSV", b'a\n"x\n')) == [{"a": '"x'}]
@@ -147,7 +168,8 @@ def test_a_directory_is_no_data_file(tmp_path: Path) -> None:
 def test_an_unknown_suffix_is_refused_with_the_known_ones(write: Write, name: str, shown: str) -> None:
     path = write(name, b"x")
     assert (
-        refusal(path) == f"{path}: unknown data format {shown}; use .jsonl, .csv or .tsv; tune and eval read plain text too, .txt and .md"
+        refusal(path)
+        == f"{path}: unknown data format {shown}; use .jsonl, .json, .csv or .tsv; tune and eval read plain text too, .txt and .md"
     )
 
 
@@ -273,7 +295,7 @@ def test_a_table_cell_longer_than_the_limit_is_refused(write: Write, monkeypatch
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.one_of(st.binary(max_size=200), st.text('{}[]":,\n\r\t a1\\\0é', max_size=80).map(str.encode)))
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
 def test_any_bytes_are_read_or_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(content)
