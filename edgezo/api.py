@@ -1,8 +1,9 @@
 """The Python API behind the commands: one function each, settings by the names of `TuneConfig`."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.config import TASK_SETTINGS, Sampling, TuneConfig, make_config
@@ -39,7 +40,7 @@ PathLike = str | os.PathLike[str]
 class EvalResult(NamedTuple):
     """An evaluation, the step of the run it was made at (None: the base), how many rows were cut to fit, and how many shots they had.
 
-    labels: the label words, where nothing but the rows says what they are; empty otherwise. classes: counts of every class, of classification.
+    labels: the label words, where nothing but the rows says what they are; empty otherwise. classes: of classification the counts of every class, by the label that predictions show.
     """
 
     evaluation: Evaluation
@@ -47,7 +48,7 @@ class EvalResult(NamedTuple):
     truncated: int
     shots: int = 0
     labels: tuple[str, ...] = ()
-    classes: tuple[ClassCounts, ...] = ()
+    classes: Mapping[str, ClassCounts] = MappingProxyType({})
 
 
 def export_model(
@@ -176,7 +177,8 @@ def evaluate(
     with model.one_session():
         found, classes = objective.evaluate_classes(examples, sampling)
     words = () if config.labels is not None or reader.classes else tuple(kind.words)
-    return EvalResult(found, model.step, truncated, used, words, tuple(classes))
+    by_label = dict(zip(kind.classes, classes, strict=True)) if classes else {}
+    return EvalResult(found, model.step, truncated, used, words, by_label)
 
 
 def predict(

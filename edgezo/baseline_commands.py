@@ -5,12 +5,13 @@ from typing import Annotated
 import typer
 
 from edgezo import terminal
+from edgezo.config import ROW_FORMATS
 from edgezo.options import Device, EdgeDir, Json, LabelField, Labels, MaxLength, TaskName, Template, Threads, unescape
 
 
 def probe_command(
     directory: EdgeDir,
-    data: Annotated[str, typer.Option("--data", help="Training rows: .jsonl, .json, .csv or .tsv.")],
+    data: Annotated[str, typer.Option("--data", help=f"Training rows: {ROW_FORMATS}.")],
     test: Annotated[str, typer.Option("--test", help="Rows to evaluate on.")],
     valid: Annotated[
         str | None,

@@ -43,8 +43,6 @@ class OneLineGroup(typer.core.TyperGroup):
 
     def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
         """Read what stands before the command's name."""
-        if not args:  # shows the help
-            return super().make_context(info_name, args, parent, **extra)
         try:
             return super().make_context(info_name, args, parent, **extra)
         except UsageError as error:
@@ -62,15 +60,15 @@ class OneLineGroup(typer.core.TyperGroup):
 
 
 def _in_one_line(error: Any) -> ConfigError:
-    where = f"; see: {error.ctx.command_path} --help" if error.ctx is not None else ""
-    return ConfigError(f"{' '.join(error.format_message().split()).removesuffix('.')}{where}")
+    told = " ".join(error.format_message().split()).removesuffix(".")
+    where = f"{'' if told.endswith('?') else ';'} see: {error.ctx.command_path} --help" if error.ctx is not None else ""
+    return ConfigError(f"{told}{where}")
 
 
 app = typer.Typer(
     name="edgezo",
     cls=OneLineGroup,
     help="Fine-tune language models with nothing but an inference engine.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -81,11 +79,13 @@ if TYPE_CHECKING:
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def root(ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """Fine-tune language models with nothing but an inference engine."""
     if version:
         typer.echo(f"edgezo {__version__}")
         raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
 
 
 app.command("export")(export_command.export_command)

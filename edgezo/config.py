@@ -23,6 +23,8 @@ LARGEST_LR = 1e6
 DEFAULT_PATIENCE = 3
 SHARING = ("one-sided", "curvature")  # estimators whose directions all see the same rows
 ANSWER_METRICS = ("f1", "exact-match")  # of generated answers, unless --metrics says otherwise
+ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+ROW_FORMATS = f"{', '.join(ROW_SUFFIXES[:-1])} or {ROW_SUFFIXES[-1]}"
 OBJECTIVES = ("likelihood", "cross-entropy", "accuracy", "f1", "exact-match", "rouge-l", "preference", "dpo")
 
 
@@ -44,7 +46,7 @@ class TuneConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: str = Field(description="training rows: .jsonl, .json, .csv or .tsv; or plain text: a .txt or .md file, or a folder of them")
+    data: str = Field(description=f"training rows: {ROW_FORMATS}; or plain text: a .txt or .md file, or a folder of them")
     valid: str | None = Field(None, description="validation rows; the best state by these is kept; when unset some of the training rows")
     valid_share: float = Field(
         0.15,

@@ -12,7 +12,7 @@ import typer
 
 from edgezo import terminal
 from edgezo.chat import ANSWER_TOKENS, notice, read_line
-from edgezo.config import Sampling
+from edgezo.config import ROW_SUFFIXES, Sampling
 from edgezo.errors import DataError, EdgeModelError
 from edgezo.options import DRAW, AdapterPath, Device, EdgeDir, RunDir, Seed, Step, Threads, TopK, TopP, step_of_run
 
@@ -160,7 +160,7 @@ def read_prompts(path: Path) -> list[str]:
 
     if not path.is_file():
         raise DataError(f"{path}: no such file of prompts; give rows with a field prompt, or a text file with one a line")
-    if path.suffix.lower() in {".jsonl", ".json", ".csv", ".tsv"}:
+    if path.suffix.lower() in ROW_SUFFIXES:
         return list(dict.fromkeys(text_of(row, "prompt") for row in read_rows(path)))
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")

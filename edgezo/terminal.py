@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -43,18 +43,19 @@ def print_rows(rows: list[tuple[str, str]]) -> None:
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Columns, aligned; the last is never padded or cut."""
+    """Columns, aligned, one line each; the last is never padded or cut."""
+    rows = [tuple(cell.replace("\n", "\\n") for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
     for *cells, last in rows:
         sys.stdout.write("".join(f"{cell.ljust(width)}  " for cell, width in zip(cells, widths, strict=True)) + last + "\n")
 
 
-def print_classes(classes: Sequence["ClassCounts"]) -> None:
+def print_classes(classes: Mapping[str, "ClassCounts"]) -> None:
     """Counts and figures of every class, a line each; - where there is no figure."""
     lines: list[tuple[str, ...]] = [("class", "rows", "predicted", "precision", "recall", "F1")]
-    for found in classes:
+    for label, found in classes.items():
         shares = [f"{100 * share:.1f} %" if share is not None else "-" for share in (found.precision, found.recall)]
-        lines.append((found.name, str(found.rows), str(found.predicted), *shares, f"{found.f1:.3f}" if found.f1 is not None else "-"))
+        lines.append((label, str(found.rows), str(found.predicted), *shares, f"{found.f1:.3f}" if found.f1 is not None else "-"))
     print_table(lines)
 
 

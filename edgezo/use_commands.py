@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from edgezo import terminal
-from edgezo.config import MAX_TOKENS
+from edgezo.config import MAX_TOKENS, ROW_FORMATS
 from edgezo.errors import ConfigError
 from edgezo.options import (
     DRAW,
@@ -45,9 +45,7 @@ from edgezo.options import (
 
 def eval_command(
     directory: EdgeDir,
-    data: Annotated[
-        str, typer.Option("--data", help="Rows to evaluate on: .jsonl, .json, .csv or .tsv; or plain text: .txt, .md or a folder.")
-    ],
+    data: Annotated[str, typer.Option("--data", help=f"Rows to evaluate on: {ROW_FORMATS}; or plain text: .txt, .md or a folder.")],
     run: RunDir = None,
     step: Step = None,
     adapter: AdapterPath = None,
@@ -120,7 +118,7 @@ def eval_command(
         terminal.stderr().print(f"the labels compared are those of the rows: {', '.join(result.labels)}; --labels names others")
     if as_json:
         shown = {} if shots is None else {"shots": result.shots}
-        classes = {"classes": {counts.name: counts.as_dict() for counts in result.classes}} if result.classes else {}
+        classes = {"classes": {label: counts.as_dict() for label, counts in result.classes.items()}} if result.classes else {}
         terminal.print_json({**result.evaluation.as_dict(), **classes, "step": result.step, "truncated": result.truncated, **shown})
     else:
         start = f"step 0, the {read_run(run).start_name}" if run is not None else ""
@@ -138,7 +136,7 @@ def eval_command(
 def predict_command(
     directory: EdgeDir,
     text: Annotated[str | None, typer.Option("--text", help="What the template's field is filled with.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Or rows without label or answer: .jsonl, .json, .csv or .tsv.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help=f"Or rows without label or answer: {ROW_FORMATS}.")] = None,
     output: Annotated[
         Path | None,
         typer.Option(

@@ -1,6 +1,8 @@
-"""Metrics of classification, from counts of right predictions (TP), wrong ones (FP) and rows of the class that were taken for others (FN).
+"""Metrics of classification, from counts.
 
-precision = TP / (TP + FP)          recall = TP / (TP + FN)          F1 = 2 TP / (2 TP + FP + FN)
+TP: rows of a class that were taken for it; FP: others that were taken for it; FN: rows of it that were taken for others.
+
+    precision = TP / (TP + FP)          recall = TP / (TP + FN)          F1 = 2 TP / (2 TP + FP + FN)
 """
 
 from collections.abc import Sequence
@@ -9,48 +11,48 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+Classes = npt.NDArray[np.int64]
+
 
 class ClassCounts(NamedTuple):
-    """One class: how many rows have it, how many were taken for it, and how many of these rightly."""
+    """One class: how many rows have it (TP + FN), for how many it was predicted (TP + FP), and TP."""
 
-    name: str
     rows: int
     predicted: int
-    right: int
+    true_positives: int
 
     @property
     def precision(self) -> float | None:
-        """None where no row was taken for it."""
-        return self.right / self.predicted if self.predicted else None
+        """TP / (TP + FP); None where it was never predicted."""
+        return self.true_positives / self.predicted if self.predicted else None
 
     @property
     def recall(self) -> float | None:
-        """None where no row has it."""
-        return self.right / self.rows if self.rows else None
+        """TP / (TP + FN); None where no row has it."""
+        return self.true_positives / self.rows if self.rows else None
 
     @property
     def f1(self) -> float | None:
-        """None where neither."""
-        return 2 * self.right / (self.rows + self.predicted) if self.rows + self.predicted else None
+        """2 TP / (2 TP + FP + FN); None where it neither occurs nor was predicted."""
+        return 2 * self.true_positives / (self.rows + self.predicted) if self.rows + self.predicted else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Counts and figures by name; the class's own name is left out."""
-        counts = {"rows": self.rows, "predicted": self.predicted, "right": self.right}
-        return {**counts, "precision": self.precision, "recall": self.recall, "f1": self.f1}
+        """Counts and figures by name."""
+        return {**self._asdict(), "precision": self.precision, "recall": self.recall, "f1": self.f1}
 
 
-def count_classes(names: Sequence[str], predicted: npt.NDArray[Any], gold: npt.NDArray[Any]) -> list[ClassCounts]:
+def count_classes(predicted: Classes, gold: Classes, classes: int) -> list[ClassCounts]:
     """Counts of every class.
 
     Args:
-        names: of the classes.
-        predicted: index of a class for each row.
-        gold: that of the right one.
+        predicted: int64 [rows], number of the predicted class, from 0.
+        gold: int64 [rows], number of the right one.
+        classes: how many there are.
     """
-    columns = (np.bincount(found, minlength=len(names)).tolist() for found in (gold, predicted, gold[predicted == gold]))
-    return [ClassCounts(*counts) for counts in zip(names, *columns, strict=True)]
+    columns = (np.bincount(found, minlength=classes).tolist() for found in (gold, predicted, gold[predicted == gold]))
+    return [ClassCounts(*counts) for counts in zip(*columns, strict=True)]
 
 
-def macro_f1(classes: Sequence[ClassCounts]) -> float:
-    """Unweighted mean of F1 over the classes; one that neither occurs nor is predicted is left out."""
-    return float(np.mean([counts.f1 for counts in classes if counts.f1 is not None]))
+def macro_f1(counts: Sequence[ClassCounts]) -> float:
+    """mean_k F1_k over the classes k that occur or were predicted."""
+    return float(np.mean([found.f1 for found in counts if found.f1 is not None]))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from edgezo.config import ROW_FORMATS
 from edgezo.errors import DataError
 from edgezo.runtime.data import Row, read_rows
 from edgezo.runtime.examples import Example
@@ -60,9 +61,7 @@ def read_data(path: str | os.PathLike[str]) -> list[Row]:
         return read_rows(path)
     files = [path] if path.is_file() else list(text_files(path).values())
     if not files:
-        raise DataError(
-            f"{path}: no .txt or .md file in this folder; put plain text into it, or give rows in a .jsonl, .json, .csv or .tsv file"
-        )
+        raise DataError(f"{path}: no .txt or .md file in this folder; put plain text into it, or give rows in a {ROW_FORMATS} file")
     rows = [Row({"text": text}, str(file)) for file in files if (text := _read_text(file)).strip()]
     if not rows:
         raise DataError(f"{path}: no text in it" if path.is_file() else f"{path}: no text in its .txt and .md files, {len(files)} in all")

@@ -1,4 +1,4 @@
-"""Rows from JSONL, CSV and TSV files, each with its place for error messages."""
+"""Rows from JSONL, JSON, CSV and TSV files, each with its place for error messages."""
 
 import csv
 import json
@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from edgezo.config import ROW_FORMATS, ROW_SUFFIXES
 from edgezo.errors import DataError
 
 LINE_LIMIT = 1 << 24  # characters
 
 
 class Row(NamedTuple):
-    """One example as read: `fields` by name, and `place` as file:line."""
+    """One example as read: `fields` by name, and `place` as file:line, in an array as file: row."""
 
     fields: dict[str, Any]
     place: str
@@ -25,7 +26,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     """Read a data file; the suffix tells the format (.jsonl, .json with one object a line or an array of them, .csv, .tsv).
 
     Raises:
-        DataError: missing, empty, of another suffix, or a malformed line (file and line number).
+        DataError: missing, empty, of another suffix, or a malformed line or row (file and number).
     """
     path = Path(path)
     if not path.is_file():
@@ -33,11 +34,11 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
         raise DataError(
             f"{path}: {'a folder, not a data file' if path.is_dir() else f'no such data file{looked}'}; give the file with --data or --valid"
         )
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_table, ".tsv": _read_table}
+    readers = dict(zip(ROW_SUFFIXES, (_read_jsonl, _read_json, _read_table, _read_table), strict=True))
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(
-            f"{path}: unknown data format {path.suffix or '(no suffix)'!r}; use .jsonl, .json, .csv or .tsv; tune and eval read plain text too, .txt and .md"
+            f"{path}: unknown data format {path.suffix or '(no suffix)'!r}; use {ROW_FORMATS}; tune and eval read plain text too, .txt and .md"
         )
     try:
         rows = list(reader(path))
@@ -74,10 +75,14 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 fields = json.loads(line)
             except (ValueError, RecursionError) as error:
                 reason = getattr(error, "msg", type(error).__name__)
-                raise DataError(f"{place}: not a JSON object ({reason}); one object a line is expected") from None
+                raise DataError(f"{place}: not a JSON object ({reason}); {_expected(path)}") from None
             if not isinstance(fields, dict):
-                raise DataError(f"{place}: a JSON {type(fields).__name__}; one object a line is expected")
+                raise DataError(f"{place}: a JSON {type(fields).__name__}; {_expected(path)}")
             yield Row(fields, place)
+
+
+def _expected(path: Path) -> str:
+    return f"one object a line{', or an array of objects,' if path.suffix.lower() == '.json' else ''} is expected"
 
 
 def _read_json(path: Path) -> Iterator[Row]:
@@ -88,15 +93,15 @@ def _read_json(path: Path) -> Iterator[Row]:
         return
     try:
         found = json.loads(text)
-    except RecursionError:
-        raise DataError(f"{path}: nested too deeply to be rows; an array of objects is expected") from None
-    except ValueError as error:
-        line, reason = getattr(error, "lineno", 1), getattr(error, "msg", type(error).__name__)
-        raise DataError(f"{path}:{line}: not a JSON array of objects ({reason})") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not a JSON array of objects ({error.msg}); mend this line") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
+        raise DataError(f"{path}: not a JSON array of objects ({type(error).__name__}); give one object a line") from None
     for number, fields in enumerate(found, 1):
+        place = f"{path}: row {number}"
         if not isinstance(fields, dict):
-            raise DataError(f"{path}: row {number} of its array is a JSON {type(fields).__name__}; an object is expected")
-        yield Row(fields, f"{path}: row {number}")
+            raise DataError(f"{place}: a JSON {type(fields).__name__}; mend or remove it, an object is expected")
+        yield Row(fields, place)
 
 
 def _delimiter(file: TextIO) -> str:

@@ -121,7 +121,7 @@ class Objective:
             margins = self._margins(self.smooth_name, scores, examples)
             return Evaluation(count, loss, others={"preferred": float((margins > 0).mean()), "margin": float(margins.mean())}), []
         predicted, gold = np.array([int(np.argmax(row)) for row in scores]), np.array([example.gold for example in examples])
-        classes = count_classes(self.task.words, predicted, gold) if self.task.kind == "classification" else []
+        classes = count_classes(predicted, gold, len(scores[0])) if self.task.kind == "classification" else []
         macro = macro_f1(classes) if classes else None
         others = {"reward": self._reward(examples, scores, None)} if self.reward else {}
         return Evaluation(count, loss, float((predicted == gold).mean()), macro, others), classes
@@ -149,7 +149,7 @@ class Objective:
             return -self._reward(examples, scores, None)
         predicted = np.array([int(np.argmax(row)) for row in scores])
         if name == "f1":
-            return 1 - macro_f1(count_classes(self.task.words, predicted, np.array(gold)))
+            return 1 - macro_f1(count_classes(predicted, np.array(gold), len(scores[0])))
         return 1 - float((predicted == gold).mean())
 
     def candidate_scores(self, parts: Scores, examples: Sequence[Example]) -> list[CandidateScores]:

@@ -169,5 +169,5 @@ def _evaluate(probabilities: Floats, gold: Gold) -> Evaluation:
     predicted = probabilities.argmax(axis=1)
     right = np.maximum(probabilities[np.arange(len(gold)), gold], np.finfo(np.float64).tiny)
     accuracy = float((predicted == gold).mean())
-    classes = count_classes([""] * probabilities.shape[1], predicted, gold)
+    classes = count_classes(predicted, gold, probabilities.shape[1])
     return Evaluation(len(gold), float(-np.log(right).mean()), accuracy, macro_f1(classes))

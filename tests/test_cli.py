@@ -198,7 +198,7 @@ def test_resume_to_fewer_steps_than_made_is_refused(command: Command, run: str) 
 
 def test_eval_of_the_base_is_a_line_before_those_of_the_classes(command: Command) -> None:
     found = command("eval", "edge", *TASK)
-    matches(rf"base  {MEASURED}\nclass .*\nterrible .*\ngreat .*\n", found.out)
+    matches(rf"base  {MEASURED}\nclass .*\n0 .*\n1 .*\n", found.out)
     assert (found.code, found.err) == (0, "")
 
 
@@ -211,7 +211,7 @@ def test_eval_as_json_is_one_object(command: Command) -> None:
     code, out, err = command("eval", "edge", *TASK, "--json")
     found = one_object(out)
     expected = edgezo.evaluate("edge", "rows.jsonl", template="{text}\nIt was", labels="terrible,great", threads=1)
-    classes = {counts.name: counts.as_dict() for counts in expected.classes}
+    classes = {label: counts.as_dict() for label, counts in expected.classes.items()}
     assert found == {**expected.evaluation.as_dict(), "classes": classes, "step": None, "truncated": 0}
     assert (code, err) == (0, "")
 
@@ -488,9 +488,9 @@ def test_version(command: Command) -> None:
 
 def test_no_arguments_show_help(command: Command) -> None:
     found = command()
-    shown = found.out + found.err
-    assert shown.startswith("Usage: edgezo [OPTIONS] COMMAND [ARGS]...\n")
-    assert re.findall(r"^  ([a-z]+)  ", shown, re.MULTILINE) == [
+    assert (found.code, found.err) == (0, "")
+    assert found.out.startswith("Usage: edgezo [OPTIONS] COMMAND [ARGS]...\n")
+    assert re.findall(r"^  ([a-z]+)  ", found.out, re.MULTILINE) == [
         *("export", "tune", "eval", "predict", "generate", "tasks", "inspect", "demo"),
         *("probe", "replay", "merge", "verify", "diff", "chat", "rate"),
     ]
@@ -525,7 +525,8 @@ def test_an_unknown_option_is_named(command: Command) -> None:
     ("arguments", "told"),
     [
         (["--nope"], r"No such option: --nope; see: edgezo --help"),
-        (["tun"], r"No such command 'tun'.*; see: edgezo --help"),
+        (["nothing"], r"No such command 'nothing'; see: edgezo --help"),
+        (["tun"], r"No such command 'tun'(\. Did you mean 'tune'\?|;) see: edgezo --help"),  # typer 0.29 has an idea of what was meant
         (["tune", "edge", "-o", "run", "--steps", "abc"], r"Invalid value for '--steps': .*; see: edgezo tune --help"),
         (["tune", "edge", "-o", "run", "--steps"], r"Option '--steps' requires an argument.*"),
         (["inspect", "edge", "other"], r"Got unexpected extra argument.*; see: edgezo inspect --help"),

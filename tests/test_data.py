@@ -68,10 +68,15 @@ def test_a_json_file_may_be_an_array_of_objects(write: Write, content: bytes) ->
     ("content", "told"),
     [
         (b"[]", ": no rows in it"),
-        (b'[{"a": 1},\n {"a": 2]', ":2: not a JSON array of objects (Expecting ',' delimiter)"),
-        (b'[{"a": 1}, "b"]', ": row 2 of its array is a JSON str; an object is expected"),
-        (b'[{"a": 1}]\n[{"a": 2}]', ":2: not a JSON array of objects (Extra data)"),
-        (b"[" * 100_000, ": nested too deeply to be rows; an array of objects is expected"),
+        (b'[{"a": 1},\n {"a": 2]', ":2: not a JSON array of objects (Expecting ',' delimiter); mend this line"),
+        (b'[{"a": 1}, "b"]', ": row 2: a JSON str; mend or remove it, an object is expected"),
+        (b'[{"a": 1}]\n[{"a": 2}]', ":2: not a JSON array of objects (Extra data); mend this line"),
+        (b"[" * 100_000, ": not a JSON array of objects (RecursionError); give one object a line"),
+        (b'[{"a":\n%s}]' % (b"1" * 5000), ": not a JSON array of objects (ValueError); give one object a line"),
+        (
+            b'{\n  "a": 1\n}',
+            ":1: not a JSON object (Expecting property name enclosed in double quotes); one object a line, or an array of objects, is expected",
+        ),
     ],
 )
 def test_an_array_that_is_not_one_of_objects_is_refused(write: Write, content: bytes, told: str) -> None:

@@ -246,12 +246,7 @@ def test_what_a_step_of_lora_sends(lora_dir: Path, reviews: str, tune_a: bool) -
         None, {"data": reviews, "directions": 4, "batch": 1, "lr": 1e-2, "eps": 1e-2, "rule": "normalized", "tune_a": tune_a, **TASK}
     )
     dataset = read_dataset(model, config)
-    theta = Theta(
-        model,
-        config,
-        mutable_weights(model, config),
-        Objective(Sequences(model), Task("classification", labels={"0": "terrible", "1": "great"}), config),
-    )
+    theta = Theta(model, config, mutable_weights(model, config), Objective(Sequences(model), Task("classification"), config))
     rows, session = dataset.batch(dataset.order(), 0), model.scoring
     assert isinstance(session, DeviceSession)
     assert isinstance(model.adapter, Lora)

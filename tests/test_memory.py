@@ -346,3 +346,35 @@ def test_a_limit_below_the_weights_is_refused_before_anything_is_done(exported_d
     ):
         edgezo.tune(exported_dir, tmp_path / "run", data=reviews, memory=weights - 1, **TASK)
     assert not (tmp_path / "run").exists()
+
+
+GATHERED = """
+import sys
+import numpy as np, onnx
+from onnx import TensorProto, helper
+from edgezo.runtime.machine import peak_bytes
+from edgezo.runtime.session import session_options
+import onnxruntime
+
+layers, size = 24, 1 << 20
+nodes, value = [], "x"
+for layer in range(layers):
+    nodes.append(helper.make_node("Sin", [value], [f"y{layer}"]))
+    nodes.append(helper.make_node("Gather", [f"y{layer}", "rows"], [f"rows{layer}"], axis=0))
+    value = f"y{layer}"
+nodes.append(helper.make_node("ReduceMax", [value], ["largest"], keepdims=0))
+nodes.append(helper.make_node("Concat", [f"rows{layer}" for layer in range(layers)], ["all"], axis=0))
+ins = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [size]), helper.make_tensor_value_info("rows", TensorProto.INT64, ["n"])]
+outs = [helper.make_tensor_value_info("largest", TensorProto.FLOAT, []), helper.make_tensor_value_info("all", TensorProto.FLOAT, ["m"])]
+model = helper.make_model(helper.make_graph(nodes, "g", ins, outs), opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+session = onnxruntime.InferenceSession(model.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"])
+feeds = {"x": np.ones(size, np.float32), "rows": np.zeros(1, np.int64)}
+before = peak_bytes()
+session.run(["all"], feeds)
+print((peak_bytes() - before) // (4 * size))
+"""
+
+
+def test_tensors_of_which_rows_are_gathered_beside_the_scores_do_not_stay() -> None:
+    found = subprocess.run([sys.executable, "-c", GATHERED], capture_output=True, text=True, check=True)
+    assert int(found.stdout) <= 6  # of 24

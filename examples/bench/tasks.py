@@ -39,8 +39,6 @@ TEXTS = {
     "agnews": "{text}",
     "sms_spam": "{text}",
 }
-# fields that validation and test rows call otherwise than training rows do
-RENAMED = {"e2e_nlg": ("references", "ref")}
 
 
 class Cell(NamedTuple):
@@ -55,21 +53,19 @@ class Cell(NamedTuple):
 def run_cell(method: str, task: str, options: argparse.Namespace) -> Cell:
     """Learn on the training rows and measure on the test rows."""
     folder = options.data / task
-    test = str(_first_rows(task, folder / "test.jsonl", options.results / f"{task}.test.jsonl", options.test_rows))
-    train, valid = str(folder / "train.jsonl"), str(folder / "validation.jsonl")
-    if task in RENAMED:
-        valid = str(_first_rows(task, Path(valid), options.results / f"{task}.validation.jsonl", None))
+    test = str(_first_rows(folder / "test.jsonl", options.results / f"{task}.test.jsonl", options.test_rows))
     recipe = ["--template", TEXTS[task]] if METHODS[method] == "classifier" else ["--task", _recipe(task)]
     edge = str(getattr(options, METHODS[method])).format(task=task)
     begun = time.monotonic()
     if method in TUNED:
         run = options.results / f"{task}.{method}.run"
-        files = ["--data", train, "--valid", valid]
+        files = ["--data", str(folder / "train.jsonl"), "--valid", str(folder / "validation.jsonl")]
         goes_on = (run / "journal.bin").is_file()
         settings = ["--resume"] if goes_on else [*files, *recipe, *options.settings]
         tuned, tune_peak = _edgezo("tune", edge, "-o", str(run), "--minutes", str(options.minutes), *settings)
         found, peak = _edgezo("eval", edge, "--data", test, "--run", str(run))
         return Cell(found, tuned["forward_rows"], time.monotonic() - begun, max(peak, tune_peak))
+    train, valid = str(folder / "train.jsonl"), str(folder / "validation.jsonl")
     if method.endswith("probe"):
         found, peak = _edgezo("probe", edge, "--data", train, "--valid", valid, "--test", test, *recipe)
         return Cell(found["evaluation"], found["train_rows"] + found["valid_rows"], time.monotonic() - begun, peak)
@@ -78,14 +74,10 @@ def run_cell(method: str, task: str, options: argparse.Namespace) -> Cell:
     return Cell(found, 0, time.monotonic() - begun, peak)
 
 
-def _first_rows(task: str, path: Path, copy: Path, rows: int | None) -> Path:
-    """A file with the first rows of another, so that every method is measured on the same, and with the fields of the training rows."""
+def _first_rows(path: Path, copy: Path, rows: int) -> Path:
+    """A file with the first rows of another, so that every method is measured on the same."""
     with open(path, encoding="utf-8") as file:
-        found = [json.loads(line) for line in itertools.islice(file, rows)]
-    other, own = RENAMED.get(task, ("", ""))
-    copy.write_text(
-        "".join(json.dumps({own if key == other else key: value for key, value in row.items()}) + "\n" for row in found), encoding="utf-8"
-    )
+        copy.write_text("".join(itertools.islice(file, rows)), encoding="utf-8")
     return copy
 
 
@@ -104,7 +96,8 @@ def _edgezo(*arguments: str) -> tuple[dict[str, Any], int]:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"edgezo {' '.join(arguments)} ended with {process.returncode}")
-    return json.loads(printed), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = {name: value for name, value in json.loads(printed).items() if name != "classes"}
+    return found, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def show(results: Path) -> str:
