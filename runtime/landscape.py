@@ -4,7 +4,7 @@
     change(s, r) = rms(c(s) - c(r)) / max(rms c(s), rms c(r))
 
 eps is the largest s with change(s, s / 4) <= AGREES: below it rounding may drown the difference of losses, above it the loss curves. The reach R is
-where half of a projected gradient is lost, rms(c(R) - c(eps)) = rms(c(eps)) / 2. T normalized steps along noise alone displace every weight by
+where half of a projected gradient is lost, median_i |c_i(R) - c_i(eps)| / |c_i(eps)| = 1/2 over the directions i. T normalized steps along noise alone displace every weight by
 lr sqrt(sum f_t^2) in root mean square, f_t the schedule's factors, and most of what a step adds is noise; so
 
     lr = R sqrt(min(1, rows / FULL_ROWS)) / sqrt(sum f_t^2)
@@ -163,11 +163,17 @@ def learning_rate(landscape: Landscape, rule: Rule, schedule: Schedule, warmup: 
 
 
 def _lost(large: Scale | None, base: Scale) -> float:
-    """How much of the projected gradients at `base` is not found again; infinite where a loss is not finite."""
+    """How much of a projected gradient at `base` is not found again; infinite where a loss is not finite, or none is there.
+
+    The median over the directions, since a few rows have most of the gradient and lose it first. 16 of 64 directions drawn again and again
+    (SmolLM2-135M, SST-2, LoRA): nine of ten reaches lie within 0.08 and 0.15; by root mean squares within 0.016 and 0.19.
+    """
     if large is None:
         return math.inf
-    size = _rms(base.grads)
-    return _rms(large.grads - base.grads) / size if size else math.inf
+    moved, size = np.abs(large.grads - base.grads), np.abs(base.grads)
+    telling = (moved > 0) | (size > 0)  # others change nothing at either scale
+    with np.errstate(divide="ignore"):
+        return float(np.median(moved[telling] / size[telling])) if telling.any() else math.inf
 
 
 def _rms(values: Floats) -> float:

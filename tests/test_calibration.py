@@ -70,6 +70,24 @@ def test_reach_is_where_half_of_a_slope_is_lost(width: float) -> None:
     assert found.change <= 0.05
 
 
+def test_a_few_rows_with_large_gradients_do_not_decide_the_reach() -> None:
+    gradients, widths = np.array([100.0, *[1.0] * 15]), np.array([0.01, *[1.0] * 15])
+
+    def probe(scale: float) -> Scale:
+        return Scale(gradients * np.sinc(scale / widths / math.pi), np.full(16, 10.0))
+
+    assert survey(probe, -12, -20, 4).reach == pytest.approx(1.895, rel=0.1)
+
+
+def test_directions_that_change_nothing_do_not_decide_the_reach() -> None:
+    gradients = np.array([1.0] * 6 + [0.0] * 10)
+
+    def probe(scale: float) -> Scale:
+        return Scale(gradients * np.sinc(scale / math.pi), np.full(16, 10.0))
+
+    assert survey(probe, -8, -20, 4).reach == pytest.approx(1.895, rel=0.1)
+
+
 def test_eps_keeps_above_the_rounding_of_losses() -> None:
     noise = 1e-4
     found = survey(probe_of(lambda x: 1.0 + float(np.sin(x).sum()), np.zeros(SIZE), noise=noise), -16, -20, 4)
