@@ -12,7 +12,7 @@ from edgezo.runtime.dataset import read_dataset
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.replay import check_base
-from edgezo.runtime.run import DECISIVE, INIT, JOURNAL, Run, check_same, journal_header, read_run
+from edgezo.runtime.run import DECISIVE, INIT, JOURNAL, SUMMARY, Run, check_same, journal_header, read_run, read_summary
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions
 from edgezo.storage import sha256_file
@@ -43,7 +43,7 @@ def check_run(
     every: int | None = None,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Findings:
-    """Check the checksums of a run's journal and the hashes of its files; with `model` also its base, with `every` its scalars.
+    """Check the checksums of a run's journal, that it has all its steps, and the hashes of its files; with `model` also its base, with `every` its scalars.
 
     Args:
         directory: run directory.
@@ -60,6 +60,11 @@ def check_run(
     if run.header.get("init") is not None:
         files[INIT] = _state(str(directory / INIT), run.header.get("init"))
     problems = [f"{path} is not the file the run was made with" for path, state in files.items() if state == "changed"]
+    ended, made = read_summary(directory).get("steps"), len(run.records)
+    if isinstance(ended, int) and ended > made and not run.journal.undos:  # steps that were taken back may be behind it
+        problems.append(
+            f"{JOURNAL} ends after step {made} and {SUMMARY} tells of {ended} steps: its end is lost, restore it from a copy, or go on from step {made} with --resume"
+        )
     derived, largest = 0, None
     if model is not None:
         check_base(run, model)

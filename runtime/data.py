@@ -119,6 +119,7 @@ def _read_table(path: Path) -> Iterator[Row]:
         reader = (
             csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tab else csv.reader(file, delimiter=_delimiter(file), strict=True)
         )
+        hint = "" if tab else ", a cell that holds the separator stands in double quotes"
         first = 1  # line a row begins at; a quoted cell may hold line breaks
         try:
             header = next(reader, None)
@@ -138,7 +139,7 @@ def _read_table(path: Path) -> Iterator[Row]:
                 if blank:  # at the end there may be some
                     raise DataError(f"{path}:{blank}: empty line; remove it")
                 if len(cells) != len(header):
-                    raise DataError(f"{place}: {len(cells)} cells, the header has {len(header)}")
+                    raise DataError(f"{place}: {len(cells)} cells, the header has {len(header)}; mend the row{hint}")
                 yield Row(dict(zip(header, cells, strict=True)), place)
                 first = reader.line_num + 1
         except csv.Error as error:

@@ -268,7 +268,10 @@ def _gold_label(row: Row, task: Task) -> int:
     if word in task.words:
         return task.words.index(word)
     known = ", ".join(label if label == word else f"{label}={word}" for label, word in task.labels.items())
-    raise DataError(f"{row.place}: label {label!r} is not among {known}; add it with --labels or mend the row")
+    shown = next(iter(task.labels))
+    raise DataError(
+        f"{row.place}: label {label!r} is not among {known}; mend or remove the row, or give every label a word: --labels {shown}=word,..."
+    )
 
 
 def _gold_choice(row: Row, task: Task) -> int:

@@ -221,12 +221,6 @@ def check_same(previous: Run, config: TuneConfig, header: dict[str, Any]) -> Non
         raise RunError(
             f"{previous.directory}: has {made} steps, --steps {config.steps} asks for fewer; give more, or use --step {config.steps} with eval and generate"
         )
-    old, new = previous.config.model_dump(), config.model_dump()
-    for name in old:
-        if name not in MAY_CHANGE and old[name] != new[name]:
-            raise RunError(
-                f"{previous.directory}: --{name.replace('_', '-')} {new[name]!r} differs from the run's {old[name]!r}; a resumed run keeps it, start a new run to change it"
-            )
     files = (("data", config.data, "data"), ("valid", config.valid, "validation data"), ("tokenizer", "the edge model", "tokenizer"))
     for name, path, shown in files:
         found, recorded = header[name], previous.header.get(name)
@@ -236,6 +230,21 @@ def check_same(previous: Run, config: TuneConfig, header: dict[str, Any]) -> Non
             raise RunError(
                 f"{path}: is not the {shown} the run was started with (SHA-256 {str(found)[:12]}, the run has {str(recorded)[:12]}); give the same or start a new run"
             )
+    old, new = previous.config.model_dump(), config.model_dump()
+    for name in old:
+        if name not in MAY_CHANGE and old[name] != new[name]:
+            raise RunError(
+                f"{previous.directory}: --{name.replace('_', '-')} {new[name]!r} differs from the run's {old[name]!r}; a resumed run keeps it, start a new run to change it"
+            )
+
+
+def read_summary(directory: Path) -> dict[str, Any]:
+    """How the run ended when it last did; nothing where that is not known or not readable."""
+    try:
+        found = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_summary(directory: Path, summary: dict[str, Any]) -> None:

@@ -145,8 +145,15 @@ def _find_kind(rows: Sequence[Row], given: Task, labels: Mapping[str, str] | Non
         raise DataError("--labels needs a --template such as '{text} It was', which the label word continues")
     if "text" in fields and given.label_field not in fields:
         return given
+    if given.label_field in fields and (
+        texts := [name for name in first.fields if isinstance(first.fields[name], str) and name != given.label_field]
+    ):
+        longest = max(texts, key=lambda name: len(first.fields[name]))
+        raise DataError(
+            f"{first.place}: has a {given.label_field!r}, and a label is learned after a prompt; give --template '{{{longest}}} It was' or the like, and --labels where labels are numbers"
+        )
     raise DataError(
-        f"{first.place}: fields {_names(first)} are neither prompt and completion, prompt and choices, prompt and answer, prompt, chosen and rejected, messages, nor text; for other names give --template '{{field}} ...', for classification --labels too"
+        f"{first.place}: fields {_names(first)} are neither prompt and completion, prompt and choices, prompt and answer, prompt, chosen and rejected, messages, nor text; for other names give --template '{{field}} ...'"
     )
 
 

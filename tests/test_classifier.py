@@ -195,7 +195,10 @@ def test_labels_that_do_not_fit_the_classes_are_refused(export: Export) -> None:
 def test_a_label_outside_the_classes_is_refused(export: Export, write_rows: Callable[..., str]) -> None:
     path = write_rows([{"text": "a film", "label": 1}, {"text": "a film", "label": 2}])
     message = refusal(DataError, api.evaluate, export(), path, template="{text}")
-    assert message == f"{path}:2: label '2' is not among 0=negative, 1=positive; add it with --labels or mend the row"
+    assert (
+        message
+        == f"{path}:2: label '2' is not among 0=negative, 1=positive; mend or remove the row, or give every label a word: --labels 0=word,..."
+    )
 
 
 # runs

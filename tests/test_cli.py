@@ -615,7 +615,10 @@ def test_a_label_outside_the_list(refusal: Callable[..., str], write_rows: Calla
     write_rows([{"text": "a", "label": 1}, {"text": "b", "label": 2}], "bad.jsonl")
     output = ["-o", "run"] if name == "tune" else []
     message = refusal(name, "edge", *output, *TASK, "--data", "bad.jsonl")
-    assert message == "bad.jsonl:2: label '2' is not among 0=terrible, 1=great; add it with --labels or mend the row"
+    assert (
+        message
+        == "bad.jsonl:2: label '2' is not among 0=terrible, 1=great; mend or remove the row, or give every label a word: --labels 0=word,..."
+    )
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_csv_places_count_lines_of_the_file_not_rows(write: Write) -> None:
 
 def test_a_csv_error_after_a_cell_of_several_lines_names_the_right_line(write: Write) -> None:
     path = write("rows.csv", b'a,b\n1,"x\ny"\n2,3\n4\n')
-    assert refusal(path) == f"{path}:5: 1 cells, the header has 2"
+    assert refusal(path) == f"{path}:5: 1 cells, the header has 2; mend the row, a cell that holds the separator stands in double quotes"
 
 
 def test_tsv_quotes_are_ordinary_characters(write: Write) -> None:
@@ -244,7 +244,8 @@ def test_a_json_line_that_is_no_object_is_refused(write: Write, line: bytes, kin
 def test_a_ragged_row_is_refused_by_its_number(write: Write, name: str, row: bytes, cells: int) -> None:
     header = b"a\tb\n1\t2\n" if name.endswith(".tsv") else b"a,b\n1,2\n"
     path = write(name, header + row + b"\n")
-    assert refusal(path) == f"{path}:3: {cells} cells, the header has 2"
+    hint = ", a cell that holds the separator stands in double quotes" if name.endswith(".csv") else ""
+    assert refusal(path) == f"{path}:3: {cells} cells, the header has 2; mend the row{hint}"
 
 
 @pytest.mark.parametrize(("header", "shown"), [(b"a,b,a", "['a', 'b', 'a']"), (b"a,", "['a', '']"), (b"a, ", "['a', ' ']")])

@@ -205,6 +205,18 @@ def test_merge_of_one_run_is_its_replay(command: Callable[..., Any], exported_di
     assert (code, err) == (1, "error: --weights 'a,b': give one number a run, separated by commas\n")
 
 
+def test_verify_finds_that_the_end_of_a_journal_is_lost(command: Callable[..., Any], run: Path) -> None:
+    made, whole = len(read_run(run).records), (run / "journal.bin").read_bytes()
+    (run / "journal.bin").write_bytes(whole[:-40])
+    left = len(read_run(run).records)
+    assert left < made
+    code, out, err = command("verify", run)
+    expected = f"journal.bin ends after step {left} and summary.json tells of {made} steps: its end is lost, restore it from a copy, or go on from step {left} with --resume"
+    assert (code, expected in out + err) == (1, True)
+    (run / "summary.json").unlink()  # of a process that never ended well nothing is known
+    assert command("verify", run)[0] == 0
+
+
 def test_verify_shows_its_findings_and_fails_on_a_problem(command: Callable[..., Any], exported_dir: Path, run: Path, reviews: str) -> None:
     code, out, err = command("verify", run, "--base", exported_dir, "--every", 5, "--threads", 1)
     names = [line.split("  ")[0] for line in out.splitlines()]

@@ -88,11 +88,20 @@ def test_a_template_makes_it_classification() -> None:
     assert (task.kind, task.words, task.label_field) == ("classification", ["terrible", "great"], "label")
 
 
-@pytest.mark.parametrize("fields", [{"sentence": "a"}, {"text": "a", "label": 0}, {"prompt": "a"}])
+@pytest.mark.parametrize("fields", [{"sentence": "a"}, {"prompt": "a"}, {"label": 0}])
 def test_fields_of_no_kind_are_refused_with_what_is_known(fields: dict[str, Any]) -> None:
     assert refusal(task_of, fields) == (
         f"rows.jsonl:1: fields {', '.join(map(repr, fields))} are neither prompt and completion, prompt and choices, prompt and answer, prompt, chosen and rejected, messages, nor text; "
-        "for other names give --template '{field} ...', for classification --labels too"
+        "for other names give --template '{field} ...'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "longest"), [({"text": "a", "label": 0}, "text"), ({"id": "7", "body": "a film", "label": "good"}, "body")]
+)
+def test_rows_with_a_label_and_no_template_are_told_of_one(fields: dict[str, Any], longest: str) -> None:
+    assert refusal(task_of, fields) == (
+        f"rows.jsonl:1: has a 'label', and a label is learned after a prompt; give --template '{{{longest}}} It was' or the like, and --labels where labels are numbers"
     )
 
 
@@ -195,7 +204,10 @@ def test_a_label_outside_the_list_is_refused_by_its_place(text: TextCodec, label
     rows = make_rows({"text": "a", "label": 1}, {"text": "b", "label": label})
     message = refusal(make_examples, rows, find_task(rows, "{text}", WORDS, "label"), text, 128)
     shown = str(label)
-    assert message == f"rows.jsonl:2: label {shown!r} is not among 0=terrible, 1=great; add it with --labels or mend the row"
+    assert (
+        message
+        == f"rows.jsonl:2: label {shown!r} is not among 0=terrible, 1=great; mend or remove the row, or give every label a word: --labels 0=word,..."
+    )
 
 
 def test_a_row_without_the_label_field_is_refused_with_its_fields(text: TextCodec) -> None:
