@@ -273,6 +273,6 @@ def test_a_task_is_printed_as_it_is(invoke: Command, own: Callable[..., Path]) -
     assert invoke("tasks", "imdb") == (1, "", f"error: --task imdb: no such task; there are {KNOWN}, or give a .yaml file\n")
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).resolve().parent.parent.glob("examples/bench/*.yaml")), ids=lambda path: path.stem)
-def test_recipes_of_the_benches_can_be_read(path: Path) -> None:
-    assert summarize(read_recipe(path)).kind == "classification"
+def test_recipes_of_the_benches_can_be_read() -> None:
+    found = {path.stem: summarize(read_recipe(path)).kind for path in Path(__file__).resolve().parent.parent.glob("examples/bench/*.yaml")}
+    assert found == {"sms_spam": "classification", "e2e_nlg": "answer"}

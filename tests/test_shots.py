@@ -167,10 +167,11 @@ def train(write_rows: Callable[..., str]) -> str:
 def test_eval_tells_the_number_of_shots(exported_dir: Path, reviews: str, train: str, invoke: Command) -> None:
     shots = ["--shots", "2", "--train", train]
     code, out, err = invoke("eval", str(exported_dir), "--data", reviews, *TASK, *shots)
-    first, second = out.splitlines()
+    first, second, *classes = out.splitlines()
     assert (code, second) == (0, f"shots  2 of {train}")
     assert err == f"warning: --train {train} has the very rows that are evaluated, so that a row may be its own example\n"
     assert first.startswith("base   accuracy ")
+    assert [line.split()[0] for line in classes] == ["class", "0", "1"]
     zero = json.loads(invoke("eval", str(exported_dir), "--data", reviews, *TASK, "--json").out)
     found = json.loads(invoke("eval", str(exported_dir), "--data", reviews, *TASK, *shots, "--json").out)
     other = json.loads(invoke("eval", str(exported_dir), "--data", reviews, *TASK, *shots, "--seed", "1", "--json").out)
