@@ -88,14 +88,15 @@ def _edge_model(path: Path) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    from edgezo.runtime.run import read_run
+    from edgezo.runtime.run import read_run, read_summary
 
-    run = read_run(path)
+    run, summary = read_run(path), read_summary(path)
     unused = unused_settings(run.config, bool(run.evaluations))
     settings = {name: value for name, value in run.config.model_dump().items() if value is not None and name not in unused}
     facts: dict[str, Any] = {
         "run": str(path),
         "steps": len(run.records),
+        "ended": summary.get("ended") if summary.get("steps") == len(run.records) else "it goes on, or was cut off",
         **({"best_step": run.best_step} if run.evaluations else {}),
         "seconds": round(run.seconds, 1),
         "base": run.header.get("base"),

@@ -52,11 +52,12 @@ def task_settings(task: str | os.PathLike[str] | None) -> dict[str, Any]:
     return read_recipe(recipe_path(task)).settings if task is not None else dict(NO_SETTINGS)
 
 
-def recipe_path(task: str | os.PathLike[str]) -> Path:
+def recipe_path(task: str | os.PathLike[str], asked: str = "--task") -> Path:
     """The file of a recipe.
 
     Args:
         task: name of one of the package, or a .yaml, .yml or .json file.
+        asked: where it was given, for the error.
 
     Raises:
         ConfigError: there is none.
@@ -64,10 +65,10 @@ def recipe_path(task: str | os.PathLike[str]) -> Path:
     own = Path(task)
     if own.suffix in FILE_SUFFIXES:
         if not own.is_file():
-            raise ConfigError(f"--task {task}: no such file; give a recipe of yours, or a name that `edgezo tasks` lists")
+            raise ConfigError(f"{asked} {task}: no such file; give a recipe of yours, or a name that `edgezo tasks` lists")
         return own
     if str(task) not in recipe_names():
-        raise ConfigError(f"--task {task}: no such task; there are {', '.join(recipe_names())}, or give a .yaml file")
+        raise ConfigError(f"{asked} {task}: no such task; there are {', '.join(recipe_names())}, or give a .yaml file")
     return RECIPES / f"{task}.yaml"
 
 

@@ -236,7 +236,10 @@ def generate_command(
     if chat:
         text = model.text.chat([{"role": "user", "content": text}], reply=True)
     pieces = generate(model, text, max_tokens, sampling_of(temperature, top_k, top_p, seed), special=not chat)
-    ending = unescape(stop) or (read_run(run).config.stop if run is not None else None)
+    config = read_run(run).config if run is not None else None
+    if config is not None and config.labels is not None:
+        terminal.stderr().print("note: this run learned to tell labels apart, not to write them; edgezo predict tells the label of a text")
+    ending = unescape(stop) or (config.stop if config is not None else None)
     if ending:
         pieces = until(pieces, ending)
     if as_json:
@@ -256,7 +259,7 @@ def tasks_command(
     from edgezo.recipe import read_recipe, recipe_names, recipe_path, summarize
 
     if name is not None:
-        path = recipe_path(name)
+        path = recipe_path(name, "edgezo tasks")
         recipe = read_recipe(path)
         if as_json:
             terminal.print_json(recipe.model_dump())

@@ -314,6 +314,8 @@ def test_generate_with_a_run_is_the_tuned_model(command: Command) -> None:
     assert found["text"] == EdgeModel("edge", run="run", threads=1).generate("the film is", 20)
     assert found["text"] != EdgeModel("edge", threads=1).generate("the film is", 20)
     assert found["step"] == 9
+    told = command("generate", "edge", "--run", "run", "--prompt", "the film is", "--max-tokens", "1").err
+    assert told == "note: this run learned to tell labels apart, not to write them; edgezo predict tells the label of a text\n"
 
 
 def test_generate_samples_by_seed(command: Command) -> None:
@@ -377,6 +379,7 @@ def test_inspect_of_a_run(command: Command) -> None:
     assert facts(command("inspect", "run").out) == [
         ("run", "run"),
         ("steps", str(steps)),
+        ("ended", "out of time"),
         ("best step", str(state.best_step)),
         ("seconds", str(round(state.seconds, 1))),
         ("base", state.header["base"]),
@@ -386,7 +389,7 @@ def test_inspect_of_a_run(command: Command) -> None:
         ("data", "rows.jsonl"),
         ("valid", "rows.jsonl"),
         ("template", "{text} It was"),
-        ("labels", "0 terrible, 1 great"),
+        ("labels", "0=terrible, 1=great"),
         ("label field", "label"),
         ("minutes", "0.01"),
         ("lr", f"{state.config.lr:.6g}"),

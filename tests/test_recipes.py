@@ -270,7 +270,7 @@ def test_a_task_is_printed_as_it_is(invoke: Command, own: Callable[..., Path]) -
     assert invoke("tasks", "copa") == (0, (RECIPES / "copa.yaml").read_text(encoding="utf-8"), "")
     assert invoke("tasks", str(own())) == (0, OWN, "")
     assert json.loads(invoke("tasks", "copa", "--json").out)["settings"]["choices"] == ["{choice1}", "{choice2}"]
-    assert invoke("tasks", "imdb") == (1, "", f"error: --task imdb: no such task; there are {KNOWN}, or give a .yaml file\n")
+    assert invoke("tasks", "imdb") == (1, "", f"error: edgezo tasks imdb: no such task; there are {KNOWN}, or give a .yaml file\n")
 
 
 def test_recipes_of_the_benches_can_be_read() -> None:
