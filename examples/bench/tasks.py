@@ -1,7 +1,7 @@
 """One table over tasks and methods: zero-shot, in-context, linear probe, and tuned for some minutes each; every cell a command of its own.
 
     python -m examples.bench.tasks RESULTS --data DATA --lora EDGE --full EDGE --prefix EDGE --tasks sst2,trec --minutes 10
-    python -m examples.bench.tasks RESULTS --data DATA --classifier 'minilm-{task}' --tasks sst2,trec
+    python -m examples.bench.tasks RESULTS --data DATA --classifier 'minilm-{task}' --classifier-full 'minilm-full-{task}' --tasks sst2,trec
 
 A cell that is in RESULTS already is not run again, so that the bench can be stopped and go on. The data folder has TASK/train.jsonl,
 TASK/validation.jsonl and TASK/test.jsonl, with the fields of the task's recipe. A classifier is exported with the classes of one task: {task}
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from edgezo.recipe import read_recipe, recipe_path, summarize
 
-TUNED = ("full", "lora", "prefix", "classifier")
+TUNED = ("full", "lora", "prefix", "classifier", "classifier-full")
 # of each method the option that gives its edge model
 METHODS = {
     "zero-shot": "lora",
@@ -29,6 +29,7 @@ METHODS = {
     **{name: name for name in TUNED[:3]},
     "classifier-probe": "classifier",
     "classifier": "classifier",
+    "classifier-full": "classifier_full",
 }
 SHOTS = 8
 # what classifiers read of a row
@@ -54,7 +55,7 @@ def run_cell(method: str, task: str, options: argparse.Namespace) -> Cell:
     """Learn on the training rows and measure on the test rows."""
     folder = options.data / task
     test = str(_first_rows(folder / "test.jsonl", options.results / f"{task}.test.jsonl", options.test_rows))
-    recipe = ["--template", TEXTS[task]] if METHODS[method] == "classifier" else ["--task", _recipe(task)]
+    recipe = ["--template", TEXTS[task]] if METHODS[method].startswith("classifier") else ["--task", _recipe(task)]
     edge = str(getattr(options, METHODS[method])).format(task=task)
     begun = time.monotonic()
     if method in TUNED:
@@ -131,7 +132,7 @@ def main() -> None:
             path = arguments.results / f"{task}.{method}.json"
             if path.exists() or getattr(arguments, kind) is None or (not classes and method == "probe"):
                 continue
-            if kind == "classifier" and task not in TEXTS:
+            if kind.startswith("classifier") and task not in TEXTS:
                 continue
             cell = run_cell(method, task, arguments)
             path.write_text(json.dumps(cell._asdict()), encoding="utf-8")
