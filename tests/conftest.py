@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 import torch
+from command_line import TASK
 
 from edgezo import cli
 from edgezo.export import export_model
@@ -128,3 +129,20 @@ REVIEWS = [("a great film", 1), ("a terrible plot", 0), ("the plot is great", 1)
 def reviews(write_rows: Callable[..., str]) -> str:
     """A small two-label data file."""
     return write_rows([{"text": text, "label": label} for text, label in REVIEWS])
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, invoke: Command, edge_dir: Path, reviews: str, tmp_path: Path) -> Command:
+    """Run `edgezo ...` in a folder with the edge model `edge` and the data `rows.jsonl`."""
+    assert (edge_dir, reviews) == (tmp_path / "edge", str(tmp_path / "rows.jsonl"))
+    monkeypatch.chdir(tmp_path)
+    return invoke
+
+
+@pytest.fixture
+def run(command: Command) -> str:
+    """A short run with validation, called `run`."""
+    assert (
+        command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "4", "--eval-every", "2", "--lr", "1e-4").code == 0
+    )
+    return "run"

@@ -1,0 +1,170 @@
+"""What inspect tells of an edge model and of a run."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import PLAIN, one_object
+from conftest import Command
+
+import edgezo
+from edgezo.config import TuneConfig, make_config
+from edgezo.inspection import unused_settings
+from edgezo.manifest_reader import read_manifest
+from edgezo.runtime.journal_records import EVALUATION_BYTES, STEP_BYTES
+from edgezo.runtime.run import read_run
+
+
+def facts(text: str) -> list[tuple[str, str]]:
+    """Names and values of what inspect printed, which are aligned."""
+    lines = [re.split(r" {2,}", line, maxsplit=1) for line in text.splitlines()]
+    assert len({len(line) - len(value) for line, (_, value) in zip(text.splitlines(), lines, strict=True)}) == 1
+    return [(name, value) for name, value in lines]
+
+
+def test_inspect_of_an_edge_model(command: Command) -> None:
+    found = facts(command("inspect", "edge").out)
+    size = sum(path.stat().st_size for path in Path("edge").iterdir() if path.name != "manifest.json")
+    difference = read_manifest(Path("edge")).verification
+    assert difference is not None
+    assert found == [
+        ("edge model", "edge"),
+        ("model", "llama"),
+        ("revision", "none"),
+        ("license", "none"),
+        ("architecture", "llama"),
+        ("family", "causal"),
+        ("classes", "none"),
+        ("new head", "none"),
+        ("pooling", "none"),
+        ("context length", "128"),
+        ("vocabulary", "320"),
+        ("parameters", str(320 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32)),
+        ("weights", "fp32"),
+        ("adapter", "none"),
+        ("tunable parameters", "25760"),
+        ("tunable tensors", "20"),
+        (
+            "tunable kinds",
+            "embed_tokens, input_layernorm, mlp.down_proj, mlp.gate_proj, mlp.up_proj, norm, post_attention_layernorm, "
+            "self_attn.k_proj, self_attn.o_proj, self_attn.q_proj, self_attn.v_proj",
+        ),
+        ("tied", "model.embed_tokens.weight = lm_head.weight"),
+        ("layers", "2"),
+        ("chat template", "yes"),
+        ("tuned", "none"),
+        ("bytes", str(size)),
+        ("files intact", "6"),
+        ("largest log prob difference", f"{difference.largest_log_prob_difference:.6g}"),
+        ("made by", f"edgezo {edgezo.__version__}"),
+    ]
+
+
+def test_inspect_of_a_run(command: Command) -> None:
+    options = ["--template", "{text} It was", "--valid", "rows.jsonl", "--minutes", "0.01", "--eval-every", "1", "--seed", "5"]
+    assert command("tune", "edge", "-o", "run", *PLAIN, *options).code == 0
+    state, journal = read_run("run"), Path("run/journal.bin")
+    steps = len(state.records)
+    valid = {
+        step: f"rows 16, loss {e.loss:.6g}, accuracy {e.accuracy:.6g}, macro_f1 {e.macro_f1:.6g}" for step, e in state.evaluations.items()
+    }
+    assert facts(command("inspect", "run").out) == [
+        ("run", "run"),
+        ("steps", str(steps)),
+        ("ended", "out of time"),
+        ("best step", str(state.best_step)),
+        ("seconds", str(round(state.seconds, 1))),
+        ("base", state.header["base"]),
+        ("journal bytes", str(journal.stat().st_size)),
+        *((f"valid at step {step}", valid[step]) for step in dict.fromkeys([0, state.best_step, steps])),
+        ("last loss", f"{state.records[-1].loss:.6g}"),
+        ("data", "rows.jsonl"),
+        ("valid", "rows.jsonl"),
+        ("template", "{text} It was"),
+        ("labels", "0=terrible, 1=great"),
+        ("label field", "label"),
+        ("minutes", "0.01"),
+        ("lr", f"{state.config.lr:.6g}"),
+        ("eps", f"{state.config.eps:.6g}"),
+        ("directions", "1"),
+        ("batch", "16"),
+        ("estimator", "two-sided"),
+        ("rule", "sgd"),
+        ("sampler", "full"),
+        ("rank", "8"),
+        ("alpha", "16"),
+        ("tune a", "no"),
+        ("start", "none"),
+        ("seed", "5"),
+        ("noise", "rademacher"),
+        ("schedule", "linear"),
+        ("warmup", "0"),
+        ("weight decay", "0"),
+        ("eval every", "1"),
+        ("eval rows", "256"),
+    ]
+
+
+def test_inspect_leaves_out_what_did_nothing_in_a_run(command: Command) -> None:
+    assert command("tune", "edge", "-o", "run", *PLAIN, "--valid-share", "0", "--steps", "1", "--rule", "adam").code == 0
+    shown = dict(facts(command("inspect", "run").out))
+    assert (shown["rule"], shown["beta m"], shown["beta v"], shown["steps"]) == ("adam", "0.9", "0.99", "1")
+    assert not shown.keys() & {
+        "best step",
+        "valid share",
+        "eval every",
+        "eval rows",
+        "anchor every",
+        "z rank",
+        "share",
+        "start rows",
+        "beta",
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "unused"),
+    [
+        ({"labels": "a,b", "start": "none"}, {"max_tokens", "beta", "start_rows"}),
+        ({"valid": "v.jsonl", "start": "exact"}, {"label_field", "valid_share"}),
+        ({"choices": ["{a}", "{b}"]}, {"label_field", "max_tokens"}),
+        ({"objective": "f1"}, {"label_field", "beta"}),
+        ({"objective": "module:function"}, {"label_field"}),
+        ({"objective": "dpo", "rule": "svrg"}, {"label_field", "beta_m", "beta_v"}),
+        ({"rule": "momentum"}, {"label_field", "beta_v", "anchor_every", "anchor_batches"}),
+        ({"rule": "meazo"}, {"label_field", "beta_m", "anchor_every", "anchor_batches"}),
+        ({"sampler": "lozo"}, {"label_field", "share"}),
+        ({"sampler": "tezo"}, {"label_field", "share", "redraw_every"}),
+        ({"sampler": "layers"}, {"label_field", "z_rank", "redraw_every"}),
+    ],
+)
+def test_settings_that_did_nothing_follow_from_the_others(settings: dict[str, Any], unused: set[str]) -> None:
+    found = unused_settings(make_config(None, {"data": "d.jsonl", "template": "{text}", **settings}), evaluated=True)
+    others = {} if "rule" in settings else {"beta_m", "beta_v", "anchor_every", "anchor_batches"}
+    others = {*others, *(() if "sampler" in settings else ("share", "z_rank", "redraw_every"))}
+    assert found - others == unused
+    assert found <= TuneConfig.model_fields.keys()
+    assert unused_settings(make_config(None, {"data": "d.jsonl"}), evaluated=False) >= {
+        "valid_share",
+        "eval_every",
+        "eval_rows",
+        "patience",
+    }
+
+
+def test_inspect_as_json_is_one_object(command: Command, run: str) -> None:
+    model, tuned = one_object(command("inspect", "edge", "--json").out), one_object(command("inspect", run, "--json").out)
+    assert (model["parameters"], model["tunable_tensors"], model["files_intact"]) == (25760, 20, 6)
+    assert (tuned["run"], tuned["steps"], tuned["labels"]) == ("run", 4, {"0": "terrible", "1": "great"})
+
+
+def test_inspect_shows_a_template_with_a_line_break_on_one_line(command: Command, run: str) -> None:
+    (shown,) = [line for line in command("inspect", run).out.splitlines() if "{text}" in line]
+    assert shown.endswith("It was")
+
+
+def test_inspect_shows_the_steps_that_were_made_not_those_that_were_asked_for(command: Command, tmp_path: Path, run: str) -> None:
+    journal = tmp_path / run / "journal.bin"
+    journal.write_bytes(journal.read_bytes()[: -EVALUATION_BYTES - STEP_BYTES])  # as if stopped before the last step
+    assert one_object(command("inspect", run, "--json").out)["steps"] == 3
