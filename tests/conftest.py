@@ -30,6 +30,7 @@ class Outcome(NamedTuple):
 
 
 Command = Callable[..., Outcome]
+ExportTiny = Callable[..., Path]
 
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
@@ -71,7 +72,7 @@ def exported_dir(source_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def export_tiny(exported_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def export_tiny(exported_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportTiny:
     """Export a tiny model, once a test run for each name and settings; shared, never to be changed."""
     made = {("llama",): exported_dir}
 
@@ -87,15 +88,21 @@ def export_tiny(exported_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def lora_dir(export_tiny: Callable[..., Path]) -> Path:
+def lora_dir(export_tiny: ExportTiny) -> Path:
     """The tiny Llama with branch points for LoRA; shared, never to be changed."""
     return export_tiny("llama", adapter="lora")
 
 
 @pytest.fixture(scope="session")
-def prefix_dir(export_tiny: Callable[..., Path]) -> Path:
+def prefix_dir(export_tiny: ExportTiny) -> Path:
     """The tiny Llama with a prefix; shared, never to be changed."""
     return export_tiny("llama", adapter="prefix")
+
+
+@pytest.fixture
+def directories(lora_dir: Path, prefix_dir: Path) -> dict[str, Path]:
+    """The edge models for adapters, by kind; shared, never to be changed."""
+    return {"lora": lora_dir, "prefix": prefix_dir}
 
 
 @pytest.fixture
