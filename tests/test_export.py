@@ -1,14 +1,11 @@
-"""An export holds every parameter of its source bit for bit, scores as the source does, and is whole or absent."""
+"""An export holds every parameter of its source bit for bit, scores as the source does, and tunes what is chosen."""
 
 import json
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -17,12 +14,11 @@ import pytest
 import tiny
 import torch
 import transformers
-from optimum.exporters.onnx import main_export
+from exports import refusal, save_changed, stored
 
 from edgezo.adapters import OPTIONAL_INPUTS, PROBE_ROWS
-from edgezo.errors import ConfigError, EdgezoError, ExportError
-from edgezo.export import export_model, verify
-from edgezo.export.decoder import EXPORTED
+from edgezo.errors import ConfigError
+from edgezo.export import export_model
 from edgezo.manifest import Graph, Manifest, Tensor
 from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.model import EdgeModel
@@ -54,13 +50,6 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Exported(request.param, directory)
 
 
-def stored(directory: Path, tensor: Tensor) -> npt.NDArray[Any]:
-    """A tensor as it lies in its file."""
-    with open(directory / tensor.file, "rb") as file:
-        file.seek(tensor.offset)
-        return np.frombuffer(file.read(tensor.nbytes), np.dtype(tensor.dtype).newbyteorder("<")).reshape(tensor.shape)
-
-
 def session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -84,28 +73,6 @@ def feeds(graph: Graph, seen: int, tokens: npt.NDArray[np.int64], **more: Any) -
         **more,
     }
     return {name: known[name] for name in graph.inputs}
-
-
-def refusal(model: str | Path, output: Path, kind: type[EdgezoError] = ExportError, **options: Any) -> str:
-    """The message of a refused export: one line, and nothing appears beside `output`."""
-    before = sorted(output.parent.iterdir())
-    with pytest.raises(kind) as caught:
-        export_model(str(model), output, **options)
-    assert sorted(output.parent.iterdir()) == before
-    message = str(caught.value)
-    assert message
-    assert "\n" not in message
-    return message
-
-
-def save_changed(folder: Path, change: Callable[[Any], None], name: str = "llama") -> Path:
-    """A source folder whose torch model was changed."""
-    model = tiny.make_model(name)
-    with torch.no_grad():
-        change(model)
-    model.save_pretrained(folder)
-    tiny.make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 # every architecture
@@ -351,304 +318,3 @@ def test_a_parameter_that_is_not_finite_is_refused_by_name(tmp_path: Path, value
     source = save_changed(tmp_path / "source", spoil)
     message = refusal(source, tmp_path / "edge")
     assert message == "model.layers.1.mlp.up_proj.weight: the source holds NaN or infinity; it cannot be tuned or checked"
-
-
-# sources other than a Hugging Face folder
-
-
-def trained_norms(model: Any) -> None:
-    """Norms that differ, as after training: optimum stores parameters of equal values once."""
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            parameter.copy_(torch.rand_like(parameter) + (0.5 if "bias" not in name else -0.5))
-
-
-@pytest.fixture
-def optimum_warnings() -> Iterator[None]:
-    """The four warnings that optimum's own export gives with this torch."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        warnings.filterwarnings("ignore", message="You are using the legacy TorchScript-based ONNX export", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", message="The feature will be removed", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", message="Exporting aten::index operator of advanced indexing", category=UserWarning)
-        yield
-
-
-def make_optimum(folder: Path, name: str = "llama", task: str = "text-generation-with-past", opset: int | None = 17) -> Path:
-    """A folder as `optimum-cli export onnx` makes it."""
-    source = save_changed(folder / "source", trained_norms, name)
-    main_export(str(source), folder / "optimum", task=task, opset=opset, do_validation=False)
-    shutil.rmtree(source)
-    return folder / "optimum"
-
-
-def assert_holds(directory: Path, name: str) -> None:
-    """The edge model holds every parameter of the torch model under its name, as stored or transposed."""
-    manifest = read_manifest(directory)
-    model = tiny.make_model(name)
-    with torch.no_grad():
-        trained_norms(model)
-    parameters = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
-    assert {tensor.name for tensor in manifest.tunable} == parameters.keys()
-    for tensor in manifest.tensors:
-        values = stored(directory, tensor)
-        assert np.array_equal(values.T if tensor.transposed else values, parameters[tensor.name]), tensor.name
-
-
-@pytest.mark.usefixtures("optimum_warnings")
-@pytest.mark.parametrize("name", ["llama", "llama-untied", "gpt2", "opt"])
-def test_an_optimum_folder_gives_the_torch_models_names_and_values(tmp_path: Path, name: str) -> None:
-    export_model(str(make_optimum(tmp_path, name)), tmp_path / "edge")
-    assert_holds(tmp_path / "edge", name)
-
-
-@pytest.mark.usefixtures("optimum_warnings")
-@pytest.mark.parametrize("opset", [None, 14, 18], ids=["optimum's own choice", "14", "18"])
-def test_an_optimum_folder_of_another_opset_is_exported(tmp_path: Path, opset: int | None) -> None:
-    export_model(str(make_optimum(tmp_path, opset=opset)), tmp_path / "edge")
-    assert_holds(tmp_path / "edge", "llama")
-
-
-@pytest.mark.usefixtures("optimum_warnings")
-@pytest.mark.parametrize("name", ["llama", "llama-untied"])
-def test_an_optimum_folder_keeps_its_tie(tmp_path: Path, name: str) -> None:
-    manifest = export_model(str(make_optimum(tmp_path, name)), tmp_path / "edge").manifest
-    tied = {tensor.name: tensor.tied_to for tensor in manifest.tensors if tensor.tied_to}
-    assert tied == ({"model.embed_tokens.weight": ["lm_head.weight"]} if name == "llama" else {})
-
-
-@pytest.mark.usefixtures("optimum_warnings")
-def test_an_optimum_folder_with_weights_in_a_second_file_is_exported(tmp_path: Path) -> None:
-    folder = make_optimum(tmp_path)
-    model = onnx.load(folder / "model.onnx")
-    (folder / "model.onnx").unlink()
-    onnx.save_model(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx_data", size_threshold=0)
-    export_model(str(folder), tmp_path / "edge")
-    assert_holds(tmp_path / "edge", "llama")
-
-
-@pytest.mark.usefixtures("optimum_warnings")
-def test_an_optimum_folder_without_past_inputs_is_refused(tmp_path: Path) -> None:
-    folder = make_optimum(tmp_path, task="text-generation")
-    message = refusal(folder, tmp_path / "edge")
-    assert message.startswith(f"{folder / 'model.onnx'}: has inputs ['attention_mask', 'input_ids', 'position_ids'")
-    assert message.endswith("not those of a decoder with past_key_values; export it with optimum's task text-generation-with-past")
-
-
-def test_an_onnx_file_alone_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "model.onnx").write_bytes(b"")
-    message = refusal(tmp_path / "folder", tmp_path / "edge")
-    assert message.startswith(f"{tmp_path / 'folder'}: model.onnx needs config.json and tokenizer.json beside it")
-
-
-def test_a_broken_onnx_file_is_refused(source_dir: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(source_dir, tmp_path / "folder"))
-    (folder / "model.onnx").write_bytes(b"\xff" * 100)
-    message = refusal(folder, tmp_path / "edge")
-    assert message == f"{folder / 'model.onnx'}: not readable as ONNX (DecodeError)"
-
-
-def write_gguf(path: Path, model: Any) -> Path:
-    """The tiny Llama as llama.cpp's converter writes it: float32, rotary halves interleaved, a gpt2-type tokenizer without BOS."""
-    config, bpe = model.config, json.loads(tiny.make_tokenizer().backend_tokenizer.to_str())["model"]
-    tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
-    writer.add_token_merges([" ".join(merge) for merge in bpe["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_pad_token_id(1)
-    writer.add_add_bos_token(False)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, parameter in model.named_parameters():
-        array = parameter.detach().numpy()
-        heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads if "k_proj" in name else 0
-        if heads:
-            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@pytest.fixture(scope="session")
-def gguf_edge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gguf")
-    model = tiny.make_model("llama")
-    with torch.no_grad():
-        trained_norms(model)
-    return export_model(str(write_gguf(folder / "tiny.gguf", model)), folder / "edge").directory
-
-
-def test_a_gguf_file_gives_the_torch_models_names_values_and_tie(gguf_edge: Path) -> None:
-    assert_holds(gguf_edge, "llama")
-    manifest = read_manifest(gguf_edge)
-    assert manifest.origin.id == "tiny.gguf"
-    assert {tensor.name: tensor.tied_to for tensor in manifest.tensors if tensor.tied_to} == {
-        "model.embed_tokens.weight": ["lm_head.weight"]
-    }
-
-
-def test_a_gguf_files_texts_get_the_tokens_it_asks_for(gguf_edge: Path) -> None:
-    codec = EdgeModel(gguf_edge, threads=1).text
-    expected = tiny.make_tokenizer()("the film is great")["input_ids"]
-    assert codec.encode("the film is great") == expected, "tokenizer.ggml.add_bos_token is false"
-    assert codec.decode(expected) == "the film is great"
-
-
-def test_a_gguf_files_special_tokens_are_those_it_names(gguf_edge: Path) -> None:
-    facts = read_manifest(gguf_edge).tokenizer
-    assert (facts.bos_token_id, facts.eos_token_ids, facts.pad_token_id) == (0, [1], 1)
-    assert facts.special_tokens["eos_token"] == "<|end|>"
-
-
-def test_exporting_a_gguf_file_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    export_model(str(write_gguf(tmp_path / "tiny.gguf", tiny.make_model("llama"))), tmp_path / "edge")
-    assert capfd.readouterr() == ("", "")
-
-
-# refused sources
-
-
-@pytest.mark.parametrize("name", ["nothing", "nothing.gguf", "a/b/c"])
-def test_a_path_that_does_not_exist_is_refused(tmp_path: Path, name: str) -> None:
-    assert refusal(tmp_path / name, tmp_path / "edge") == f"{tmp_path / name}: no such file or folder"
-
-
-def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"x")
-    message = refusal(tmp_path / "model.safetensors", tmp_path / "edge")
-    expected = "a file that is not .gguf; give a .gguf file, a Hugging Face folder, a folder with model.onnx, or a hub id"
-    assert message == f"{tmp_path / 'model.safetensors'}: {expected}"
-
-
-@pytest.mark.parametrize("content", [b"", b"nonsense" * 10, b"GGUF\x03\0\0\0" + b"\xff" * 200], ids=["empty", "no magic", "bad header"])
-def test_a_corrupt_gguf_file_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "model.gguf").write_bytes(content)
-    assert refusal(tmp_path / "model.gguf", tmp_path / "edge").startswith(f"{tmp_path / 'model.gguf'}: transformers cannot read it: ")
-
-
-def test_a_truncated_gguf_file_is_refused(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "model.gguf", tiny.make_model("llama"))
-    path.write_bytes(path.read_bytes()[:-5000])
-    assert refusal(path, tmp_path / "edge").startswith(f"{path}: transformers cannot ")
-
-
-def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    message = refusal(tmp_path / "folder", tmp_path / "edge")
-    assert message == f"{tmp_path / 'folder'}: a folder with neither config.json nor model.onnx; it is no Hugging Face or optimum model"
-
-
-@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"model_type": "no-such-type"}'])
-def test_a_configuration_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "config.json").write_text(text)
-    assert refusal(tmp_path / "folder", tmp_path / "edge").startswith(f"{tmp_path / 'folder'}: transformers cannot read it: ")
-
-
-def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
-    config = transformers.T5Config(d_model=16, d_ff=16, d_kv=4, num_layers=1, num_heads=2, vocab_size=320)
-    config.save_pretrained(tmp_path / "t5")
-    message = refusal(tmp_path / "t5", tmp_path / "edge")
-    assert message == f"{tmp_path / 't5'}: t5 is an encoder-decoder; edgezo exports {EXPORTED}"
-
-
-@pytest.mark.parametrize("kind", ["bert", "mamba"])
-def test_an_architecture_without_a_cache_of_keys_and_values_is_refused(tmp_path: Path, kind: str) -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 320, "num_attention_heads": 2, "intermediate_size": 16}
-    config = transformers.AutoConfig.for_model(kind, **sizes, is_decoder=True)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
-    tiny.make_tokenizer().save_pretrained(tmp_path / kind)
-    message = refusal(tmp_path / kind, tmp_path / "edge")
-    assert message == f"{kind}: not an architecture that optimum exports for text generation; edgezo exports {EXPORTED}"
-
-
-def test_a_folder_without_weights_is_refused(source_dir: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(source_dir, tmp_path / "folder"))
-    (folder / "model.safetensors").unlink()
-    assert "transformers cannot load it: Error no file named" in refusal(folder, tmp_path / "edge")
-
-
-def test_truncated_weights_are_refused(source_dir: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(source_dir, tmp_path / "folder"))
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    assert refusal(folder, tmp_path / "edge").startswith(f"{folder}: transformers cannot load it: ")
-
-
-def test_a_folder_without_a_tokenizer_is_refused_by_that_name(source_dir: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(source_dir, tmp_path / "folder"))
-    for path in [*folder.glob("tokenizer*"), folder / "special_tokens_map.json"]:
-        path.unlink()
-    message = refusal(folder, tmp_path / "edge")
-    assert message.startswith(f"{folder}: ")
-    assert "tokenizer" in message.removeprefix(f"{folder}")
-
-
-# the output directory
-
-
-def test_an_output_that_is_not_empty_is_refused_and_not_touched(source_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "edge").mkdir()
-    (tmp_path / "edge" / "mine.txt").write_text("mine")
-    message = refusal(source_dir, tmp_path / "edge")
-    assert message == f"{tmp_path / 'edge'}: exists already; choose another directory or remove it"
-    assert {path.name: path.read_text() for path in (tmp_path / "edge").iterdir()} == {"mine.txt": "mine"}
-
-
-@pytest.mark.parametrize("kind", ["file", "dangling link"])
-def test_an_output_that_is_no_directory_is_refused_and_not_touched(source_dir: Path, tmp_path: Path, kind: str) -> None:
-    output = tmp_path / "edge"
-    if kind == "file":
-        output.write_text("mine")
-    else:
-        output.symlink_to(tmp_path / "nowhere")
-    assert refusal(source_dir, output) == f"{output}: exists already; choose another directory or remove it"
-    assert output.is_symlink() or output.read_text() == "mine"
-
-
-def test_an_output_below_a_file_is_refused_in_one_line(source_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(ExportError) as caught:
-        export_model(str(source_dir), tmp_path / "file" / "edge")
-    assert str(caught.value).startswith(f"{tmp_path / 'file' / 'edge'}: cannot be written (")
-
-
-def test_an_empty_directory_and_missing_parents_are_filled(source_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    for output in (tmp_path / "empty", tmp_path / "a" / "b" / "edge"):
-        assert export_model(str(source_dir), output).directory == output
-        EdgeModel(output, threads=1)
-
-
-def test_an_export_that_fails_its_check_leaves_nothing(source_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "LOG_PROB_TOLERANCE", -1.0)
-    message = refusal(source_dir, tmp_path / "edge")
-    assert message.startswith("llama: log-probabilities of the edge model differ from the source by up to ")
-    assert message.endswith("this architecture cannot be exported faithfully")
-
-
-@pytest.mark.parametrize("stage", ["loading", "building", "writing", "checking"])
-def test_an_export_interrupted_at_any_stage_leaves_nothing(source_dir: Path, tmp_path: Path, stage: str) -> None:
-    def interrupt(text: str) -> None:
-        if text.startswith(stage):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        export_model(str(source_dir), tmp_path / "edge", progress=interrupt)
-    assert list(tmp_path.iterdir()) == []
