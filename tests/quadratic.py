@@ -7,19 +7,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgezo.config import TuneConfig
+from edgezo.config import TuneConfig, make_config
 from edgezo.runtime.estimators import ESTIMATORS
 from edgezo.runtime.estimators.estimator import Estimate, estimate_in_place
 from edgezo.runtime.noise import Direction, Floats
 from edgezo.runtime.optimizer import zo_step
 from edgezo.runtime.rules import make_rule
-from edgezo.runtime.samplers import Tunables, make_sampler
+from edgezo.runtime.samplers import SAMPLERS, Tunables, make_sampler
 from edgezo.runtime.weights import MutableWeights
 
 SHAPES = {"layers.0.w": (4, 6), "layers.1.w": (6, 3), "norm": (4,)}
 LAYERS = {"layers.0.w": 0, "layers.1.w": 1, "norm": None}
 SPREAD = 0.05  # of the rows' own minima around the common one
 EPS = 2.0**-10
+NOISY = [("full", "rademacher"), ("full", "gaussian"), ("full", "sphere"), *((name, "rademacher") for name in SAMPLERS if name != "full")]
+
+
+def configure(
+    rule: str = "sgd", estimator: str = "two-sided", sampler: str = "full", noise: str = "rademacher", **settings: Any
+) -> TuneConfig:
+    """Settings of a method, with numbers that suit the quadratic."""
+    made = {"directions": 4, "batch": 1, "share": 0.5, "z_rank": 2, "redraw_every": 3, "anchor_every": 3, "anchor_batches": 4, **settings}
+    return make_config(None, {"data": "none", "rule": rule, "estimator": estimator, "sampler": sampler, "noise": noise, **made})
 
 
 class Quadratic:
