@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 import torch
 from command_line import TASK
+from exact_starts import ROWS
 
 from edgezo import cli
 from edgezo.export import export_model
@@ -153,3 +154,9 @@ def run(command: Command) -> str:
         command("tune", "edge", "-o", "run", *TASK, "--valid", "rows.jsonl", "--steps", "4", "--eval-every", "2", "--lr", "1e-4").code == 0
     )
     return "run"
+
+
+@pytest.fixture
+def rows(write_rows: Callable[..., str]) -> str:
+    """Rows whose last word tells their label."""
+    return write_rows(ROWS)
