@@ -20,6 +20,7 @@ from exact_starts import ROWS
 from edgezo import cli
 from edgezo.export import export_model
 from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.text import TextCodec
 
 
 class Outcome(NamedTuple):
@@ -116,6 +117,12 @@ def edge_dir(exported_dir: Path, tmp_path: Path) -> Path:
 def model(exported_dir: Path) -> EdgeModel:
     """The edge model opened anew."""
     return EdgeModel(exported_dir, threads=1)
+
+
+@pytest.fixture(scope="session")
+def text(exported_dir: Path) -> TextCodec:
+    """The tiny tokenizer, with its chat template."""
+    return EdgeModel(exported_dir, threads=1).text
 
 
 @pytest.fixture
