@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny Llama, exported once a test run."""
 
+import io
 import json
 import shutil
 import signal
@@ -32,6 +33,7 @@ class Outcome(NamedTuple):
 
 
 Command = Callable[..., Outcome]
+Chat = Callable[..., Outcome]
 ExportTiny = Callable[..., Path]
 
 
@@ -167,3 +169,15 @@ def run(command: Command) -> str:
 def rows(write_rows: Callable[..., str]) -> str:
     """Rows whose last word tells their label."""
     return write_rows(ROWS)
+
+
+@pytest.fixture
+def chat(monkeypatch: pytest.MonkeyPatch, invoke: Command, exported_dir: Path, tmp_path: Path) -> Chat:
+    """Run `edgezo chat DIR ...` with the given lines on standard input; DIR is the shared edge model unless given."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(lines: Any, *options: str, directory: str | Path = exported_dir, tokens: int = 6) -> Outcome:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines) if isinstance(lines, str) else lines)
+        return invoke("chat", str(directory), "--threads", "1", "--max-tokens", str(tokens), *options)
+
+    return call
