@@ -1,0 +1,56 @@
+"""Every field of the configuration, with its default and with a value that is not."""
+
+from typing import Any
+
+from edgezo.config import TuneConfig
+
+FIELDS = list(TuneConfig.model_fields)
+DEFAULTS = {name: field.default for name, field in TuneConfig.model_fields.items()}
+NEITHER_DEFAULT: dict[str, Any] = {  # a value for every field, none of them its default
+    "data": "DATA",
+    "valid": "DATA",
+    "valid_share": 0.25,
+    "template": "{body} It was",
+    "labels": {"0": "terrible", "1": "great"},
+    "label_field": "sentiment",
+    "max_length": 30,
+    "choices": ["{body} one", "two"],
+    "answer_field": "right",
+    "replace": {"sentiment": {"0": "bad", "1": "good"}},
+    "stop": "#",
+    "calibrate": "N/A It was",
+    "objective": "accuracy",
+    "beta": 0.5,
+    "metrics": ["rouge-l", "f1"],
+    "max_tokens": 7,
+    "steps": 3,
+    "minutes": 9.5,
+    "lr": 3e-5,
+    "eps": 0.004,
+    "directions": 2,
+    "batch": 2,
+    "estimator": "one-sided",
+    "rule": "normalized",
+    "beta_m": 0.5,
+    "beta_v": 0.75,
+    "anchor_every": 2,
+    "anchor_batches": 3,
+    "sampler": "layers",
+    "share": 0.5,
+    "z_rank": 2,
+    "redraw_every": 7,
+    "rank": 4,
+    "alpha": 8.0,
+    "tune_a": True,
+    "init": "FOLDER",
+    "start": "none",
+    "start_rows": 100,
+    "seed": 7,
+    "noise": "gaussian",
+    "schedule": "cosine",
+    "warmup": 0.25,
+    "weight_decay": 0.125,
+    "eval_every": 2,
+    "patience": 5,
+    "eval_rows": 3,
+}
