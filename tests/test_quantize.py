@@ -1,9 +1,8 @@
 """Frozen weights as integers or in half precision: rounding, layout, and scores equal to those of the source given the rounded weights."""
 
-import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,23 @@ import onnx
 import pytest
 import tiny
 import torch
+from conftest import ExportTiny
+from exports import refusal
 from optimum.exporters.onnx import main_export
 from reference import edge_log_probs, make_pairs, network_log_probs, randomise
+from rounded import HALF, POSITIONS, stored
 
 import edgezo
-from edgezo.errors import ConfigError, EdgezoError, ExportError, NonFiniteLossError
+from edgezo.errors import ConfigError, ExportError
 from edgezo.export import export_model
 from edgezo.export import freeze as freeze_module
-from edgezo.export import verify as verify_module
 from edgezo.export.freeze import quantize
-from edgezo.manifest import Manifest
 from edgezo.manifest_reader import read_manifest
 from edgezo.quantization import Quantized
-from edgezo.runtime import device
-from edgezo.runtime.device import Device
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel
 
-ExportTiny = Callable[..., Path]
 MODELS = [("llama", "int8"), ("llama", "int4"), ("llama-untied", "int8"), ("llama-untied", "int4"), ("gpt2", "int8"), ("gpt2", "int4")]
-HALF = [("llama", "fp16"), ("llama-untied", "fp16"), ("gpt2", "fp16")]
 
 
 def round_trip(rows: npt.NDArray[np.float32], bits: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
@@ -116,14 +112,6 @@ def test_eight_bits_are_stored_as_they_are_and_four_the_first_low() -> None:
 
 # edge models
 
-POSITIONS = {"transformer.wpe.weight"}  # a table that is looked up, and no embedding of tokens
-
-
-def stored(directory: Path, manifest: Manifest, name: str) -> npt.NDArray[Any]:
-    tensor = next(tensor for tensor in manifest.tensors if tensor.name == name)
-    kind = {"float32": "<f4", "float16": "<f2", "uint8": "u1"}[tensor.dtype]
-    return np.fromfile(directory / tensor.file, kind, tensor.size, offset=tensor.offset).reshape(tensor.shape)
-
 
 def rounded_weights(directory: Path) -> dict[str, npt.NDArray[Any]]:
     """Every weight of the source as the edge model holds it, in the source's layout, unpacked by hand."""
@@ -198,66 +186,6 @@ def test_the_token_embedding_is_stored_as_integers_too(export_tiny: ExportTiny, 
     tensors = read_manifest(export_tiny(name, adapter="lora", weights=weights)).tensors
     (embedding,) = [tensor for tensor in tensors if tensor.name.endswith(("embed_tokens.weight", "wte.weight"))]
     assert embedding.quantized is not None
-
-
-@pytest.mark.parametrize("name", [name for name, _ in HALF])
-def test_linear_weights_and_the_token_embedding_are_stored_as_float16(export_tiny: ExportTiny, name: str) -> None:
-    """What the source rounds to; all else as it was, and half the bytes."""
-    directory = export_tiny(name, adapter="lora", weights="fp16")
-    manifest = read_manifest(directory)
-    assert manifest.weights == "fp16"
-    for parameter, values in tiny.make_model(name).named_parameters():
-        (tensor,) = [tensor for tensor in manifest.tensors if tensor.name == parameter]
-        found = stored(directory, manifest, parameter)
-        expected = values.detach().numpy().T if tensor.transposed else values.detach().numpy()
-        half = expected.ndim == 2 and parameter not in POSITIONS
-        assert tensor.dtype == ("float16" if half else "float32"), parameter
-        assert tensor.quantized is None
-        assert np.array_equal(found, expected.astype(np.float16) if half else expected), parameter
-    whole = read_manifest(export_tiny(name, adapter="lora"))
-    matrices = sum(tensor.size for tensor in manifest.tensors if tensor.dtype == "float16")
-    assert sum(tensor.nbytes for tensor in whole.tensors) - sum(tensor.nbytes for tensor in manifest.tensors) == 2 * matrices
-
-
-@pytest.mark.parametrize("name", [name for name, _ in HALF])
-def test_products_alone_are_in_half_precision(export_tiny: ExportTiny, name: str) -> None:
-    """float16 is made of what they read, once for all that read the same, and their results are float32 again."""
-    directory = export_tiny(name, adapter="lora", weights="fp16")
-    half = {tensor.name for tensor in read_manifest(directory).tensors if tensor.dtype == "float16"}
-    for file in ("scoring.onnx", "generation.onnx"):
-        nodes = list(onnx.load(directory / file, load_external_data=False).graph.node)
-        casts = {node.output[0]: node for node in nodes if node.op_type == "Cast"}
-        to = {output: next(item.i for item in node.attribute if item.name == "to") for output, node in casts.items()}
-        narrowed = {output for output in casts if to[output] == onnx.TensorProto.FLOAT16}
-        assert len({casts[output].input[0] for output in narrowed}) == len(narrowed) == 1 + 2 * 4
-        turned = {node.output[0] for node in nodes if node.op_type == "Transpose" and node.input[0] in half}
-        users = [node for node in nodes if (half & set(node.input) and node.op_type != "Transpose") or turned & set(node.input)]
-        assert {node.op_type for node in users} <= {"MatMul", "Gemm", "Gather"}
-        products = [node for node in users if node.op_type != "Gather"]
-        assert len(products) == (9 if name == "gpt2" else 15)
-        for node in products:
-            assert node.input[0] in narrowed
-            assert len(node.input) == 2
-        for node in nodes:
-            if narrowed & set(node.input):
-                assert node in products
-            if {user.output[0] for user in users} & set(node.input):
-                assert to[node.output[0]] == onnx.TensorProto.FLOAT
-
-
-@pytest.mark.parametrize("name", [name for name, _ in HALF])
-def test_the_check_sees_products_rounded_to_half(export_tiny: ExportTiny, name: str) -> None:
-    """The CPU provider alone would multiply in float32."""
-    directory = export_tiny(name, adapter="lora", weights="fp16")
-    checked = read_manifest(directory).verification
-    assert checked is not None
-    assert checked.largest_log_prob_difference < 1e-4
-    assert checked.half_log_prob_difference is not None
-    assert 1e-3 < checked.half_log_prob_difference < 5e-2
-    assert not (directory / "rounded.onnx").exists()
-    other = read_manifest(export_tiny(name, adapter="lora", weights="int8")).verification
-    assert other is not None
-    assert other.half_log_prob_difference is None
 
 
 @pytest.mark.parametrize(("name", "weights"), [*MODELS, *HALF])
@@ -358,14 +286,6 @@ def test_a_large_projection_is_used_in_parts(
 # refusals
 
 
-def refusal(model: Path, output: Path, kind: type[EdgezoError], **settings: Any) -> str:
-    before = sorted(output.parent.iterdir())
-    with pytest.raises(kind) as caught:
-        export_model(str(model), output, **settings)
-    assert sorted(output.parent.iterdir()) == before
-    return str(caught.value)
-
-
 @pytest.mark.parametrize("weights", ["bf16", "int8-dynamic", "", "INT8"])
 def test_other_weights_are_refused_with_the_reason(tmp_path: Path, weights: str) -> None:
     assert refusal(tmp_path / "no model", tmp_path / "edge", ConfigError, weights=weights) == (
@@ -378,64 +298,6 @@ def test_other_weights_are_refused_with_the_reason(tmp_path: Path, weights: str)
 def test_rounded_weights_cannot_be_tuned(tmp_path: Path, weights: str) -> None:
     assert refusal(tmp_path / "no model", tmp_path / "edge", ConfigError, weights=weights) == (
         f"--weights {weights}: rounded weights cannot be tuned; add --adapter lora, or leave --weights out"
-    )
-
-
-def scaled(folder: Path, factors: dict[str, float]) -> Path:
-    """The tiny Llama with some weights larger."""
-    network = tiny.make_model("llama")
-    with torch.no_grad():
-        for name, factor in factors.items():
-            network.get_parameter(f"model.layers.0.mlp.{name}.weight").mul_(factor)
-    network.save_pretrained(folder)
-    tiny.make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def test_a_weight_beyond_half_precision_is_named(tmp_path: Path) -> None:
-    source = scaled(tmp_path / "source", {"up_proj": 1e6})
-    largest = tiny.make_model("llama").get_parameter("model.layers.0.mlp.up_proj.weight").mul(1e6).abs().max()
-    assert refusal(source, tmp_path / "edge", ExportError, adapter="lora", weights="fp16") == (
-        f"model.layers.0.mlp.up_proj.weight: holds {largest:.6g}, fp16 ends at 65504; export with --weights int8, or leave --weights out"
-    )
-
-
-def test_activations_beyond_half_precision_are_refused(tmp_path: Path) -> None:
-    """They are within float32, which the CPU computes in: the same source is exported with other weights."""
-    source = scaled(tmp_path / "source", {"up_proj": 300, "gate_proj": 300})
-    assert refusal(source, tmp_path / "edge", ExportError, adapter="lora", weights="fp16") == (
-        "source: in half precision its log-probabilities are not finite, activations exceed 65504; export with --weights int8, or leave --weights out"
-    )
-    assert export_model(str(source), tmp_path / "int8", adapter="lora", weights="int8").verification.largest_log_prob_difference < 2e-3
-
-
-def test_scores_that_are_not_finite_are_laid_at_half_precision_on_a_device(
-    export_tiny: ExportTiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Texts may have larger activations than those of the check; the CPU multiplies in float32."""
-    monkeypatch.setitem(device.DEVICES, "cuda", Device("cpu", "CPUExecutionProvider", {}))
-    half = "export the model without --weights fp16, in which activations end at 65504"
-    for weights, where, remedy in (
-        ("fp16", "cuda", half),
-        ("fp16", "cpu", "export the model again"),
-        ("int8", "cuda", "export the model again"),
-    ):
-        model = EdgeModel(export_tiny("llama", adapter="lora", weights=weights), threads=1, device=where)
-        lora = randomise(model)
-        assert isinstance(lora, Lora)
-        lora.b[...] = 3e38
-        with pytest.raises(NonFiniteLossError) as caught:
-            model.generate("the film", 1)
-        assert str(caught.value) == f"the model's logits are NaN or infinite; {remedy}, or tune with a smaller --lr"
-
-
-def test_a_model_that_half_precision_changes_is_refused(source_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_module, "HALF_TOLERANCE", 1e-5)
-    message = refusal(source_dir, tmp_path / "edge", ExportError, adapter="lora", weights="fp16")
-    assert re.fullmatch(
-        rf"{source_dir.name}: in half precision log-probabilities differ from the source by up to \d\.\d\de-\d\d, allowed are 1e-05;"
-        " export with --weights int8, or leave --weights out",
-        message,
     )
 
 
