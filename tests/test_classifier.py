@@ -11,14 +11,14 @@ import numpy.typing as npt
 import onnx
 import peft
 import pytest
-import tiny
 import tiny_encoders
 import torch
 import transformers
+from tiny_classifiers import NAMES, refusal, save
 
 from edgezo import api
 from edgezo.config import make_config, parse_labels
-from edgezo.errors import ConfigError, DataError, EdgeModelError, ExportError
+from edgezo.errors import ConfigError, DataError, EdgeModelError
 from edgezo.export import export_model
 from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.data import Row
@@ -34,9 +34,7 @@ from edgezo.runtime.tasks import find_task
 from edgezo.runtime.theta import mutable_weights
 
 ROWS = [("a great film", 1), ("a terrible plot", 0), ("the plot is great", 1), ("the film is terrible", 0)] * 4
-NAMES = {0: "bad", 1: "fair", 2: "good"}
 TOLERANCE = 2e-3
-
 Export = Callable[..., Path]
 Invoke = Callable[..., Any]
 
@@ -64,11 +62,6 @@ def data(write_rows: Callable[..., str]) -> str:
     return write_rows([{"text": text, "label": label} for text, label in ROWS])
 
 
-def save(folder: Path, name: str = "bert", **more: Any) -> Path:
-    """A source with a head of its own, of three classes unless told otherwise."""
-    return tiny_encoders.save(folder, name, "SequenceClassification", **(more or {"id2label": NAMES}))
-
-
 def candidates(directory: Path, *texts: str, template: str = "{text}", limit: int = 64) -> tuple[list[Classified], int]:
     """The classes of some texts, and how many rows were cut."""
     model = EdgeModel(directory, threads=1)
@@ -81,14 +74,6 @@ def torch_log_probs(network: Any, ids: list[int]) -> npt.NDArray[np.float64]:
     with torch.no_grad():
         found: npt.NDArray[np.float64] = torch.log_softmax(network(torch.tensor([ids])).logits[0].double(), -1).numpy()
     return found
-
-
-def refusal(kind: type[Exception], call: Callable[..., Any], *arguments: Any, **more: Any) -> str:
-    with pytest.raises(kind) as caught:
-        call(*arguments, **more)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # scores
@@ -302,69 +287,11 @@ def test_a_run_is_used_without_saying_its_template_again(export: Export, data: s
 # refusals
 
 
-def test_exporting_tells_the_new_head(tmp_path: Path, invoke: Invoke) -> None:
-    source = tiny_encoders.save(tmp_path / "source", "bert", "")
-    outcome = invoke("export", str(source), "--classes", "no,yes", "-o", str(tmp_path / "edge"))
-    assert outcome.code == 0
-    assert "classes     no, yes\n" in outcome.out
-    assert "new head    classifier.bias, classifier.weight; small and random, it knows nothing before tuning\n" in outcome.out
-
-
-@pytest.mark.parametrize("classes", ["1", "", "a", "a,,b", "a,a", "0"])
-def test_classes_that_are_none_are_refused(classes: str, tmp_path: Path) -> None:
-    message = refusal(ConfigError, export_model, "nowhere", tmp_path / "edge", classes=classes)
-    assert message == f"--classes {classes!r}: give a number of at least 2, or names as negative,positive, each once"
-
-
-def test_classes_that_do_not_fit_the_own_head_are_refused(tmp_path: Path) -> None:
-    source = save(tmp_path / "source")
-    message = refusal(ExportError, export_model, str(source), tmp_path / "edge", classes="2")
-    assert message == f"{source}: --classes has 2 classes, its own head has 3; leave --classes out, or name 3"
-
-
-def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
-    source = save(tmp_path / "source", id2label={0: "same", 1: "same"})
-    message = refusal(ExportError, export_model, str(source), tmp_path / "edge")
-    assert message == f"{source}: two of its classes have one name (same, same); name all 2 with --classes"
-    assert export_model(str(source), tmp_path / "edge", classes="no,yes").manifest.classes == ["no", "yes"]
-
-
-def test_classes_for_a_model_onnx_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").touch()
-    message = refusal(ConfigError, export_model, str(tmp_path), tmp_path / "edge", classes="2")
-    assert message == f"--classes: {tmp_path} is a model.onnx, which has its head already; leave it out, or give the Hugging Face folder"
-
-
 def test_classes_of_the_own_head_can_be_named(tmp_path: Path, export: Export) -> None:
     manifest = export_model(str(save(tmp_path / "source")), tmp_path / "edge", classes="x,y,z").manifest
     assert manifest.classes == ["x", "y", "z"]
     assert manifest.new_weights == []
     assert manifest.origin.weights_sha256 == read_manifest(export(own=True)).origin.weights_sha256
-
-
-@pytest.mark.parametrize(
-    ("more", "problem"),
-    [
-        ({"num_labels": 1}, "its head gives one number, not classes; edgezo tunes classifiers, give a model with two classes or more"),
-        (
-            {"num_labels": 2, "problem_type": "multi_label_classification"},
-            "its head is for multi_label_classification; edgezo tunes classifiers with one right class a row, give another model",
-        ),
-    ],
-)
-def test_heads_that_do_not_classify_are_refused(more: dict[str, Any], problem: str, tmp_path: Path) -> None:
-    source = save(tmp_path / "source", **more)
-    assert refusal(ExportError, export_model, str(source), tmp_path / "edge") == f"{source}: {problem}"
-
-
-def test_a_head_on_a_decoder_is_refused(source_dir: Path, tmp_path: Path) -> None:
-    ending = "llama is a decoder; edgezo exports classifiers of encoders such as BERT, use label words on a causal model instead"
-    message = refusal(ExportError, export_model, str(source_dir), tmp_path / "edge", classes="2")
-    assert message == f"{source_dir}: --classes needs an encoder, {ending}"
-    config = transformers.AutoConfig.for_model("llama", **tiny.CONFIGS["llama"])
-    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "llama")
-    message = refusal(ExportError, export_model, str(tmp_path / "llama"), tmp_path / "edge")
-    assert message == f"{tmp_path / 'llama'}: its head is one of classes, {ending}"
 
 
 def test_a_prefix_and_writing_text_are_refused(export: Export, tmp_path: Path, invoke: Invoke) -> None:
