@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny Llama, exported once a test run."""
+"""Shared fixtures: a tiny Llama, exported once a test run, and what tests of more than one file begin with."""
 
 import io
 import json
