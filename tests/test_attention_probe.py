@@ -143,6 +143,13 @@ def test_a_linear_reading_is_that_of_scikit_learn(monkeypatch: pytest.MonkeyPatc
     assert np.allclose(read_linearly(states, wanted) * scale[:, None], reference.coef_.T)
 
 
+def test_a_linear_reading_does_not_rely_on_a_feature_that_is_switched_off() -> None:
+    random = np.random.default_rng(2)
+    wanted = random.normal(size=(50, 1))
+    found = read_linearly(np.hstack([random.normal(size=(50, 8)), 1e-30 * wanted]), wanted)
+    assert np.abs(found[-1]).max() < 1e-20
+
+
 def test_the_ridge_is_chosen_on_rows_that_were_not_read() -> None:
     random = np.random.default_rng(1)
     states, truth = random.normal(size=(200, 30)), random.normal(size=(30, 1))

@@ -48,6 +48,20 @@ def test_the_fit_is_that_of_scikit_learn(count: int, width: int, monkeypatch: py
     assert found.before == pytest.approx(np.log(3))
 
 
+@pytest.mark.parametrize(("count", "width"), [(60, 8), (12, 40)])
+def test_a_feature_that_is_switched_off_is_not_relied_on(count: int, width: int) -> None:
+    """It tells the label by itself, in rounding errors."""
+    random = np.random.default_rng(1)
+    gold = np.arange(count) % 3
+    states, scores = random.normal(size=(count, width)), np.zeros((count, 3))
+    dead, zero = 1e-30 * (gold[:, None] - 1.0), np.zeros((count, 1))
+    found, without = (fit_softmax(np.hstack([states, column]), scores, gold) for column in (dead, zero))
+    assert np.abs(found.weights[-1]).max() < 1e-20
+    assert np.allclose(found.weights[:-1], without.weights[:-1])
+    assert found.held_out.loss == pytest.approx(without.held_out.loss)
+    assert not fit_softmax(zero, scores, gold).weights.any()
+
+
 def test_the_penalty_is_chosen_on_rows_that_the_fit_has_not_seen() -> None:
     """Labels without any relation to the states: strong penalties are best, and the weakest are not tried."""
     random = np.random.default_rng(2)
