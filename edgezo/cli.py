@@ -255,7 +255,10 @@ def inspect_command(
     """Show what an edge model or run directory holds, and check its files."""
     from edgezo.inspection import inspect_path
 
-    terminal.print_facts(inspect_path(path), as_json)
+    facts = inspect_path(path)
+    if not as_json and "ended" in facts:
+        facts["ended"] = facts["ended"] or "not recorded: it goes on, was cut off, or failed"
+    terminal.print_facts(facts, as_json)
 
 
 @app.command("demo")

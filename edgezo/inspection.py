@@ -96,7 +96,7 @@ def _run(path: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "run": str(path),
         "steps": len(run.records),
-        "ended": summary.get("ended") if summary.get("steps") == len(run.records) else "it goes on, or was cut off",
+        "ended": summary.get("ended") if summary.get("steps") == len(run.records) else None,
         **({"best_step": run.best_step} if run.evaluations else {}),
         "seconds": round(run.seconds, 1),
         "base": run.header.get("base"),

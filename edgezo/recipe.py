@@ -57,7 +57,7 @@ def recipe_path(task: str | os.PathLike[str], asked: str = "--task") -> Path:
 
     Args:
         task: name of one of the package, or a .yaml, .yml or .json file.
-        asked: where it was given, for the error.
+        asked: the option or command it was given to; an error begins with it.
 
     Raises:
         ConfigError: there is none.

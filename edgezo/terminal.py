@@ -69,6 +69,7 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
 
 def _fact_text(value: Any) -> str:
     if isinstance(value, dict):
+        # labels as --labels takes them; numbers as 'rows 16'
         return ", ".join(f"{name}{'=' if isinstance(part, str) else ' '}{_fact_text(part)}" for name, part in value.items()) or "none"
     if isinstance(value, list):
         return ", ".join(_fact_text(part) for part in value) or "none"

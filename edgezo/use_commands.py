@@ -237,8 +237,9 @@ def generate_command(
         text = model.text.chat([{"role": "user", "content": text}], reply=True)
     pieces = generate(model, text, max_tokens, sampling_of(temperature, top_k, top_p, seed), special=not chat)
     config = read_run(run).config if run is not None else None
-    if config is not None and config.labels is not None:
-        terminal.stderr().print("note: this run learned to tell labels apart, not to write them; edgezo predict tells the label of a text")
+    if config is not None and config.labels is not None and config.objective != "likelihood":
+        use = f"edgezo predict {directory} --run {run} --text '...'"
+        terminal.stderr().print(f"note: this run learned to choose among labels, not to write text; for a label: {use}")
     ending = unescape(stop) or (config.stop if config is not None else None)
     if ending:
         pieces = until(pieces, ending)

@@ -11,7 +11,7 @@ from edgezo.runtime.noise import Direction
 from edgezo.runtime.theta import Theta
 
 LEAST, MOST = 4, 8  # directions, of one row each; 4 rows each tell the same in twice the time (SmolLM2-135M, SST-2)
-FIRST, CLEAR = 2, 0.1  # directions that are enough where they agree so well; of a loss lost to rounding two do so once in a hundred times
+FIRST, CLEAR = 2, 0.1  # enough where they agree so well; with rounding as large as the slope at eps / 2 two do so once in a hundred draws
 TOLERANCE = 0.5
 LARGE = 1.0  # no weights stand a perturbation of this size; rounding drowns nothing there
 PROBE_STEP = (1 << 64) - 2  # no run has this step
@@ -25,7 +25,8 @@ def smoothness_warning(theta: Theta, examples: Sequence[Example]) -> str | None:
         examples: training rows to take a few of.
 
     Returns:
-        A warning with the numbers when the root mean square of the difference exceeds half of that of c; None when all is well.
+        A warning with the numbers when the root mean square of the difference exceeds half of that of c; None when it does not, or is below
+        a tenth along the first two directions already.
     """
     eps, config = theta.weights.eps, theta.config
     count = min(max(config.directions, LEAST), MOST, len(examples))

@@ -1,6 +1,5 @@
 """Text to tokens and back, and the model's own chat template."""
 
-import functools
 import json
 from collections.abc import Sequence
 from datetime import datetime
@@ -46,14 +45,14 @@ class TextCodec:
             raise EdgeModelError(f"{path}: not readable as a tokenizer ({error}); export the model again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._encode = functools.lru_cache(maxsize=2)(self._tokenizer.encode)  # a row's candidates stand after one prompt
+        self._prompt: tuple[tuple[str, bool], list[int]] | None = None  # the last one: a row's candidates stand after the same
         self._beginnings: dict[tuple[int, str | None], npt.NDArray[np.bool_]] = {}
         self._template = _read_template(directory / facts.chat_template) if facts.chat_template else None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`; with the special tokens the model's tokenizer puts around a text, unless `special` is False."""
         try:
-            ids: list[int] = self._encode(text, add_special_tokens=special).ids
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
         except (TypeError, UnicodeEncodeError):
             raise TextError(f"{text[:40]!r}: half a surrogate pair in it, which is no UTF-8 text; save it as UTF-8") from None
         return ids
@@ -87,7 +86,9 @@ class TextCodec:
 
     def split(self, prompt: str, completion: str, special: bool = True) -> tuple[list[int], list[int]]:
         """Token ids of prompt and completion, encoded together so that a word at the seam has the tokens it has in running text."""
-        alone, whole = self.encode(prompt, special), self.encode(prompt + completion, special)
+        if self._prompt is None or self._prompt[0] != (prompt, special):
+            self._prompt = (prompt, special), self.encode(prompt, special)
+        alone, whole = self._prompt[1], self.encode(prompt + completion, special)
         shared = 0
         while shared < min(len(alone), len(whole) - 1) and alone[shared] == whole[shared]:
             shared += 1

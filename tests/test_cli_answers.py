@@ -141,7 +141,16 @@ def test_generate_with_a_run_is_the_tuned_model(command: Command) -> None:
     assert found["text"] != EdgeModel("edge", threads=1).generate("the film is", 20)
     assert found["step"] == 9
     told = command("generate", "edge", "--run", "run", "--prompt", "the film is", "--max-tokens", "1").err
-    assert told == "note: this run learned to tell labels apart, not to write them; edgezo predict tells the label of a text\n"
+    use = "edgezo predict edge --run run --text '...'"
+    assert told == f"note: this run learned to choose among labels, not to write text; for a label: {use}\n"
+
+
+def test_generate_says_nothing_of_a_run_that_learned_to_write(command: Command, write_rows: Callable[..., str]) -> None:
+    write_rows([{"prompt": "the film is", "completion": " great"}] * 4, "texts.jsonl")
+    learned = {"labels": [*TASK, "--objective", "likelihood"], "texts": ["--data", "texts.jsonl", "--threads", "1"]}
+    for name, options in learned.items():
+        assert command("tune", "edge", "-o", name, *options, "--steps", "1", "--lr", "1e-3", "--eps", "1e-3", "--start", "none").code == 0
+        assert command("generate", "edge", "--run", name, "--prompt", "the film is", "--max-tokens", "1").err == ""
 
 
 def test_generate_samples_by_seed(command: Command) -> None:

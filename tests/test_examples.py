@@ -40,6 +40,20 @@ def test_tokens_that_merge_at_the_seam_are_those_of_running_text(text: TextCodec
     assert text.decode(completion) == " film is great"
 
 
+def test_a_prompt_is_encoded_once_for_all_its_candidates(exported_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, alone = EdgeModel(exported_dir, threads=1).text, EdgeModel(exported_dir, threads=1).text
+    asked, encode = list[str](), text.encode
+    monkeypatch.setattr(text, "encode", lambda given, special=True: (asked.append(given), encode(given, special))[1])
+    places = [("the f", "ilm", True), ("the f", "ilm is great", True), ("the f", "ilm", False), ("the plot", " is", False)]
+    found = [text.split(*place) for place in places]
+    assert asked == ["the f", "the film", "the film is great", "the f", "the film", "the plot", "the plot is"]
+    alone_each = []
+    for place in reversed(places):
+        alone.split("another prompt", "")
+        alone_each.append(alone.split(*place))
+    assert found == alone_each[::-1]
+
+
 def test_the_completion_keeps_a_token_when_it_merges_into_the_prompt(text: TextCodec) -> None:
     prompt, completion = text.split("the fil", "m")
     assert prompt + completion == text.encode("the film")

@@ -1,5 +1,6 @@
 """What inspect tells of an edge model and of a run."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,15 @@ def test_inspect_shows_the_steps_that_were_made_not_those_that_were_asked_for(co
     journal = tmp_path / run / "journal.bin"
     journal.write_bytes(journal.read_bytes()[: -EVALUATION_BYTES - STEP_BYTES])  # as if stopped before the last step
     assert one_object(command("inspect", run, "--json").out)["steps"] == 3
+
+
+def test_inspect_does_not_tell_an_end_that_is_not_that_of_the_journal(command: Command, tmp_path: Path, run: str) -> None:
+    def ended() -> tuple[Any, str]:
+        return one_object(command("inspect", run, "--json").out)["ended"], dict(facts(command("inspect", run).out))["ended"]
+
+    assert ended() == ("finished", "finished")
+    summary, unknown = tmp_path / run / "summary.json", (None, "not recorded: it goes on, was cut off, or failed")
+    summary.write_text(json.dumps({**json.loads(summary.read_text(encoding="utf-8")), "steps": 3}), encoding="utf-8")
+    assert ended() == unknown
+    summary.unlink()
+    assert ended() == unknown

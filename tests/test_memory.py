@@ -322,6 +322,17 @@ def test_an_eps_where_the_loss_curves_is_warned_of(make_theta: Callable[..., The
     assert found["advice"] == CURVATURE
 
 
+@pytest.mark.parametrize(("step", "asked"), [(None, [2, 2]), (0.2, [2, 2, 4, 4, 6, 6])])
+def test_two_directions_are_enough_where_they_agree(make_theta: Callable[..., Theta], step: float | None, asked: list[int]) -> None:
+    theta, found = make_theta("lora", eps=2e-3, directions=6, batch=2), list[int]()
+    if step is not None:
+        round_losses(theta, step)
+    inner = theta.estimates
+    theta.estimates = lambda directions, *given: (found.append(len(directions)), inner(directions, *given))[1]  # type: ignore[method-assign]
+    assert (smoothness_warning(theta, make_rows()) is None) == (step is None)
+    assert found == asked
+
+
 def test_few_rows_are_enough_to_probe(make_theta: Callable[..., Theta]) -> None:
     for count in (1, 2, 5):
         assert smoothness_warning(make_theta("lora", eps=2**-8), make_rows(count) if count > 5 else make_examples(count)) is None

@@ -4,8 +4,8 @@
     python -m examples.bench.tasks RESULTS --data DATA --classifier 'minilm-{task}' --classifier-full 'minilm-full-{task}' --tasks sst2,trec
 
 A cell that is in RESULTS already is not run again, so that the bench can be stopped and go on. The data folder has TASK/train.jsonl,
-TASK/validation.jsonl and TASK/test.jsonl, with the fields of the task's recipe. A classifier is exported with the classes of one task: {task}
-in its path stands for that. Options that are not of this command are those of `edgezo tune`.
+TASK/validation.jsonl and TASK/test.jsonl, with the fields of the task's recipe. A classifier is exported with the classes of one task, {task}
+in its path stands for that; --classifier has LoRA, --classifier-full all weights tunable. Options that are not of this command are those of `edgezo tune`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from edgezo.recipe import read_recipe, recipe_path, summarize
 
 TUNED = ("full", "lora", "prefix", "classifier", "classifier-full")
-# of each method the option that gives its edge model
+# of each method the attribute of the options that gives its edge model
 METHODS = {
     "zero-shot": "lora",
     "in-context": "lora",
