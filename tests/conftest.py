@@ -104,7 +104,7 @@ def prefix_dir(export_tiny: ExportTiny) -> Path:
 
 
 @pytest.fixture
-def directories(lora_dir: Path, prefix_dir: Path) -> dict[str, Path]:
+def adapter_dirs(lora_dir: Path, prefix_dir: Path) -> dict[str, Path]:
     """The edge models for adapters, by kind; shared, never to be changed."""
     return {"lora": lora_dir, "prefix": prefix_dir}
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from row_examples import make_rows
+
 from edgezo.config import make_config
-from edgezo.runtime.data import Row
 from edgezo.runtime.examples import Example, make_examples
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
@@ -22,12 +23,9 @@ PREFERENCE_ROWS = [
 ]
 
 
-def make_rows(rows: list[dict[str, Any]]) -> list[Row]:
-    return [Row(fields, f"rows.jsonl:{number}") for number, fields in enumerate(rows, 1)]
-
-
 def objective_of(model: EdgeModel, rows: list[dict[str, Any]], **settings: Any) -> tuple[Objective, list[Example]]:
-    read = make_rows(rows)
+    """The objective that these rows have with the settings, and the rows as examples."""
+    read = make_rows(*rows)
     config = make_config(None, {"data": "no file", **settings})
     names = ("choices", "answer_field", "replace", "stop", "calibrate")
     task = find_task(read, config.template, config.labels, config.label_field, **{name: getattr(config, name) for name in names})

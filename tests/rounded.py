@@ -1,4 +1,4 @@
-"""What tests of rounded weights share: models in half precision, and tensors as they are stored."""
+"""Models whose weights are rounded, and a tensor of them as it is stored."""
 
 from pathlib import Path
 from typing import Any

@@ -26,6 +26,8 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.theta import mutable_weights
 from edgezo.runtime.tune import tune
 
+TASK = {"template": "{text} It was", "labels": "terrible,great"}
+
 # adapters are proven live
 
 
@@ -41,8 +43,8 @@ def rewrite_scoring(directory: Path, change: Callable[[onnx.GraphProto], object]
     manifest.model_copy(update={"files": files}).write(directory)
 
 
-def test_every_part_of_an_adapter_is_live(directories: dict[str, Path]) -> None:
-    for directory in directories.values():
+def test_every_part_of_an_adapter_is_live(adapter_dirs: dict[str, Path]) -> None:
+    for directory in adapter_dirs.values():
         model = EdgeModel(directory, threads=1)
         weights = mutable_weights(model, make_config(None, {"data": "no file", "eps": 1e-2}, "lora"))
         before = digest(model)
@@ -82,9 +84,9 @@ def silence_prefix(graph: onnx.GraphProto) -> None:
     ],
 )
 def test_a_dead_part_of_an_adapter_is_refused_by_name(
-    directories: dict[str, Path], reviews: str, tmp_path: Path, kind: str, damage: Any, dead: list[str], of: int, why: str
+    adapter_dirs: dict[str, Path], reviews: str, tmp_path: Path, kind: str, damage: Any, dead: list[str], of: int, why: str
 ) -> None:
-    directory = Path(shutil.copytree(directories[kind], tmp_path / "edge"))
+    directory = Path(shutil.copytree(adapter_dirs[kind], tmp_path / "edge"))
     rewrite_scoring(directory, damage)
     targets = read_manifest(directory).adapter.targets  # type: ignore[union-attr]
     names = ", ".join(re.sub(r"\{1\}", targets[1].module if targets else "", name) for name in dead)
@@ -97,8 +99,6 @@ def test_a_dead_part_of_an_adapter_is_refused_by_name(
 
 
 # runs
-
-TASK = {"template": "{text} It was", "labels": "terrible,great"}
 
 
 class Tuned(NamedTuple):
@@ -128,9 +128,9 @@ RUNS = [
 
 @pytest.mark.parametrize(("kind", "settings"), RUNS)
 def test_a_run_is_rebuilt_from_base_and_journal_and_can_be_stopped_and_resumed(
-    directories: dict[str, Path], reviews: str, tmp_path: Path, kind: str, settings: dict[str, Any]
+    adapter_dirs: dict[str, Path], reviews: str, tmp_path: Path, kind: str, settings: dict[str, Any]
 ) -> None:
-    directory = directories[kind]
+    directory = adapter_dirs[kind]
     settings = {"schedule": "constant", "start": "none", **settings}
     whole = run_of(directory, tmp_path / "whole", reviews, steps=10, **settings)
     rebuilt = EdgeModel(directory, run=tmp_path / "whole", step="last", threads=2)
@@ -150,16 +150,16 @@ def test_a_run_is_rebuilt_from_base_and_journal_and_can_be_stopped_and_resumed(
 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
 def test_tuning_an_adapter_lowers_the_loss_and_leaves_the_edge_model_as_it_is(
-    directories: dict[str, Path], reviews: str, tmp_path: Path, kind: str
+    adapter_dirs: dict[str, Path], reviews: str, tmp_path: Path, kind: str
 ) -> None:
-    before = {path.name: path.read_bytes() for path in directories[kind].iterdir()}
+    before = {path.name: path.read_bytes() for path in adapter_dirs[kind].iterdir()}
     settings = {**TASK, "start": "none", "steps": 40, "directions": 8, "lr": {"lora": 1.2e-2, "prefix": 5e-2}[kind]}
-    result = edgezo.tune(directories[kind], tmp_path / "run", data=reviews, valid=reviews, threads=1, **settings)
+    result = edgezo.tune(adapter_dirs[kind], tmp_path / "run", data=reviews, valid=reviews, threads=1, **settings)
     assert result.before is not None
     assert result.best is not None
     assert result.best.loss < 0.8 * result.before.loss
-    assert {path.name: path.read_bytes() for path in directories[kind].iterdir()} == before
-    found = edgezo.evaluate(directories[kind], reviews, run=tmp_path / "run", threads=1)
+    assert {path.name: path.read_bytes() for path in adapter_dirs[kind].iterdir()} == before
+    found = edgezo.evaluate(adapter_dirs[kind], reviews, run=tmp_path / "run", threads=1)
     assert found.evaluation.loss == pytest.approx(result.best.loss, abs=1e-6)
 
 
@@ -185,8 +185,8 @@ def test_a_resumed_run_keeps_what_its_weights_depend_on(lora_dir: Path, reviews:
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
-def test_a_run_keeps_the_adapter_it_started_from(directories: dict[str, Path], reviews: str, tmp_path: Path, kind: str) -> None:
-    directory, run = directories[kind], tmp_path / "run"
+def test_a_run_keeps_the_adapter_it_started_from(adapter_dirs: dict[str, Path], reviews: str, tmp_path: Path, kind: str) -> None:
+    directory, run = adapter_dirs[kind], tmp_path / "run"
     first = EdgeModel(directory, threads=1)
     randomise(first, rank=2, alpha=3.0)
     folder = write_adapter(first, tmp_path / "adapter")
@@ -247,9 +247,9 @@ def test_a_run_whose_start_was_changed_is_refused(lora_dir: Path, reviews: str, 
     ],
 )
 def test_settings_that_do_not_fit_the_adapter_are_refused(
-    directories: dict[str, Path], reviews: str, tmp_path: Path, kind: str, settings: dict[str, Any], message: str
+    adapter_dirs: dict[str, Path], reviews: str, tmp_path: Path, kind: str, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(EdgezoError) as caught:
-        edgezo.tune(directories[kind], tmp_path / "run", data=reviews, steps=2, threads=1, directions=4, **TASK, **settings)
+        edgezo.tune(adapter_dirs[kind], tmp_path / "run", data=reviews, steps=2, threads=1, directions=4, **TASK, **settings)
     assert str(caught.value) == message
     assert not (tmp_path / "run").exists()

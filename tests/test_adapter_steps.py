@@ -91,9 +91,9 @@ def loss_alone(theta: Theta, step: int, number: int, side: int, group: Sequence[
     ("kind", "settings"), [("lora", {}), ("lora", {"tune_a": True}), ("prefix", {}), ("prefix", {"noise": "gaussian"})]
 )
 def test_stacked_losses_are_those_of_each_copy_alone(
-    directories: dict[str, Path], tmp_path: Path, kind: str, settings: dict[str, Any], words: tuple[int, ...], batch: int
+    adapter_dirs: dict[str, Path], tmp_path: Path, kind: str, settings: dict[str, Any], words: tuple[int, ...], batch: int
 ) -> None:
-    theta = make_theta(directories[kind], tmp_path / "start", directions=4, batch=batch, eps=2**-5, **settings)
+    theta = make_theta(adapter_dirs[kind], tmp_path / "start", directions=4, batch=batch, eps=2**-5, **settings)
     before = digest(theta.model)
     forwards = Forwards(theta.model)
     groups = theta.groups(make_examples(4 * batch, words))
@@ -152,10 +152,10 @@ def test_hidden_rows_of_a_forward_are_bounded_for_all_copies_together(lora_dir: 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
 @pytest.mark.parametrize(("place", "side"), [(0, "+"), (2, "+"), (5, "-")])
 def test_a_loss_that_is_not_finite_leaves_the_adapter_as_it_was(
-    directories: dict[str, Path], tmp_path: Path, kind: str, place: int, side: str
+    adapter_dirs: dict[str, Path], tmp_path: Path, kind: str, place: int, side: str
 ) -> None:
     """Of three directions: scores come direction after direction, two label words for each sign."""
-    theta = make_theta(directories[kind], tmp_path / "start", directions=3, batch=1)
+    theta = make_theta(adapter_dirs[kind], tmp_path / "start", directions=3, batch=1)
     before, run = digest(theta.model), theta.model.scoring.run
     prompt = make_examples(1)[0]
 

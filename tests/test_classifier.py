@@ -14,7 +14,8 @@ import pytest
 import tiny_encoders
 import torch
 import transformers
-from tiny_classifiers import NAMES, refusal, save
+from refusals import refusal
+from tiny_classifiers import NAMES, save
 
 from edgezo import api
 from edgezo.config import make_config, parse_labels

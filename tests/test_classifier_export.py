@@ -8,7 +8,8 @@ import tiny
 import tiny_encoders
 import transformers
 from conftest import Command
-from tiny_classifiers import refusal, save
+from refusals import refusal
+from tiny_classifiers import save
 
 from edgezo.errors import ConfigError, ExportError
 from edgezo.export import export_model

@@ -12,6 +12,7 @@ import pytest
 import tiny_encoders
 import torch
 import transformers
+from refusals import refusal
 
 from edgezo import api
 from edgezo.config import parse_labels
@@ -231,14 +232,6 @@ def test_labels_are_predicted_for_a_text(export: Export, data: str, invoke: Invo
 
 
 # refusals
-
-
-def refusal(kind: type[Exception], call: Callable[..., Any], *arguments: Any, **more: Any) -> str:
-    with pytest.raises(kind) as caught:
-        call(*arguments, **more)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def test_a_label_word_of_several_tokens_is_refused_with_its_pieces(export: Export) -> None:

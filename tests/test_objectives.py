@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from objective_rows import ANSWER_ROWS, CHOICE_ROWS, PREFERENCE_ROWS, make_rows, objective_of
+from objective_rows import ANSWER_ROWS, CHOICE_ROWS, PREFERENCE_ROWS, objective_of
 from reference import network_log_probs
+from row_examples import make_rows
 
 from edgezo.config import make_config
 from edgezo.errors import ConfigError, DataError
@@ -192,7 +193,7 @@ def test_an_objective_that_does_not_fit_is_refused(model: EdgeModel, rows: list[
 
 
 def test_a_prompt_is_cut_so_that_an_answer_of_any_length_fits(model: EdgeModel) -> None:
-    rows = make_rows([{"prompt": "a long film " * 30, "answer": "x"}])
+    rows = make_rows({"prompt": "a long film " * 30, "answer": "x"})
     for tokens in (3, 20):
         task = task_of(rows, make_config(None, {"data": "no file", "max_tokens": tokens}))
         (example,) = make_examples(rows, task, model.text, 64).examples
@@ -209,7 +210,7 @@ def test_a_prompt_is_cut_so_that_an_answer_of_any_length_fits(model: EdgeModel) 
     ],
 )
 def test_the_kind_is_that_of_the_named_fields(fields: dict[str, Any], settings: dict[str, Any], kind: str) -> None:
-    assert task_of(make_rows([fields]), make_config(None, {"data": "no file", **settings})).kind == kind
+    assert task_of(make_rows(fields), make_config(None, {"data": "no file", **settings})).kind == kind
 
 
 def test_a_number_is_the_place_of_a_choice_even_among_numbers(model: EdgeModel) -> None:

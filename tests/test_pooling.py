@@ -15,6 +15,7 @@ import pytest
 import tiny_encoders
 import torch
 import transformers
+from refusals import refusal
 
 from edgezo import api
 from edgezo.errors import AdapterError, ConfigError, EdgeModelError, ExportError
@@ -97,14 +98,6 @@ def read_by_last_linear(network: Any, ids: list[list[int]]) -> Arrays:
 def found_states(directory: Path, ids: list[list[int]], **settings: Any) -> Arrays:
     model = EdgeModel(directory, threads=1, **settings)
     return Sequences(model).hidden_states([Classified(row, 1) for row in ids])
-
-
-def refusal(kind: type[Exception], call: Callable[..., Any], *arguments: Any, **more: Any) -> str:
-    with pytest.raises(kind) as caught:
-        call(*arguments, **more)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # scores and states
