@@ -257,7 +257,7 @@ def inspect_command(
 
     facts = inspect_path(path)
     if not as_json and "ended" in facts:
-        facts["ended"] = facts["ended"] or "not recorded: it goes on, was cut off, or failed"
+        facts["ended"] = facts["ended"] or f"not recorded, it was cut off or failed; go on with: edgezo tune DIR -o {path} --resume"
     terminal.print_facts(facts, as_json)
 
 
@@ -296,6 +296,6 @@ def main() -> None:
     except (EdgezoError, OSError) as error:
         if os.environ.get("EDGEZO_DEBUG"):
             raise
-        told = f"{error.filename or ''}: {error.strerror or error}" if isinstance(error, OSError) else error
+        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
         sys.stderr.write(f"error: {told}\n")
         sys.exit(1)

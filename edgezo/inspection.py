@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgezo.adapters import PREFIX
 from edgezo.config import OBJECTIVES, TuneConfig
 from edgezo.errors import EdgezoError
 from edgezo.manifest import MANIFEST_NAME
 from edgezo.manifest_reader import read_manifest, verify_file
+
+if TYPE_CHECKING:
+    from edgezo.runtime.run import Run
 
 # when a setting has an effect at all, as far as the other settings tell; which adapter there was, or that rows have answers, they do not
 MATTERS: dict[str, Callable[[TuneConfig], bool]] = {
@@ -90,13 +93,13 @@ def _edge_model(path: Path) -> dict[str, Any]:
 def _run(path: Path) -> dict[str, Any]:
     from edgezo.runtime.run import read_run, read_summary
 
-    run, summary = read_run(path), read_summary(path)
+    run = read_run(path)
     unused = unused_settings(run.config, bool(run.evaluations))
     settings = {name: value for name, value in run.config.model_dump().items() if value is not None and name not in unused}
     facts: dict[str, Any] = {
         "run": str(path),
         "steps": len(run.records),
-        "ended": summary.get("ended") if summary.get("steps") == len(run.records) else None,
+        "ended": _ended(run, read_summary(path)),
         **({"best_step": run.best_step} if run.evaluations else {}),
         "seconds": round(run.seconds, 1),
         "base": run.header.get("base"),
@@ -115,6 +118,17 @@ def _run(path: Path) -> dict[str, Any]:
     if run.records:
         facts["last_loss"] = run.records[-1].loss
     return {**facts, **{{"steps": "steps_asked"}.get(name, name): value for name, value in settings.items()}}
+
+
+def _ended(run: "Run", summary: dict[str, Any]) -> Any:
+    """How the run ended; None where that is not recorded of these steps."""
+    from edgezo.runtime.run import is_held
+
+    if is_held(run.directory):
+        return "not yet, a process is tuning it"
+    made, ended = len(run.records), summary.get("ended")
+    gone_on = ended == "finished" and run.config.total_steps not in (None, made)  # and was cut off before the first step
+    return ended if summary.get("steps") == made and not gone_on else None
 
 
 def unused_settings(config: TuneConfig, evaluated: bool) -> set[str]:

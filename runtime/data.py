@@ -30,10 +30,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     """
     path = Path(path)
     if not path.is_file():
-        looked = "" if path.is_absolute() else f" in {Path.cwd()}"
-        raise DataError(
-            f"{path}: {'a folder, not a data file' if path.is_dir() else f'no such data file{looked}'}; give the file with --data or --valid"
-        )
+        raise DataError(f"{path}: {_no_file(path)}; give the file with --data or --valid")
     readers = dict(zip(ROW_SUFFIXES, (_read_jsonl, _read_json, _read_table, _read_table), strict=True))
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -47,6 +44,14 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     if not rows:
         raise DataError(f"{path}: no rows in it")
     return rows
+
+
+def _no_file(path: Path) -> str:
+    if path.is_dir():
+        return "a folder, not a data file"
+    if path.exists():
+        return "a pipe or a device, which is read only once; save the rows in a file"
+    return f"no such data file{'' if path.is_absolute() else f' in {Path.cwd()}'}"
 
 
 def _first_bad_byte(path: Path) -> int:
@@ -105,10 +110,10 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _delimiter(file: TextIO) -> str:
-    """A semicolon where the header has some and no comma, as spreadsheets write it where numbers have a decimal comma."""
+    """The first of comma, semicolon (of spreadsheets where numbers have a decimal comma) and tab that the header has."""
     header = re.sub(r'"[^"]*"', "", file.readline(LINE_LIMIT))  # a name in quotes may hold either
     file.seek(0)
-    return ";" if ";" in header and "," not in header else ","
+    return next((mark for mark in ",;\t" if mark in header), ",")
 
 
 def _read_table(path: Path) -> Iterator[Row]:

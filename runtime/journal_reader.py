@@ -106,6 +106,8 @@ def read_journal(path: Path) -> JournalContents:
 
 def _read_header(path: Path, data: bytes) -> tuple[dict[str, Any], int, int]:
     """Header, the position behind it and its checksum."""
+    if not data:
+        raise RunError(f"{path}: empty; restore it from a copy, or begin a new run")
     if data[: len(MAGIC)] not in READABLE:
         raise RunError(f"{path}: not a journal of version 1 to 4 (starts with {data[:8]!r})")
     (length,) = LENGTH.unpack_from(data, 8) if len(data) >= 12 else (HEADER_BYTES_LIMIT + 1,)

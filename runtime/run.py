@@ -132,6 +132,8 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
         RunError: it is none, or its files cannot be used.
     """
     directory = Path(directory)
+    if directory.is_file():
+        raise RunError(f"{directory}: a file; give a run directory, as edgezo tune DIR --data FILE -o RUN makes it")
     if not (directory / JOURNAL).is_file():
         found = f"no run in it ({JOURNAL} is missing)" if directory.exists() else "no such run directory"
         raise RunError(f"{directory}: {found}; make one with: edgezo tune DIR --data FILE -o {directory}")
@@ -148,6 +150,19 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     except ValidationError as error:
         raise RunError(f"{directory}: {describe(error, JOURNAL)}") from None
     return Run(directory, config, contents, _spent(directory / METRICS, "seconds"), int(_spent(directory / METRICS, "forward_rows")))
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a process is tuning the run now; not where that cannot be known."""
+    if not (directory / LOCK).is_file():
+        return False
+    try:
+        with FileLock(directory / LOCK, blocking=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
 
 
 @contextmanager

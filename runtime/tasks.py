@@ -1,5 +1,6 @@
 """What kind of data rows are, told by the options and the first row's fields, and how a row's texts are read."""
 
+import math
 import string
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -256,8 +257,13 @@ def _is_word(label: str) -> bool:
 def text_of(row: Row, name: str) -> str:
     """A field as text."""
     value: Any = row.fields.get(name)
-    if value is None or isinstance(value, dict | list) or not str(value).strip():
+    missing = isinstance(value, float) and math.isnan(value)  # as pandas writes it
+    if value is None or missing or isinstance(value, dict | list) or not str(value).strip():
         found = "no such field" if name not in row.fields else "it is empty or no text"
+        if isinstance(value, dict):
+            raise DataError(
+                f"{row.place}: field {name!r}: an object of {len(value)} entries, no text; write a row a line, with a text each"
+            )
         raise DataError(f"{row.place}: field {name!r}: {found}; every row needs it")
     return str(value)
 

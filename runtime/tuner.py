@@ -98,6 +98,8 @@ class Tuner:
 
     def _turn(self, stopping: threading.Event, metrics: TextIO, started: float) -> str | None:
         """An evaluation where one is due, then a step, or the reason why there is none."""
+        if stopping.is_set():  # what is due after the last step is made up for by --resume
+            return "interrupted"
         step, config, pending, self.pending = len(self.records), self.config, self.pending, b""
         if pending in (STEP, DIRECTIONS):  # what follows a step was left undone, or is the same the second time
             self._look(metrics, started)
@@ -119,10 +121,9 @@ class Tuner:
                 self._settle(step)
         if progress >= 1:
             return "finished" if step == config.total_steps else "out of time"
-        if stopping.is_set():
-            return "interrupted"
         self._step(step, progress, metrics, started)
-        self._look(metrics, started)
+        if not stopping.is_set():
+            self._look(metrics, started)
         return None
 
     def _look(self, metrics: TextIO, started: float) -> None:

@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ from command_line import MEASURED, PEAK, PLAIN, TASK, contents, matches, one_obj
 from conftest import Command
 
 import edgezo
+from edgezo.runtime import tuner
 from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.reports import Reporter
 from edgezo.runtime.run import read_run
+from edgezo.runtime.tuner import Tuner
 
 # results
 
@@ -208,6 +213,27 @@ def test_an_interrupted_run_goes_on_to_the_weights_of_one_never_interrupted(comm
     assert command("tune", "edge", "-o", "whole", *options).code == 0
     assert weights_hash("edge", "parts") == weights_hash("edge", "whole")
     assert read_run("parts").records == read_run("whole").records
+
+
+def test_a_run_that_is_asked_to_stop_does_not_look_back_first(
+    edge_dir: Path, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the second step rows are scored again; whoever waits for the run to end waits for its step alone."""
+    stopping, looked = threading.Event(), list[int]()
+    look = Tuner._look
+    monkeypatch.setattr(tuner, "stop_signals", lambda: nullcontext(stopping))
+    monkeypatch.setattr(Tuner, "_look", lambda self, *given: (looked.append(len(self.records)), look(self, *given))[1])
+    settings: dict[str, Any] = {"data": reviews, "template": "{text} It was", "labels": "terrible,great", "threads": 1, "lr": 1e-4}
+    settings |= {"steps": 4, "eval_every": 2, "valid": reviews, "start": "none"}
+    reporter = Reporter(step=lambda report: stopping.set() if report.step == 2 else None)
+    result = edgezo.tune(edge_dir, tmp_path / "parts", reporter=reporter, **settings)
+    assert (result.steps, result.ended, looked) == (2, "interrupted", [1])
+    stopping.clear()
+    edgezo.tune(edge_dir, tmp_path / "parts", resume=True, threads=1)
+    assert looked == [1, 2, 3, 4]
+    edgezo.tune(edge_dir, tmp_path / "whole", **settings)
+    parts, whole = (read_run(tmp_path / name) for name in ("parts", "whole"))
+    assert (parts.records, parts.evaluations) == (whole.records, whole.evaluations)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")

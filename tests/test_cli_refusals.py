@@ -159,6 +159,8 @@ def test_a_completion_longer_than_the_context(refusal: Callable[..., str], write
 def test_resuming_what_is_no_run(refusal: Callable[..., str], name: str) -> None:
     found = "no such run directory" if name == "none" else "no run in it (journal.bin is missing)"
     expected = f"{name}: {found}; make one with: edgezo tune DIR --data FILE -o {name}"
+    if name == "rows.jsonl":
+        expected = f"{name}: a file; give a run directory, as edgezo tune DIR --data FILE -o RUN makes it"
     assert refusal("tune", "edge", "-o", name, "--resume") == expected
 
 

@@ -1,5 +1,6 @@
 """Rows come out of JSONL, CSV and TSV files as they were written, or one line says what is wrong and where."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,17 @@ def test_csv_of_spreadsheets_with_semicolons(write: Write, mark: bytes) -> None:
     assert fields(write("rows.csv", mark + b"a;b,c\n1,2\n")) == [{"a;b": "1", "c": "2"}]
     assert fields(write("rows.csv", mark + b'"text, long";label\na;b\n')) == [{"text, long": "a", "label": "b"}]
     assert fields(write("rows.csv", mark + b'"a;b"\n1\n')) == [{"a;b": "1"}]
+
+
+def test_csv_with_tabs(write: Write) -> None:
+    assert fields(write("rows.csv", b'a\tb\n1, 2\t"x\ty"\n')) == [{"a": "1, 2", "b": "x\ty"}]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_pipe_is_no_data_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    told = "a pipe or a device, which is read only once; save the rows in a file; give the file with --data or --valid"
+    assert refusal(tmp_path / "rows.jsonl") == f"{tmp_path / 'rows.jsonl'}: {told}"
 
 
 def test_csv_header_names_may_be_quoted(write: Write) -> None:

@@ -14,7 +14,8 @@ from edgezo.config import TuneConfig, make_config
 from edgezo.inspection import unused_settings
 from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.journal_records import EVALUATION_BYTES, STEP_BYTES
-from edgezo.runtime.run import read_run
+from edgezo.runtime.run import held_run, read_run
+from edgezo.runtime.tuner import Tuner
 
 
 def facts(text: str) -> list[tuple[str, str]]:
@@ -176,8 +177,29 @@ def test_inspect_does_not_tell_an_end_that_is_not_that_of_the_journal(command: C
         return one_object(command("inspect", run, "--json").out)["ended"], dict(facts(command("inspect", run).out))["ended"]
 
     assert ended() == ("finished", "finished")
-    summary, unknown = tmp_path / run / "summary.json", (None, "not recorded: it goes on, was cut off, or failed")
+    summary, unknown = (
+        tmp_path / run / "summary.json",
+        (None, "not recorded, it was cut off or failed; go on with: edgezo tune DIR -o run --resume"),
+    )
     summary.write_text(json.dumps({**json.loads(summary.read_text(encoding="utf-8")), "steps": 3}), encoding="utf-8")
     assert ended() == unknown
     summary.unlink()
     assert ended() == unknown
+
+
+def test_inspect_knows_a_run_that_goes_on(command: Command, tmp_path: Path, run: str) -> None:
+    with held_run(tmp_path / run, resume=True):
+        assert one_object(command("inspect", run, "--json").out)["ended"] == "not yet, a process is tuning it"
+    assert one_object(command("inspect", run, "--json").out)["ended"] == "finished"
+
+
+def test_inspect_does_not_tell_the_end_before_a_resume_that_was_cut_off(
+    command: Command, monkeypatch: pytest.MonkeyPatch, run: str
+) -> None:
+    def stop(self: Tuner) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tuner, "loop", stop)
+    assert command("tune", "edge", "-o", run, "--resume", "--steps", "9").code == 130
+    found = one_object(command("inspect", run, "--json").out)
+    assert (found["steps"], found["steps_asked"], found["ended"]) == (4, 9, None)

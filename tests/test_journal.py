@@ -198,7 +198,7 @@ def test_an_existing_journal_is_never_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "not a journal of version 1 to 4"),
+        (b"", "empty; restore it from a copy, or begin a new run"),
         (b"EDGEZOJ9" + bytes(40), "not a journal of version 1 to 4"),
         (b"EDGEZOJ1", "the header is cut off"),
         (b"EDGEZOJ1" + b"\xff\xff\xff\x7f" + bytes(64), "the header is cut off"),

@@ -119,11 +119,16 @@ def test_a_field_missing_in_a_later_row_is_refused_by_its_place(text: TextCodec)
     assert message == "rows.jsonl:2: field 'text': no such field; every row needs it"
 
 
-@pytest.mark.parametrize("value", ["", "  \n", None, ["a"], {"a": 1}])
+@pytest.mark.parametrize("value", ["", "  \n", None, ["a"], float("nan")])
 def test_an_empty_field_is_refused_by_its_place(text: TextCodec, value: Any) -> None:
     expected = "rows.jsonl:1: field 'text': it is empty or no text; every row needs it"
     assert refusal(classified, text, {"text": value, "label": 0}) == expected
     assert refusal(only, text, {"text": value}) == expected
+
+
+def test_a_field_that_is_a_whole_column_is_told(text: TextCodec) -> None:
+    expected = "rows.jsonl:1: field 'text': an object of 2 entries, no text; write a row a line, with a text each"
+    assert refusal(only, text, {"text": {"0": "a", "1": "b"}}) == expected
 
 
 @pytest.mark.parametrize(("label", "gold"), [(0, 0), ("1", 1), (" 1 ", 1), ("great", 1), ("terrible", 0)])
