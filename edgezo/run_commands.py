@@ -112,7 +112,7 @@ def diff_command(
 
     facts = {"runs": [str(first), str(second)], **compare_runs(read_run(first), read_run(second))}
     if not as_json and facts["settings"]:  # a line a setting
-        facts |= {f"--{name.replace('_', '-')}": terminal.changed_text(*pair) for name, pair in facts.pop("settings").items()}
+        facts |= {f"--{name.replace('_', '-')}": terminal.changed_text(name, *pair) for name, pair in facts.pop("settings").items()}
     terminal.print_facts(facts, as_json)
 
 

@@ -64,13 +64,19 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(facts)
     else:
-        print_rows([(name.replace("_", " "), _fact_text(value)) for name, value in facts.items()])
+        print_rows([(name.replace("_", " "), _fact_text(value, _mark(name))) for name, value in facts.items()])
 
 
-def _fact_text(value: Any) -> str:
+def _mark(name: str) -> str:
+    """What stands between the names and values of a fact: --labels and --replace are shown as they are given."""
+    return "=" if name in {"labels", "replace"} else " "
+
+
+def _fact_text(value: Any, mark: str = " ") -> str:
     if isinstance(value, dict):
-        # labels as --labels takes them; numbers as 'rows 16'
-        return ", ".join(f"{name}{'=' if isinstance(part, str) else ' '}{_fact_text(part)}" for name, part in value.items()) or "none"
+        return (
+            ", ".join(f"{name}{' ' if isinstance(part, dict) else mark}{_fact_text(part, mark)}" for name, part in value.items()) or "none"
+        )
     if isinstance(value, list):
         return ", ".join(_fact_text(part) for part in value) or "none"
     if isinstance(value, bool):
@@ -78,9 +84,9 @@ def _fact_text(value: Any) -> str:
     return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def changed_text(first: Any, second: Any) -> str:
-    """Two values of one setting."""
-    return f"{_fact_text(first)} -> {_fact_text(second)}"
+def changed_text(name: str, first: Any, second: Any) -> str:
+    """Two values of the setting of this name."""
+    return f"{_fact_text(first, _mark(name))} -> {_fact_text(second, _mark(name))}"
 
 
 def evaluation_text(evaluation: "Evaluation") -> str:
