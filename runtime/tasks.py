@@ -121,7 +121,7 @@ def find_task(
         )
     if calibrate is not None and task.kind not in {"classification", "choice"}:
         raise DataError(f"--calibrate: compares candidates, and rows of kind {task.kind} have none; leave it out")
-    if stop is not None and task.kind not in {"completion", "answer"}:
+    if stop is not None and task.kind not in {"completion", "answer", "preference"}:
         raise DataError(f"--stop: ends an answer, and rows of kind {task.kind} have none; leave it out")
     return task
 

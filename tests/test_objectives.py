@@ -154,6 +154,14 @@ def test_preferences_with_and_without_a_reference(model: EdgeModel, network: Any
     assert relative.evaluate(moved).others["margin"] == pytest.approx(2)
 
 
+def test_answers_of_preferences_end_as_they_are_asked_to(model: EdgeModel) -> None:
+    for stop in (None, " and"):
+        _, examples = objective_of(model, PREFERENCE_ROWS, **({} if stop is None else {"stop": stop}))
+        ends = [completion for example in examples for _, completion in example.pairs]
+        assert all((completion[-1] in model.text.facts.eos_token_ids) == (stop is None) for completion in ends)
+        assert stop is None or all(model.text.decode(completion).endswith(stop) for completion in ends)
+
+
 # SQuAD's script, transcribed as a specification: https://rajpurkar.github.io/SQuAD-explorer (f1_score, exact_match_score)
 @pytest.mark.parametrize(
     ("answer", "reference", "match", "score"),
