@@ -1,12 +1,12 @@
 """Stacked LoRA directions on frozen bases: a step over plain inference of the same rows, in time and memory; smoothness of the base.
 
-    python -m examples.bench.adapter EDGE... [--data FILE --template T --labels L] [--plain EDGE] [--whole] [--rounds 7] [--json]
+    python -m examples.bench.adapter EDGE... [--data FILE --template T --labels L] [--plain EDGE] [--whole] [--rounds 7] [--device cuda] [--json]
 
 EDGE are edge models with LoRA branch points (fp32, int8, int4 of one source); --plain is the same model without branch points (as
 `--adapter norms` makes it, frozen weights packed), whose inference is the yardstick of memory and, where the weights are the same, of
 the branch points nobody uses. 16 directions of one row of --data, without it of 32 random tokens, both signs: 32 rows. Times are
 interleaved in one process, medians over rounds; peak memory is that of a process of its own, of these rows and of 8 x 64 random tokens.
---whole feeds whole copies of B instead of sign vectors.
+--whole feeds whole copies of B instead of sign vectors. On a device no memory is measured: resident memory does not hold what lies there.
 """
 
 import argparse
@@ -37,7 +37,11 @@ from edgezo.runtime.weights import MutableWeights
 
 DIRECTIONS, TOKENS, LR = 16, 32, 1e-3
 GRADIENT_DIRECTIONS = 64
-WHOLE, TASK = "EDGEZO_BENCH_WHOLE_COPIES", "EDGEZO_BENCH_TASK"  # by environment, since the measured processes are spawned
+WHOLE, TASK, DEVICE = (
+    "EDGEZO_BENCH_WHOLE_COPIES",
+    "EDGEZO_BENCH_TASK",
+    "EDGEZO_BENCH_DEVICE",
+)  # by environment, since the measured processes are spawned
 Size = tuple[int, int] | None
 
 
@@ -56,11 +60,16 @@ def make_rows(model: EdgeModel, rows: int, tokens: int) -> list[Example]:
     return [Example(pairs=[(row, [10]), (row, [20])], gold=index % 2) for index, row in enumerate(ids)]
 
 
+def open_model(edge: Path, threads: int | None = None) -> EdgeModel:
+    """The edge model where --device says."""
+    return EdgeModel(edge, threads=threads, device=os.environ.get(DEVICE, "cpu"))
+
+
 def make_theta(edge: Path, directions: int, batch: int, threads: int | None = None, batch_tokens: int = BATCH_TOKENS) -> Theta:
     """A freshly opened model with an untuned adapter."""
     if os.environ.get(WHOLE):
         Lora.stacked_feeds = whole_copies  # type: ignore[method-assign]
-    model = EdgeModel(edge, threads=threads)
+    model = open_model(edge, threads)
     settings = {"data": "-", "directions": directions, "batch": batch, "lr": LR, "eps": 1e-2, "rule": "normalized"}
     config: TuneConfig = make_config(None, settings)
     objective = Objective(Sequences(model, batch_tokens), Task("classification"), config)
@@ -116,7 +125,7 @@ def measure_times(edge: Path, plain_edge: Path | None, rounds: int) -> dict[str,
         "inference": lambda number: plain(base.sequences, rows),
         "sequential": sequential,
     }
-    if plain_edge is not None and (other := EdgeModel(plain_edge)).manifest.weights == base.model.manifest.weights:
+    if plain_edge is not None and (other := open_model(plain_edge)).manifest.weights == base.model.manifest.weights:
         sequences = Sequences(other)
         actions["plain_inference"] = lambda number: plain(sequences, rows)
     seconds: dict[str, list[float]] = {name: [] for name in actions}
@@ -148,7 +157,7 @@ def _peak(edge: str, kind: str, size: Size, send: Connection) -> None:
     """Peak resident bytes of three steps, or of inference of the same number of rows."""
     count = DIRECTIONS if size is None else size[0] // 2
     theta = make_theta(Path(edge), count, 1) if kind == "step" else None
-    model = theta.model if theta is not None else EdgeModel(edge)
+    model = theta.model if theta is not None else open_model(Path(edge))
     rows = real_rows(model, count) if size is None else make_rows(model, count, size[1])
     for number in range(3):
         if theta is not None:
@@ -177,13 +186,16 @@ def main() -> None:
     parser.add_argument("--plain", type=Path)
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    os.environ[DEVICE] = arguments.device
+    here = arguments.device == "cpu"
     if arguments.whole:
         os.environ[WHOLE] = "1"
     if arguments.data:
         os.environ[TASK] = json.dumps({name: getattr(arguments, name) for name in ("data", "template", "labels")})
-    yardstick = peak_of(arguments.plain, "inference", (8, 64)) if arguments.plain else None
+    yardstick = peak_of(arguments.plain, "inference", (8, 64)) if arguments.plain and here else None
     first: np.ndarray | None = None
     results = []
     for edge in arguments.edges:
@@ -192,8 +204,9 @@ def main() -> None:
         result: dict[str, float | str] = {"edge": str(edge), **measure_times(edge, arguments.plain, arguments.rounds)}
         result["gradient_correlation_with_first"] = float(np.corrcoef(first, grads)[0, 1])
         result["gradient_rms"] = float(np.sqrt(np.mean(grads**2)))
-        step, inference = peak_of(edge, "step"), peak_of(edge, "inference")
-        result |= {"step_peak_mb": step / 1e6, "inference_peak_mb": inference / 1e6, "memory_over_inference": step / inference}
+        if here:
+            step, inference = peak_of(edge, "step"), peak_of(edge, "inference")
+            result |= {"step_peak_mb": step / 1e6, "inference_peak_mb": inference / 1e6, "memory_over_inference": step / inference}
         if yardstick is not None:
             small = peak_of(edge, "step", (8, 64))
             result |= {"step_8x64_peak_mb": small / 1e6, "plain_8x64_peak_mb": yardstick / 1e6, "memory_over_plain": small / yardstick}

@@ -1,8 +1,9 @@
 """What a full-parameter step costs over two bare forwards of the same rows, and its memory over that of inference.
 
-    python -m examples.bench.step EDGE [--rounds 9] [--json]
+    python -m examples.bench.step EDGE [--rounds 9] [--device cuda] [--json]
 
-Times are interleaved in one process, medians over rounds; peak memory is measured with each system in a process of its own.
+Times are interleaved in one process, medians over rounds; peak memory is measured with each system in a process of its own;
+on a device none is, since resident memory does not hold what lies there.
 """
 
 import argparse
@@ -55,10 +56,10 @@ def make_step(model: EdgeModel, weights: MutableWeights, feeds: dict[str, Array]
     return step
 
 
-def measure_times(edge: Path, rounds: int) -> list[dict[str, float]]:
+def measure_times(edge: Path, rounds: int, device: str = "cpu") -> list[dict[str, float]]:
     """Seconds of two forwards and of a step, medians, for every size; and of the liveness proof over a hundred steps."""
-    model = EdgeModel(edge)
-    weights = MutableWeights(model.weights, eps=EPS, threads=model.threads)
+    model = EdgeModel(edge, device=device)
+    weights = MutableWeights(model.on_device or model.weights, eps=EPS, threads=model.threads)
     proof = _seconds(lambda: prove_live(model, weights))
     results = []
     for rows, tokens in SIZES:
@@ -118,24 +119,28 @@ def _seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def read_arguments(about: str) -> argparse.Namespace:
-    """The edge model, how many rounds, and whether to print JSON."""
+def read_arguments(about: str, device: bool = False) -> argparse.Namespace:
+    """The edge model, how many rounds, whether to print JSON, and where it runs if that may be chosen."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("edge", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", action="store_true")
+    if device:
+        parser.add_argument("--device", default="cpu")
     return parser.parse_args()
 
 
 def main() -> None:
-    arguments = read_arguments(__doc__)
-    times, memory = measure_times(arguments.edge, arguments.rounds), measure_memory(arguments.edge)
+    arguments = read_arguments(__doc__, device=True)
+    times = measure_times(arguments.edge, arguments.rounds, arguments.device)
+    memory = measure_memory(arguments.edge) if arguments.device == "cpu" else {}
     if arguments.json:
         print(json.dumps({"times": times, "memory": memory}))
         return
     for row in times:
         print("  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()))
-    print("  ".join(f"{name} {value / 1e6:.0f} MB" if "bytes" in name else f"{name} {value:.3f}" for name, value in memory.items()))
+    if memory:
+        print("  ".join(f"{name} {value / 1e6:.0f} MB" if "bytes" in name else f"{name} {value:.3f}" for name, value in memory.items()))
 
 
 if __name__ == "__main__":
