@@ -296,6 +296,7 @@ def main() -> None:
     except (EdgezoError, OSError) as error:
         if os.environ.get("EDGEZO_DEBUG"):
             raise
-        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        told = f"{where}{error.strerror or error}" if isinstance(error, OSError) else error
         sys.stderr.write(f"error: {told}\n")
         sys.exit(1)
