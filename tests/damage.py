@@ -1,13 +1,17 @@
-"""Damage an edge model's manifest, and the refusal that it meets."""
+"""Damage an edge model's manifest or its scoring graph, and the refusal that it meets."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from edgezo.errors import EdgeModelError
+from edgezo.manifest import StoredFile
+from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.model import EdgeModel
 
 Raw = dict[str, Any]
@@ -29,3 +33,15 @@ def edit(directory: Path, change: Callable[[Raw], object]) -> None:
     raw = json.loads(path.read_text(encoding="utf-8"))
     change(raw)
     path.write_text(json.dumps(raw), encoding="utf-8")
+
+
+def rewrite_scoring(directory: Path, change: Callable[[onnx.GraphProto], object]) -> None:
+    """Edit scoring.onnx and mend the manifest's hash and size, so that only the proof can object."""
+    path = directory / "scoring.onnx"
+    model = onnx.load(path, load_external_data=False)
+    change(model.graph)
+    onnx.save(model, path)
+    data = path.read_bytes()
+    manifest = read_manifest(directory)
+    files = {**manifest.files, path.name: StoredFile(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())}
+    manifest.model_copy(update={"files": files}).write(directory)

@@ -1,6 +1,5 @@
 """Runs of adapters: proven live first, lower in loss, and rebuilt to the last bit."""
 
-import hashlib
 import re
 import shutil
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 import pytest
+from damage import rewrite_scoring
 from onnx import helper, numpy_helper
 from reference import edge_log_probs, make_pairs, randomise, write_adapter
 from tiny_adapters import RANK, digest
@@ -17,7 +17,6 @@ from tiny_adapters import RANK, digest
 import edgezo
 from edgezo.config import make_config
 from edgezo.errors import DeadTensorError, EdgezoError, RunError
-from edgezo.manifest import StoredFile
 from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.liveness import prove_live
@@ -29,18 +28,6 @@ from edgezo.runtime.tune import tune
 TASK = {"template": "{text} It was", "labels": "terrible,great"}
 
 # adapters are proven live
-
-
-def rewrite_scoring(directory: Path, change: Callable[[onnx.GraphProto], object]) -> None:
-    """Edit scoring.onnx and mend the manifest's hash and size, so that only the proof can object."""
-    path = directory / "scoring.onnx"
-    model = onnx.load(path, load_external_data=False)
-    change(model.graph)
-    onnx.save(model, path)
-    data = path.read_bytes()
-    manifest = read_manifest(directory)
-    files = {**manifest.files, path.name: StoredFile(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())}
-    manifest.model_copy(update={"files": files}).write(directory)
 
 
 def test_every_part_of_an_adapter_is_live(adapter_dirs: dict[str, Path]) -> None:

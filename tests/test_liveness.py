@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import tiny
+from damage import rewrite_scoring
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -17,7 +18,6 @@ from onnx import TensorProto, helper, numpy_helper
 import edgezo
 from edgezo.errors import DeadTensorError, EdgeModelError
 from edgezo.export import export_model
-from edgezo.manifest import StoredFile
 from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.graph_file import disconnected
 from edgezo.runtime.liveness import prove_live
@@ -87,18 +87,6 @@ def test_frozen_weights_need_no_proof(source_dir: Path, tmp_path: Path) -> None:
 
 
 # frozen tensors
-
-
-def rewrite_scoring(directory: Path, change: Callable[[onnx.GraphProto], object]) -> None:
-    """Edit scoring.onnx and mend the manifest's hash and size, so that only the proof can object."""
-    path = directory / "scoring.onnx"
-    model = onnx.load(path, load_external_data=False)
-    change(model.graph)
-    onnx.save(model, path)
-    data = path.read_bytes()
-    manifest = read_manifest(directory)
-    files = {**manifest.files, path.name: StoredFile(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())}
-    manifest.model_copy(update={"files": files}).write(directory)
 
 
 def stored(directory: Path, name: str) -> np.ndarray:
