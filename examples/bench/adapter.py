@@ -37,11 +37,8 @@ from edgezo.runtime.weights import MutableWeights
 
 DIRECTIONS, TOKENS, LR = 16, 32, 1e-3
 GRADIENT_DIRECTIONS = 64
-WHOLE, TASK, DEVICE = (
-    "EDGEZO_BENCH_WHOLE_COPIES",
-    "EDGEZO_BENCH_TASK",
-    "EDGEZO_BENCH_DEVICE",
-)  # by environment, since the measured processes are spawned
+# by environment, since the measured processes are spawned
+WHOLE, TASK, DEVICE = "EDGEZO_BENCH_WHOLE_COPIES", "EDGEZO_BENCH_TASK", "EDGEZO_BENCH_DEVICE"
 Size = tuple[int, int] | None
 
 
