@@ -1,16 +1,14 @@
 """Answers to many prompts: rows of like length share forwards of the generation graph, one token each, over one KV cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from edgezo.config import Sampling
-from edgezo.errors import NonFiniteLossError
-from edgezo.runtime.model import Array, EdgeModel
-from edgezo.runtime.prefix import Prefix
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.prompt_cache import Beginning, Padded, forward, logit_rows, make_batches, pad, read_beginning
 from edgezo.runtime.sampling import Pick, make_pick
-from edgezo.runtime.scoring import BATCH_TOKENS, LOGITS_BYTES
+from edgezo.runtime.scoring import BATCH_TOKENS
 
 
 def generate_batch(
@@ -58,44 +56,32 @@ def continue_batch(
     """
     picks = [make_pick(sampling, row) for row in range(len(prompts))]
     answers: list[tuple[list[int], str]] = [([], "")] * len(prompts)
-    for rows in _batches(prompts, max_tokens, batch_tokens, LOGITS_BYTES // (4 * model.manifest.origin.vocab_size)):
-        found = _answer(model, [prompts[row] for row in rows], max_tokens, stop, may_be_empty, [picks[row] for row in rows])
+    lengths, beginning = [len(prompt) + max_tokens for prompt in prompts], read_beginning(model, prompts)
+    for rows in make_batches(lengths, [1] * len(prompts), batch_tokens, logit_rows(model)):
+        chosen = [prompts[row][beginning.length :] for row in rows]
+        found = _answer(model, beginning, chosen, max_tokens, stop, may_be_empty, [picks[row] for row in rows])
         for row, answer in zip(rows, found, strict=True):
             answers[row] = answer
     return answers
 
 
-def _batches(prompts: Sequence[list[int]], max_tokens: int, batch_tokens: int, most_rows: int) -> Iterator[list[int]]:
-    """Numbers of prompts, longest first, as many as the cache may hold."""
-    held: list[int] = []
-    for row in sorted(range(len(prompts)), key=lambda row: -len(prompts[row])):
-        longest = len(prompts[held[0]]) if held else 0
-        if held and ((len(held) + 1) * (longest + max_tokens) > batch_tokens or len(held) == most_rows):
-            yield held
-            held = []
-        held.append(row)
-    if held:
-        yield held
-
-
 def _answer(
-    model: EdgeModel, prompts: list[list[int]], max_tokens: int, stop: str | None, may_be_empty: bool, picks: list[Pick]
+    model: EdgeModel,
+    beginning: Beginning,
+    prompts: list[list[int]],
+    max_tokens: int,
+    stop: str | None,
+    may_be_empty: bool,
+    picks: list[Pick],
 ) -> list[tuple[list[int], str]]:
     """Rows are padded on the left, so that all write their next token at one place; rows that are done leave the batch."""
-    width, ends = max(map(len, prompts)), set(model.manifest.tokenizer.eos_token_ids)
-    new = np.full((len(prompts), width), model.manifest.tokenizer.pad_token_id, np.int64)
-    mask = np.zeros(new.shape, np.int64)
-    for row, prompt in enumerate(prompts):
-        new[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
-    fed, past = _start(model, len(prompts))
-    before = model.adapter.prefix_tokens if model.adapter is not None else 0
-    mask = np.concatenate([np.ones((len(prompts), before), np.int64), mask], axis=1)
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, before:]
+    batch, past, ends = pad(prompts, model, beginning), beginning.repeated(len(prompts)), set(model.manifest.tokenizer.eos_token_ids)
     written: list[list[int]] = [[] for _ in prompts]
     texts: dict[int, str] = {}
     alive = np.arange(len(prompts))
     for count in range(max_tokens):
-        logits, past = _forward(model, new, mask, positions, past, fed)
+        rows, width = batch.ids.shape
+        logits, past = forward(model, batch, past, beginning.fed, np.arange(1, rows + 1, dtype=np.int64) * width - 1)
         if not count and not may_be_empty:
             logits = np.where(model.text.beginnings(logits.shape[1], stop), logits, np.float32(-np.inf))
         tokens = np.array([picks[row](scores) for row, scores in zip(alive, logits, strict=True)])
@@ -106,43 +92,14 @@ def _answer(
             text = model.text.decode(written[row])
             stopped = stop is not None and stop in text
             texts[row] = text.split(stop)[0] if stop is not None and stopped else text
-            full = len(prompts[row]) + len(written[row]) >= model.context
+            full = beginning.length + len(prompts[row]) + len(written[row]) >= model.context
             if token not in ends and not stopped and not full:
                 going.append(place)
         if not going:
             break
-        alive, tokens, mask, positions = alive[going], tokens[going], mask[going], positions[going]
-        if len(going) < len(new):
+        if len(going) < rows:
             past = {name: np.ascontiguousarray(array[going]) for name, array in past.items()}
-        new, positions = tokens[:, None], positions[:, -1:] + 1
-        mask = np.concatenate([mask, np.ones((len(going), 1), np.int64)], axis=1)
+        alive = alive[going]
+        mask = np.concatenate([batch.mask[going], np.ones((len(going), 1), np.int64)], axis=1)
+        batch = Padded(tokens[going][:, None], mask, batch.positions[going, -1:] + 1)
     return [(written[row], texts[row].strip()) for row in range(len(prompts))]
-
-
-def _start(model: EdgeModel, rows: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Feeds of the adapter and the head, and the first keys and values: none, or a prefix for every row."""
-    past, adapter = model.generation_facts.past, model.adapter
-    if isinstance(adapter, Prefix):
-        own = zip([state.input for state in past], adapter.past(), strict=True)
-        return model.head_feeds(), {name: np.repeat(array, rows, axis=0) for name, array in own}
-    empty = {state.input: np.zeros((rows, state.heads, 0, state.head_dim), np.float32) for state in past}
-    return model.feeds(), empty
-
-
-def _forward(
-    model: EdgeModel,
-    new: npt.NDArray[np.int64],
-    mask: npt.NDArray[np.int64],
-    positions: npt.NDArray[np.int64],
-    past: dict[str, Array],
-    fed: dict[str, Array],
-) -> tuple[npt.NDArray[np.float32], dict[str, Array]]:
-    """Logits [rows, vocabulary] after the last token of every row, and the grown cache."""
-    graph, (rows, count) = model.generation_facts, new.shape
-    last = np.arange(rows, dtype=np.int64) * count + count - 1
-    feeds = {"input_ids": new, "attention_mask": mask, "position_ids": positions, "hidden_rows": last}
-    outputs = ["logits", *(state.output for state in graph.past)]
-    logits, *present = model.generation.run(outputs, {**{name: feeds[name] for name in graph.inputs}, **past, **fed})
-    if not np.isfinite(logits.max()):  # NaN passes through max
-        raise NonFiniteLossError(f"the model's logits are NaN or infinite; {model.remedy}, or tune with a smaller --lr")
-    return logits, {state.input: value for state, value in zip(graph.past, present, strict=True)}

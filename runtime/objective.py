@@ -18,6 +18,7 @@ References:
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,8 @@ from edgezo.runtime.class_metrics import ClassCounts, count_classes, macro_f1
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.examples import Example
 from edgezo.runtime.outcome import Outcome, load_reward
-from edgezo.runtime.scoring import Candidate, Copies, Scores, Sequences
+from edgezo.runtime.prompt_cache import log_probs_after
+from edgezo.runtime.scoring import Candidate, Copies, Pair, Scores, Sequences
 from edgezo.runtime.tasks import Kind, Task
 from edgezo.runtime.text_metrics import METRICS, best_of, require_rouge
 
@@ -105,7 +107,7 @@ class Objective:
             NonFiniteLossError: the loss is NaN or infinite.
         """
         counted = self.sequences.forward_rows
-        every = self.sequences.log_probs([pair for example in examples for pair in example.pairs])
+        every = self._scores([pair for example in examples for pair in example.pairs])
         self.sequences.forward_rows = counted  # rows that nothing is learned from
         parts = every if self.smooth_name != "likelihood" else _golds(every, examples)
         loss, count = self._value(self.smooth_name, parts, examples), len(examples)
@@ -125,6 +127,11 @@ class Objective:
         macro = macro_f1(classes) if classes else None
         others = {"reward": self._reward(examples, scores, None)} if self.reward else {}
         return Evaluation(count, loss, float((predicted == gold).mean()), macro, others), classes
+
+    def _scores(self, candidates: Sequence[Candidate]) -> Scores:
+        if not self.task.prefix:
+            return self.sequences.log_probs(candidates)
+        return log_probs_after(self.sequences, cast("Sequence[Pair]", candidates))  # worked rows stand before prompts of a causal model
 
     def _flat(self, name: str, examples: Sequence[Example]) -> list[Candidate]:
         """The pairs that a loss needs, example after example."""

@@ -73,7 +73,7 @@ def _scored_count(candidate: Candidate) -> int:
     return 1 if isinstance(candidate, Masked | Classified) else len(candidate[1])
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """Where the log-probabilities of the candidates come from.
 
     sequences: token ids to run, without repeats. hidden: (sequence, position) of each hidden row; position 0 of a classifier's.
@@ -154,7 +154,7 @@ class Sequences:
 
     def states(self, pairs: Sequence[Candidate], attention: bool = False, stride: int = 1) -> States:
         """Scores of all pairs, and what every stride-th was made from; attention outputs of a model that can be given a probe of them."""
-        layout, feeds = _lay_out(pairs), self.model.feeds()
+        layout, feeds = lay_out(pairs), self.model.feeds()
         scores = np.empty(len(layout.scored))
         ends = np.cumsum([_scored_count(pair) for pair in pairs])
         firsts = [layout.scored[end - _scored_count(pair)][0] for end, pair in zip(ends, pairs, strict=True)][::stride]
@@ -180,7 +180,7 @@ class Sequences:
             pairs: prompt and completion token ids, neither empty.
             tokens: int64 [K].
         """
-        layout, feeds = _lay_out(pairs), self.model.feeds()
+        layout, feeds = lay_out(pairs), self.model.feeds()
         parts: list[tuple[list[int], Array, Array]] = []
         for tile in self._tiles(0, layout, sides=1):
             own, _ = self._feeds([layout], [tile], sides=1)
@@ -210,7 +210,7 @@ class Sequences:
 
     def _run(self, groups: Sequence[Sequence[Candidate]], sides: Sequence[int], copies: Copies, together: int) -> list[list[Scores]]:
         session = self.model.scoring  # made at first use, which checks the graph's inputs
-        layouts = [_lay_out(pairs) for pairs in groups]
+        layouts = [lay_out(pairs) for pairs in groups]
         scores = [np.empty((len(sides), len(layout.scored))) for layout in layouts]
         tiles = [tile for group, layout in enumerate(layouts) for tile in self._tiles(group, layout, len(sides))]
         for chosen in self._forwards(tiles, len(sides), together):
@@ -225,7 +225,7 @@ class Sequences:
         ends = [np.cumsum([_scored_count(pair) for pair in pairs])[:-1] for pairs in groups]
         return [[np.split(side, end) for side in group] for group, end in zip(scores, ends, strict=True)]
 
-    def _tiles(self, group: int, layout: _Layout, sides: int) -> Iterator[_Tile]:
+    def _tiles(self, group: int, layout: Layout, sides: int) -> Iterator[_Tile]:
         """Sequences sorted by length, as many at a time as one forward may hold."""
         rows_of: dict[int, list[int]] = {}
         for row, (sequence, _) in enumerate(layout.hidden):
@@ -262,7 +262,7 @@ class Sequences:
         if chosen:
             yield chosen
 
-    def _feeds(self, layouts: list[_Layout], tiles: list[_Tile], sides: int) -> tuple[dict[str, Array], list[npt.NDArray[np.int64]]]:
+    def _feeds(self, layouts: list[Layout], tiles: list[_Tile], sides: int) -> tuple[dict[str, Array], list[npt.NDArray[np.int64]]]:
         """Right-padded token ids [tiles * sides * rows, width], and for each tile and side the places of its scores."""
         rows, width = max(len(tile.sequences) for tile in tiles), max(tile.width for tile in tiles)
         ids = np.full((len(tiles), sides, rows, width), self.pad, np.int64)
@@ -300,7 +300,8 @@ class Sequences:
         return feeds, wanted
 
 
-def _lay_out(pairs: Sequence[Candidate]) -> _Layout:
+def lay_out(pairs: Sequence[Candidate]) -> Layout:
+    """Where the scores of candidates come from: equal sequences run once, and candidates of one token share a hidden row."""
     sequences: dict[tuple[int, ...], int] = {}
     hidden: dict[tuple[int, int], int] = {}
     scored = []
@@ -314,4 +315,4 @@ def _lay_out(pairs: Sequence[Candidate]) -> _Layout:
         sequence = sequences.setdefault((*prompt, *completion[:-1]), len(sequences))
         for index, target in enumerate(completion):
             scored.append((hidden.setdefault((sequence, len(prompt) - 1 + index), len(hidden)), target))
-    return _Layout(list(sequences), list(hidden), scored)
+    return Layout(list(sequences), list(hidden), scored)

@@ -98,7 +98,7 @@ def test_tiny_limits_make_more_forwards(model: EdgeModel, monkeypatch: pytest.Mo
     Sequences(model).log_probs(PAIRS)
     assert len(forwards) == 1
     Sequences(model, batch_tokens=1).log_probs(PAIRS)
-    assert len(forwards) == 1 + len(scoring._lay_out(PAIRS).sequences)
+    assert len(forwards) == 1 + len(scoring.lay_out(PAIRS).sequences)
 
 
 def test_one_long_text_may_have_more_hidden_rows_than_many_texts(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,13 +171,13 @@ def test_the_rows_of_a_stacked_forward_are_in_equal_parts_in_the_order_of_its_co
         for place, state in zip(feeds["hidden_rows"], hidden_of(feeds), strict=True):
             wanted.setdefault(copies[int(place) // width // rows], []).append(state)
     for number, group in enumerate(GROUPS):
-        layout = scoring._lay_out(group)
+        layout = scoring.lay_out(group)
         expected = sorted(layout.sequences[sequence][: position + 1] for sequence, position in layout.hidden)
         assert sorted(wanted[number, 1]) == sorted(wanted[number, -1]) == expected
 
 
 def test_single_token_candidates_of_a_prompt_share_one_hidden_state() -> None:
-    layout = scoring._lay_out([([1, 2, 3], [label]) for label in (7, 8, 9)])
+    layout = scoring.lay_out([([1, 2, 3], [label]) for label in (7, 8, 9)])
     assert (len(layout.sequences), len(layout.hidden), len(layout.scored)) == (1, 1, 3)
 
 
