@@ -288,8 +288,10 @@ app.command("rate")(rate.rate_command)
 
 def main() -> None:
     """Entry point: expected failures in one line, exit code 1; EDGEZO_DEBUG=1 shows the traceback."""
-    for stream in (sys.stdout, sys.stderr):  # a console of another encoding shows ? for what it lacks
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as >&- does
+            setattr(sys, name, io.StringIO())
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):  # a console of another encoding shows ? for what it lacks
             stream.reconfigure(errors="replace")
     try:
         app(prog_name="edgezo")

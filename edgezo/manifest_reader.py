@@ -23,6 +23,12 @@ def read_manifest(directory: Path) -> Manifest:
     if not directory.is_dir():
         raise EdgeModelError(f"{directory}: no such directory; make an edge model with: edgezo export MODEL -o {directory}")
     if not path.is_file():
+        from edgezo.runtime.run import JOURNAL
+
+        if (directory / JOURNAL).is_file():
+            raise EdgeModelError(
+                f"{directory}: a run, no edge model; give the edge model that it was tuned from, and the run as --run {directory}"
+            )
         raise EdgeModelError(f"{directory}: no {MANIFEST_NAME} in it; an edge model is made by: edgezo export MODEL -o DIR")
     if path.stat().st_size > MANIFEST_BYTES_LIMIT:
         raise EdgeModelError(f"{path}: larger than {MANIFEST_BYTES_LIMIT} bytes; this is no edge model manifest")

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from edgezo.config import TuneConfig, describe
 from edgezo.errors import RunError
-from edgezo.manifest import Manifest
+from edgezo.manifest import MANIFEST_NAME, Manifest
 from edgezo.runtime import noise
 from edgezo.runtime.corpus import sha256_data
 from edgezo.runtime.evaluation import Evaluation
@@ -135,6 +135,10 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     if directory.is_file():
         raise RunError(f"{directory}: a file; give a run directory, as edgezo tune DIR --data FILE -o RUN makes it")
     if not (directory / JOURNAL).is_file():
+        if (directory / MANIFEST_NAME).is_file():
+            raise RunError(
+                f"{directory}: an edge model, no run; give the run directory that edgezo tune {directory} --data FILE -o RUN made"
+            )
         found = f"no run in it ({JOURNAL} is missing)" if directory.exists() else "no such run directory"
         raise RunError(f"{directory}: {found}; make one with: edgezo tune DIR --data FILE -o {directory}")
     contents = read_journal(directory / JOURNAL)

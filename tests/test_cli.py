@@ -269,3 +269,10 @@ def test_writing_the_start_of_a_run_says_that_nothing_in_it_is_tuned(command: Co
 def test_what_is_written_for_others_can_be_read_by_them(command: Command, run: str, tmp_path: Path) -> None:
     assert command("merge", "edge", run, "--format", "hf", "--step", "last", "-o", "folder").code == 0
     assert (tmp_path / "folder" / "model.safetensors").stat().st_mode & 0o044 == 0o044
+
+
+def test_closed_streams_are_nothing_to_stop_at(monkeypatch: pytest.MonkeyPatch, invoke: Command) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    assert invoke("tasks").code == 0
+    assert invoke("inspect", "none").code == 1

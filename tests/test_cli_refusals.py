@@ -155,13 +155,25 @@ def test_a_completion_longer_than_the_context(refusal: Callable[..., str], write
     )
 
 
-@pytest.mark.parametrize("name", ["none", "edge", "rows.jsonl"])
-def test_resuming_what_is_no_run(refusal: Callable[..., str], name: str) -> None:
-    found = "no such run directory" if name == "none" else "no run in it (journal.bin is missing)"
-    expected = f"{name}: {found}; make one with: edgezo tune DIR --data FILE -o {name}"
-    if name == "rows.jsonl":
-        expected = f"{name}: a file; give a run directory, as edgezo tune DIR --data FILE -o RUN makes it"
-    assert refusal("tune", "edge", "-o", name, "--resume") == expected
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("none", "no such run directory; make one with: edgezo tune DIR --data FILE -o none"),
+        ("empty", "no run in it (journal.bin is missing); make one with: edgezo tune DIR --data FILE -o empty"),
+        ("edge", "an edge model, no run; give the run directory that edgezo tune edge --data FILE -o RUN made"),
+        ("rows.jsonl", "a file; give a run directory, as edgezo tune DIR --data FILE -o RUN makes it"),
+    ],
+)
+def test_resuming_what_is_no_run(refusal: Callable[..., str], tmp_path: Path, name: str, expected: str) -> None:
+    (tmp_path / "empty").mkdir()
+    assert refusal("tune", "edge", "-o", name, "--resume") == f"{name}: {expected}"
+
+
+@pytest.mark.parametrize("name", ["tune", "eval", "predict"])
+def test_a_run_where_an_edge_model_is_asked_for(refusal: Callable[..., str], run: str, name: str) -> None:
+    options = {"tune": ["-o", "new", *TASK], "eval": TASK, "predict": ["--text", "a", "--template", "{text} It", "--labels", "a,b"]}[name]
+    expected = f"{run}: a run, no edge model; give the edge model that it was tuned from, and the run as --run {run}"
+    assert refusal(name, run, *options) == expected
 
 
 def test_resuming_with_a_configuration_file(refusal: Callable[..., str], run: str) -> None:
