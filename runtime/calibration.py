@@ -21,7 +21,6 @@ LARGEST = {"lora": 4, "prefix": 4, None: 0}  # k of the largest scale 2^k; tenso
 FIRST = {"lora": -6, "prefix": -4, None: -10}  # where to begin: near what models of 100M to 1B parameters have
 LEAST = -20
 IN_PLACE_DIRECTIONS = 8  # one after the other, of two rows each
-COARSE_EPS = 0.25  # of the reach, where the objective changes in steps
 FAR = 10.0  # times the measured rate: told when a given one is so far from it
 
 
@@ -62,7 +61,9 @@ def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset) -> Calibration
     found = survey(probe, FIRST[kind], LEAST, LARGEST[kind])
     theta.weights.flush()
     steps = _expected_steps(config, probe.row_seconds, dataset)
-    eps = config.eps or (found.eps if theta.objective.smooth else COARSE_EPS * found.reach)
+    # an objective in steps shows a slope by how many rows it changes for: by a quarter of the reach none of 64 in 7 of 9 steps, by the reach 1
+    # to 5 in all but two of 14 (accuracy, SST-2, SmolLM2-135M, LoRA)
+    eps = config.eps or (found.eps if theta.objective.smooth else found.reach)
     measured = learning_rate(found, theta.rule, config.schedule, config.warmup, steps, config.directions, config.rows / config.directions)
     lr = config.lr or min(measured, LARGEST_LR)
     if lr * config.weight_decay >= 1:
@@ -71,7 +72,7 @@ def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset) -> Calibration
         )
     resolved = config.model_copy(update={"eps": eps, "lr": lr})
     facts = {**found.as_dict(), "lr": measured, "steps": steps, "rows": probe.rows}
-    return Calibration(resolved, _told(config, resolved, found, measured, steps, probe.rows), facts)
+    return Calibration(resolved, _told(config, resolved, theta.objective.smooth, found, measured, steps, probe.rows), facts)
 
 
 class _Probe:
@@ -114,14 +115,16 @@ def _expected_steps(config: TuneConfig, row_seconds: float, dataset: Dataset) ->
     return steps
 
 
-def _told(config: TuneConfig, resolved: TuneConfig, found: Landscape, measured: float, steps: int, rows: int) -> list[str]:
+def _told(config: TuneConfig, resolved: TuneConfig, smooth: bool, found: Landscape, measured: float, steps: int, rows: int) -> list[str]:
     """What was chosen and why; what was given and does not fit."""
     lines = []
     if found.change > UNRELIABLE:
         lines.append(
             f"warning: projected gradients change by {100 * found.change:.0f} % between eps {found.eps / 4:.3g} and {found.eps:.3g}, and more elsewhere: rounding or curvature drowns the slope; the run will learn little"
         )
-    if config.eps is None:
+    if config.eps is None and not smooth:
+        lines.append(f"eps {resolved.eps:.3g}, as far as {rows} rows have a slope: an objective in steps changes for few rows by less")
+    elif config.eps is None:
         lines.append(
             f"eps {resolved.eps:.3g}, measured on {rows} rows: projected gradients there and at a quarter of it differ by {100 * found.change:.0f} %"
         )

@@ -243,7 +243,9 @@ def test_an_objective_that_changes_in_steps_is_measured_by_its_smooth_one(lora_d
     edgezo.tune(lora_dir, tmp_path / "steps", data=reviews, steps=2, objective="accuracy", **TASK)
     one, other = (read_run(tmp_path / name).header["calibration"] for name in ("smooth", "steps"))
     assert one == other
-    assert read_run(tmp_path / "steps").config.eps == pytest.approx(one["reach"] / 4)
+    config = read_run(tmp_path / "steps").config
+    assert config.eps == pytest.approx(one["reach"])
+    assert config.batch == 4 * read_run(tmp_path / "smooth").config.batch
 
 
 def test_minutes_alone_give_the_rate_of_as_many_steps_as_fit(
