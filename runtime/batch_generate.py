@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from edgezo.config import Sampling
-from edgezo.runtime.model import EdgeModel
-from edgezo.runtime.prompt_cache import Beginning, Padded, forward, logit_rows, make_batches, pad, read_beginning
+from edgezo.runtime.model import Array, EdgeModel
+from edgezo.runtime.prompt_cache import Beginning, Padded, forward, make_batches, pad, read_beginning
 from edgezo.runtime.sampling import Pick, make_pick
-from edgezo.runtime.scoring import BATCH_TOKENS
+from edgezo.runtime.scoring import BATCH_TOKENS, LOGITS_BYTES
 
 
 def generate_batch(
@@ -56,8 +57,10 @@ def continue_batch(
     """
     picks = [make_pick(sampling, row) for row in range(len(prompts))]
     answers: list[tuple[list[int], str]] = [([], "")] * len(prompts)
-    lengths, beginning = [len(prompt) + max_tokens for prompt in prompts], read_beginning(model, prompts)
-    for rows in make_batches(lengths, [1] * len(prompts), batch_tokens, logit_rows(model)):
+    lengths, beginning = [len(prompt) + max_tokens for prompt in prompts], read_beginning(model, prompts, len(prompts))
+    rows_of_logits = LOGITS_BYTES // (4 * model.manifest.origin.vocab_size)
+    alike = beginning.before > 0 and "position_ids" not in model.generation_facts.inputs  # positions are places of the cache
+    for rows in make_batches(lengths, [1] * len(prompts), batch_tokens, rows_of_logits, alike=alike):
         chosen = [prompts[row][beginning.length :] for row in rows]
         found = _answer(model, beginning, chosen, max_tokens, stop, may_be_empty, [picks[row] for row in rows])
         for row, answer in zip(rows, found, strict=True):
@@ -74,14 +77,16 @@ def _answer(
     may_be_empty: bool,
     picks: list[Pick],
 ) -> list[tuple[list[int], str]]:
-    """Rows are padded on the left, so that all write their next token at one place; rows that are done leave the batch."""
-    batch, past, ends = pad(prompts, model, beginning), beginning.repeated(len(prompts)), set(model.manifest.tokenizer.eos_token_ids)
+    """All rows write their next token at one place of the cache: padding stands before a text. Rows that are done leave the batch."""
+    batch, past = pad(prompts, model, beginning, "left" if not beginning.before else "right"), beginning.repeated(len(prompts))
+    ends = set(model.manifest.tokenizer.eos_token_ids)
     written: list[list[int]] = [[] for _ in prompts]
     texts: dict[int, str] = {}
     alive = np.arange(len(prompts))
     for count in range(max_tokens):
-        rows, width = batch.ids.shape
-        logits, past = forward(model, batch, past, beginning.fed, np.arange(1, rows + 1, dtype=np.int64) * width - 1)
+        logits, past = forward(model, batch, past, beginning.fed, _last(batch))
+        if not count and beginning.before:
+            batch, past = _turned(batch, past)
         if not count and not may_be_empty:
             logits = np.where(model.text.beginnings(logits.shape[1], stop), logits, np.float32(-np.inf))
         tokens = np.array([picks[row](scores) for row, scores in zip(alive, logits, strict=True)])
@@ -97,9 +102,25 @@ def _answer(
                 going.append(place)
         if not going:
             break
-        if len(going) < rows:
+        if len(going) < len(batch.ids):
             past = {name: np.ascontiguousarray(array[going]) for name, array in past.items()}
         alive = alive[going]
         mask = np.concatenate([batch.mask[going], np.ones((len(going), 1), np.int64)], axis=1)
-        batch = Padded(tokens[going][:, None], mask, batch.positions[going, -1:] + 1)
+        batch = Padded(tokens[going][:, None], mask, batch.positions[going].max(axis=1, keepdims=True) + 1)
     return [(written[row], texts[row].strip()) for row in range(len(prompts))]
+
+
+def _last(batch: Padded) -> npt.NDArray[np.int64]:
+    """Row of hidden states of every text's last token."""
+    rows, width = batch.ids.shape
+    behind = np.argmax(batch.mask[:, : -width - 1 : -1], axis=1)
+    places: npt.NDArray[np.int64] = np.arange(1, rows + 1, dtype=np.int64) * width - 1 - behind
+    return places
+
+
+def _turned(batch: Padded, past: dict[str, Array]) -> tuple[Padded, dict[str, Array]]:
+    """Padding from behind a text to before what it begins with, where its places part nothing."""
+    turns = [int((line == 0).sum()) for line in batch.mask]
+    mask = np.stack([np.roll(line, turn) for line, turn in zip(batch.mask, turns, strict=True)])
+    turned = {name: np.stack([np.roll(row, turn, axis=1) for row, turn in zip(array, turns, strict=True)]) for name, array in past.items()}
+    return batch._replace(mask=mask), turned
