@@ -288,10 +288,9 @@ app.command("rate")(rate.rate_command)
 
 def main() -> None:
     """Entry point: expected failures in one line, exit code 1; EDGEZO_DEBUG=1 shows the traceback."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the shell, as >&- does
-            setattr(sys, name, io.StringIO())
-        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):  # a console of another encoding shows ? for what it lacks
+    _open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):  # a console of another encoding shows ? for what it lacks
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         app(prog_name="edgezo")
@@ -302,3 +301,13 @@ def main() -> None:
         told = f"{where}{error.strerror or error}" if isinstance(error, OSError) else error
         sys.stderr.write(f"error: {told}\n")
         sys.exit(1)
+
+
+def _open_closed_streams() -> None:
+    """The null device in place of streams that the shell closed (`>&-`): else a file opened later has their number, and the engine writes to it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))

@@ -27,7 +27,7 @@ def read_manifest(directory: Path) -> Manifest:
 
         if (directory / JOURNAL).is_file():
             raise EdgeModelError(
-                f"{directory}: a run, no edge model; give the edge model that it was tuned from, and the run as --run {directory}"
+                f"{directory}: a run, no edge model; give the edge model that it was tuned from (eval, predict, generate, chat and rate take the run as --run {directory})"
             )
         raise EdgeModelError(f"{directory}: no {MANIFEST_NAME} in it; an edge model is made by: edgezo export MODEL -o DIR")
     if path.stat().st_size > MANIFEST_BYTES_LIMIT:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 
 import edgezo
+from edgezo.config import ACCURACY_BATCH
 from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime import calibration
 from edgezo.runtime.journal_reader import read_journal
@@ -240,12 +241,16 @@ def test_a_weight_decay_that_undoes_every_step_is_refused(lora_dir: Path, review
 
 def test_an_objective_that_changes_in_steps_is_measured_by_its_smooth_one(lora_dir: Path, reviews: str, tmp_path: Path) -> None:
     edgezo.tune(lora_dir, tmp_path / "smooth", data=reviews, steps=2, **TASK)
-    edgezo.tune(lora_dir, tmp_path / "steps", data=reviews, steps=2, objective="accuracy", **TASK)
+    notices: list[str] = []
+    told = Reporter(notice=notices.append)
+    edgezo.tune(lora_dir, tmp_path / "steps", data=reviews, steps=2, objective="accuracy", reporter=told, **TASK)
     one, other = (read_run(tmp_path / name).header["calibration"] for name in ("smooth", "steps"))
     assert one == other
     config = read_run(tmp_path / "steps").config
     assert config.eps == pytest.approx(one["reach"])
-    assert config.batch == 4 * read_run(tmp_path / "smooth").config.batch
+    assert config.batch == ACCURACY_BATCH
+    why = "by less an objective that changes in steps changes for hardly any row"
+    assert [line for line in notices if line.startswith("eps ")] == [f"eps {config.eps:.3g}, the reach measured on 16 rows: {why}"]
 
 
 def test_minutes_alone_give_the_rate_of_as_many_steps_as_fit(

@@ -271,8 +271,13 @@ def test_what_is_written_for_others_can_be_read_by_them(command: Command, run: s
     assert (tmp_path / "folder" / "model.safetensors").stat().st_mode & 0o044 == 0o044
 
 
-def test_closed_streams_are_nothing_to_stop_at(monkeypatch: pytest.MonkeyPatch, invoke: Command) -> None:
-    monkeypatch.setattr("sys.stdout", None)
-    monkeypatch.setattr("sys.stderr", None)
-    assert invoke("tasks").code == 0
-    assert invoke("inspect", "none").code == 1
+@pytest.mark.parametrize(("command", "code"), [("tasks", 0), ("inspect none", 1), ("generate none --prompt -", 1)])
+def test_closed_streams_are_nothing_to_stop_at(tmp_path: Path, command: str, code: int) -> None:
+    check = f"""import os, sys, atexit, edgezo.cli
+sys.argv = {["edgezo", *command.split()]}
+atexit.register(lambda: open("opened", "w").write(str(os.open("other", os.O_CREAT | os.O_RDWR))))
+edgezo.cli.main()
+"""
+    done = subprocess.run(["sh", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, check], cwd=tmp_path)
+    assert done.returncode == code
+    assert int((tmp_path / "opened").read_text()) > 2

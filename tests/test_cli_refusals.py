@@ -172,7 +172,8 @@ def test_resuming_what_is_no_run(refusal: Callable[..., str], tmp_path: Path, na
 @pytest.mark.parametrize("name", ["tune", "eval", "predict"])
 def test_a_run_where_an_edge_model_is_asked_for(refusal: Callable[..., str], run: str, name: str) -> None:
     options = {"tune": ["-o", "new", *TASK], "eval": TASK, "predict": ["--text", "a", "--template", "{text} It", "--labels", "a,b"]}[name]
-    expected = f"{run}: a run, no edge model; give the edge model that it was tuned from, and the run as --run {run}"
+    takers = f"(eval, predict, generate, chat and rate take the run as --run {run})"
+    expected = f"{run}: a run, no edge model; give the edge model that it was tuned from {takers}"
     assert refusal(name, run, *options) == expected
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgezo.recipe import read_recipe, recipe_path, summarize
+from edgezo.runtime.run import read_run
 
 TUNED = ("full", "lora", "prefix", "classifier", "classifier-full")
 # of each method the attribute of the options that gives its edge model
@@ -62,11 +63,11 @@ def run_cell(method: str, task: str, options: argparse.Namespace) -> Cell:
         run = options.results / f"{task}.{method}.run"
         files = ["--data", str(folder / "train.jsonl"), "--valid", str(folder / "validation.jsonl")]
         goes_on = (run / "journal.bin").is_file()
+        before = read_run(run).seconds if goes_on else 0.0
         settings = ["--resume"] if goes_on else [*files, *recipe, *options.settings]
         tuned, tune_peak = _edgezo("tune", edge, "-o", str(run), "--minutes", str(options.minutes), *settings)
         found, peak = _edgezo("eval", edge, "--data", test, "--run", str(run))
-        seconds = max(time.monotonic() - begun, tuned["seconds"])  # of a run that went on, those before, too
-        return Cell(found, tuned["forward_rows"], seconds, max(peak, tune_peak))
+        return Cell(found, tuned["forward_rows"], before + time.monotonic() - begun, max(peak, tune_peak))
     train, valid = str(folder / "train.jsonl"), str(folder / "validation.jsonl")
     if method.endswith("probe"):
         found, peak = _edgezo("probe", edge, "--data", train, "--valid", valid, "--test", test, *recipe)
