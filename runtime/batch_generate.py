@@ -86,7 +86,7 @@ def _answer(
     for count in range(max_tokens):
         logits, past = forward(model, batch, past, beginning.fed, _last(batch))
         if not count and beginning.before:
-            batch, past = _turned(batch, past)
+            _turn(batch, past)
         if not count and not may_be_empty:
             logits = np.where(model.text.beginnings(logits.shape[1], stop), logits, np.float32(-np.inf))
         tokens = np.array([picks[row](scores) for row, scores in zip(alive, logits, strict=True)])
@@ -118,9 +118,10 @@ def _last(batch: Padded) -> npt.NDArray[np.int64]:
     return places
 
 
-def _turned(batch: Padded, past: dict[str, Array]) -> tuple[Padded, dict[str, Array]]:
-    """Padding from behind a text to before what it begins with, where its places part nothing."""
-    turns = [int((line == 0).sum()) for line in batch.mask]
-    mask = np.stack([np.roll(line, turn) for line, turn in zip(batch.mask, turns, strict=True)])
-    turned = {name: np.stack([np.roll(row, turn, axis=1) for row, turn in zip(array, turns, strict=True)]) for name, array in past.items()}
-    return batch._replace(mask=mask), turned
+def _turn(batch: Padded, past: dict[str, Array]) -> None:
+    """Move padding from behind a text to before what it begins with, where its places part nothing."""
+    for row, line in enumerate(batch.mask):
+        if turn := int((line == 0).sum()):
+            batch.mask[row] = np.roll(line, turn)
+            for array in past.values():
+                array[row] = np.roll(array[row], turn, axis=1)
