@@ -36,6 +36,7 @@ NOTES: dict[str, Any] = {
     "labels": ",".join(f"{w}={w}" for w in ("family", "health", "money", "travel", "work")),
 }
 STEP_ROWS = 32  # of forward, of every method
+SEED_ROWS = 1.1  # a start's rows differ a little from seed to seed
 LEAST_RANGE = 20  # per cent that a panel shows: a row of test rows is no cliff
 
 
@@ -173,14 +174,21 @@ def table(cells: list[Cell]) -> str:
         for name in METHODS:
             own = [cell for cell in cells if (cell["task"], cell["method"]) == (task, name)]
             if own:
-                points = ", ".join(f"{_mean(own, rows)} ({rows:,})" for rows in sorted({rows for cell in own for rows in cell["points"]}))
+                points = ", ".join(f"{found:.1f} ({rows:,})" for rows, found in _means(own))
                 lines.append(f"| {task} | {name} | {len(own)} | {points} | {sum(c['seconds'] for c in own) / len(own):,.0f} |")
     return "\n".join(lines) + "\n"
 
 
-def _mean(cells: list[Cell], rows: int) -> str:
-    found = [cell["points"][rows] for cell in cells if rows in cell["points"]]
-    return f"{100 * sum(found) / len(found):.1f}" if found else ""
+def _means(cells: list[Cell]) -> list[tuple[int, float]]:
+    """Rows of forward and test accuracy in per cent; where there are several seeds, the mean of what they have at rows within SEED_ROWS of each other."""
+    groups: list[list[int]] = []
+    for rows in sorted({rows for cell in cells for rows in cell["points"]}):
+        if len(cells) > 1 and groups and rows <= SEED_ROWS * groups[-1][0]:
+            groups[-1].append(rows)
+        else:
+            groups.append([rows])
+    found = [[cell["points"][max(own)] for cell in cells if (own := set(group) & set(cell["points"]))] for group in groups]
+    return [(group[-1], 100 * sum(points) / len(points)) for group, points in zip(groups, found, strict=True)]
 
 
 def plot(cells: list[Cell], path: Path) -> None:
@@ -201,13 +209,12 @@ def plot(cells: list[Cell], path: Path) -> None:
     for panel, task in zip(panels, tasks, strict=True):
         for number, name in enumerate(METHODS):
             own = [cell for cell in cells if (cell["task"], cell["method"]) == (task, name)]
-            columns = sorted({rows for cell in own for rows in cell["points"]})
             for cell in own if len(own) > 1 else []:
                 panel.plot(
                     *zip(*((rows, 100 * found) for rows, found in cell["points"].items()), strict=True), color=colors[number], alpha=0.25
                 )
             if own:
-                panel.plot(columns, [float(_mean(own, rows)) for rows in columns], "o-", color=colors[number], label=name, markersize=3)
+                panel.plot(*zip(*_means(own), strict=True), "o-", color=colors[number], label=name, markersize=3)
         panel.set(title=task, xscale="log", xlabel="rows of forward", ylabel="test accuracy, %")
         low, high = panel.get_ylim()
         panel.set_ylim(min(low, high - LEAST_RANGE), high + 1)
