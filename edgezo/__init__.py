@@ -12,6 +12,7 @@ print(edgezo.predict("edge", run="run", texts=["A film to remember."])[0].label)
 print(model.log_probs(["A joy to watch. It was"] * 2, [" terrible", " great"]))
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from edgezo.runtime.tune import Reporter as Reporter
 
 __version__ = "0.1.0"
+
+# else onnxruntime 1.29 and later tell their makers of every session, with the model's file name and the hardware, on Linux and macOS too; it
+# is read once, when onnxruntime is imported
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # loaded at first use: the device never needs torch, and `edgezo --help` waits for nothing
 _HOMES = {

@@ -160,3 +160,11 @@ def test_a_message_is_one_printable_line(text: str) -> None:
     shown = str(edgezo.EdgezoError(f"{text}: wrong"))
     assert shown.isprintable()
     assert shown.endswith(": wrong")
+
+
+def test_the_engine_tells_nobody(exported_dir: Path, tmp_path: Path) -> None:
+    """onnxruntime 1.29 and later queue what they send in the home folder."""
+    told = {name: value for name, value in os.environ.items() if name not in {"CI", "XDG_CACHE_HOME"} and not name.startswith("ORT_")}
+    use = "import sys, edgezo; edgezo.EdgeModel(sys.argv[1], threads=1).log_probs(['a'], [' b'])"
+    subprocess.run([sys.executable, "-c", use, exported_dir], env={**told, "HOME": str(tmp_path)}, check=True)
+    assert not list(tmp_path.rglob("*"))

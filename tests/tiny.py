@@ -33,7 +33,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {**SMALL, "tie_word_embeddings": True},
     "qwen3": {**SMALL, "tie_word_embeddings": True, "head_dim": 8},
     "gemma3_text": {**SMALL, "head_dim": 8, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
-    "mistral": {**SMALL, "sliding_window": 12},
+    "mistral": {**SMALL, "tie_word_embeddings": True, "sliding_window": 12},
     "gpt2": {
         "vocab_size": VOCABULARY,
         "n_embd": 32,
