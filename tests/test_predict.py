@@ -181,7 +181,7 @@ def test_no_answer_is_empty(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -
     )
     logits = np.zeros((2, model.manifest.origin.vocab_size), np.float32)
     logits[:, [end, blank, *words]] = [4, 3, 2, 1]
-    monkeypatch.setattr(batch_generate, "_forward", lambda model, new, *others: (logits[: len(new)], {}))
+    monkeypatch.setattr(batch_generate, "forward", lambda model, batch, *others: (logits[: len(batch.ids)], {}))
     for stop, expected in ((None, words[0]), ("\n", words[0]), (model.text.decode(words[:1]), words[1])):
         assert generate_batch(model, [[5, 6], [7]], 3, stop) == [model.text.decode([expected]).strip()] * 2
         assert [text for _, text in batch_generate.continue_batch(model, [[5, 6], [7]], 3, stop)] == ["", ""]
