@@ -13,8 +13,9 @@ WINDOW_BATCHES = 8  # batches formed together, so that rows of like length meet:
 class DataOrder:
     """Seeded batches without end; every row comes once in each epoch.
 
-    A stream of permuted epochs is cut into windows of eight batches. Inside a window rows are sorted by length and cut into batches,
-    which are then taken in a permuted order.
+    A stream of permuted epochs is cut into windows of eight batches. Inside a window rows are sorted by epoch, then by length
+    (odd epochs from the longest, so that a batch of two epochs holds rows of like length), and cut into batches, which are then taken in a
+    permuted order. By length alone the copies of a row would meet: of 24 rows a step of 64 saw 3.5 different ones.
 
     Args:
         lengths: tokens of each row.
@@ -33,7 +34,8 @@ class DataOrder:
         window, place = divmod(step, WINDOW_BATCHES)
         size = WINDOW_BATCHES * self.batch_size
         stream = np.arange(window * size, (window + 1) * size)
-        rows = np.array([self._epoch(int(position // len(self.lengths)))[position % len(self.lengths)] for position in stream])
-        rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+        epochs, places = np.divmod(stream, len(self.lengths))
+        rows = np.array([self._epoch(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)])
+        rows = rows[np.lexsort((np.where(epochs % 2, -self.lengths[rows], self.lengths[rows]), epochs))]
         chosen = noise.permutation(self.seed, WINDOW_BATCHES, 2 * window + 1)[place]
         return [int(row) for row in rows[chosen * self.batch_size : (chosen + 1) * self.batch_size]]

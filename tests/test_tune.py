@@ -221,6 +221,15 @@ def test_rows_of_like_length_meet() -> None:
     assert sum(padded) < 1.25 * lengths.sum()
 
 
+@pytest.mark.parametrize("rows", [3, 24, 100, 400])
+def test_a_step_sees_few_rows_twice(rows: int) -> None:
+    batch_size = 64
+    lengths = np.random.default_rng(0).integers(8, 100, rows)
+    order = DataOrder(lengths.tolist(), batch_size, seed=0)
+    different = [len(set(order.batch(step))) for step in range(4 * WINDOW_BATCHES)]
+    assert np.mean(different) > 0.8 * min(rows, batch_size)
+
+
 def test_order_depends_on_the_seed_and_not_on_the_past() -> None:
     lengths = list(range(50))
     assert DataOrder(lengths, 4, 0).batch(33) == DataOrder(lengths, 4, 0).batch(33)
