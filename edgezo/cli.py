@@ -122,7 +122,7 @@ def tune_command(
     max_tokens: AnswerTokens = None,
     steps: Annotated[int | None, setting("steps", text="steps in all.", shown=f"{DEFAULT_STEPS} unless --minutes is given")] = None,
     minutes: Annotated[
-        float | None, setting("minutes", text="time budget, evaluation included; with --steps whichever ends first.")
+        float | None, setting("minutes", text="time budget, proofs, measuring and evaluation included; with --steps whichever ends first.")
     ] = None,
     lr: Annotated[float | None, setting("lr", text="learning rate.", shown="measured at the start")] = None,
     eps: Annotated[float | None, setting("eps", text="perturbation scale.", shown="measured at the start")] = None,
@@ -215,6 +215,7 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
     """How a run ended, and what to do with it."""
     from edgezo.runtime.run import read_run
 
+    run = read_run(output)
     peak = f", peak memory {result.peak_bytes / 1e6:.0f} MB" if result.peak_bytes is not None else ""
     rows = [("run", f"{output}, {result.steps} steps, {result.ended}, {result.seconds:.0f} s{peak}")]
     if result.before is not None:
@@ -224,13 +225,10 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
     if result.best is not None and result.best_step > 0:
         rows.append((f"step {result.best_step}", f"{terminal.evaluation_text(result.best)}, kept as best"))
     elif result.best is not None and result.steps:
-        rows.append(
-            (
-                "best",
-                f"step 0, the {'exact ' if result.start is not None else ''}start: no evaluated step was better; --step last uses step {result.steps}",
-            )
-        )
-    config = read_run(output).config
+        why = "no evaluated step was better" if max(run.evaluations) > 0 else "no later step was evaluated"
+        start = f"step 0, the {'exact ' if result.start is not None else ''}start"
+        rows.append(("best", f"{start}: {why}; --step last uses step {result.steps}"))
+    config = run.config
     use = "predict DIR --run RUN --text '...'" if config.labels is not None else "generate DIR --run RUN --prompt '...'"
     if config.choices is not None or config.answer_field is not None:
         use = "predict DIR --run RUN --data ROWS"

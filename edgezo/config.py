@@ -83,7 +83,12 @@ class TuneConfig(BaseModel):
     steps: int | None = Field(
         None, ge=0, description=f"steps in all, 0 for an exact start alone; {DEFAULT_STEPS} when neither steps nor minutes is given"
     )
-    minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time budget in minutes, evaluation included")
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="time budget in minutes, everything after opening the model included; a step that has begun is finished",
+    )
     lr: float | None = Field(None, gt=0, le=LARGEST_LR, allow_inf_nan=False, description="learning rate; measured at the start when unset")
     eps: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False, description="perturbation scale; measured at the start when unset")
     directions: int = Field(1, gt=0, le=1024, description="directions of a step, each with rows of its own")

@@ -20,6 +20,8 @@ def read_manifest(directory: Path) -> Manifest:
         EdgeModelError: missing, not JSON, of an unknown version, or contradicting itself.
     """
     path = directory / MANIFEST_NAME
+    if directory.is_file():
+        raise EdgeModelError(f"{directory}: a file, no edge model; give the folder that edgezo export MODEL -o FOLDER made")
     if not directory.is_dir():
         raise EdgeModelError(f"{directory}: no such directory; make an edge model with: edgezo export MODEL -o {directory}")
     if not path.is_file():

@@ -126,7 +126,10 @@ def eval_command(
         rows = [(model, terminal.evaluation_text(result.evaluation))]
         if shots is not None:
             rows.append(
-                ("shots", f"{result.shots} of {train}{'' if result.shots == shots else f'; {shots} do not fit before the longest row'}")
+                (
+                    "shots",
+                    f"{result.shots} of {train}{'' if result.shots == shots else f'; more of the {shots} do not fit before the longest row'}",
+                )
             )
         terminal.print_rows(rows)
         if result.classes:
@@ -135,7 +138,9 @@ def eval_command(
 
 def predict_command(
     directory: EdgeDir,
-    text: Annotated[str | None, typer.Option("--text", help="What the template's field is filled with.")] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", help="What the template's field is filled with; - reads it from standard input.")
+    ] = None,
     data: Annotated[str | None, typer.Option("--data", help=f"Or rows without label or answer: {ROW_FORMATS}.")] = None,
     output: Annotated[
         Path | None,
@@ -172,6 +177,7 @@ def predict_command(
     from edgezo.predictions import rows_to_write, write_predictions
 
     rows = rows_to_write(output, data) if output is not None else []
+    text = read_standard_input().rstrip("\n") if text == "-" else text
     found = api.predict(
         directory,
         texts=None if text is None else [text],
@@ -195,6 +201,8 @@ def predict_command(
             max_tokens=max_tokens,
         ),
     )
+    if cut := sum(prediction.truncated for prediction in found):
+        terminal.stderr().print(f"{cut} of {len(found)} {'texts' if data is None else 'rows'} were cut to fit")
     if output is not None:
         write_predictions(output, rows, found)
         terminal.print_facts({"written": str(output), "rows": len(rows)}, as_json)

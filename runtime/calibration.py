@@ -44,13 +44,14 @@ def first_scale(model: EdgeModel) -> float:
     return float(2.0 ** FIRST[_kind(model)])
 
 
-def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset) -> Calibration:
+def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset, opened: float) -> Calibration:
     """Measure what `config` leaves open; a given eps or lr is kept.
 
     Args:
         theta: at the start, of `measuring_config`; to be made anew afterwards, its grid is coarse.
         config: of the run.
         dataset: rows to measure on.
+        opened: when the run's minutes began, by `time.monotonic`.
 
     Raises:
         NonFiniteLossError: the loss is not finite near the start.
@@ -60,7 +61,7 @@ def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset) -> Calibration
     probe = _Probe(theta, dataset)
     found = survey(probe, FIRST[kind], LEAST, LARGEST[kind])
     theta.weights.flush()
-    steps = _expected_steps(config, probe.row_seconds, dataset)
+    steps = _expected_steps(config, probe.row_seconds, dataset, time.monotonic() - opened)
     # of the 64 rows of a step none changed in 7 of 9 steps at a quarter of the reach; at the reach 1 to 5 did in 12 of 14 (`edgezo tune
     # --objective accuracy --start none --batch 4`, SST-2, SmolLM2-135M, LoRA)
     eps = config.eps or (found.eps if theta.objective.smooth else found.reach)
@@ -97,19 +98,15 @@ class _Probe:
         return Scale(np.array([estimate.projected_grad for estimate in estimates]), np.array([estimate.loss for estimate in estimates]))
 
 
-def _expected_steps(config: TuneConfig, row_seconds: float, dataset: Dataset) -> int:
+def _expected_steps(config: TuneConfig, row_seconds: float, dataset: Dataset, spent: float) -> int:
     """Steps of the whole run, by the time of a row where minutes alone end it."""
     steps = config.total_steps or (
         None if config.minutes is not None else DEFAULT_STEPS
     )  # of an exact start alone: for those that may follow
     if config.minutes is not None:
         evaluated = len(dataset.valid.examples) / config.eval_every if dataset.valid is not None else 0.0
-        fitting = max(
-            1,
-            round(
-                60 * config.minutes / (row_seconds * (ESTIMATORS[config.estimator].forwards(config.directions) * config.batch + evaluated))
-            ),
-        )
+        step_rows = ESTIMATORS[config.estimator].forwards(config.directions) * config.batch + evaluated
+        fitting = max(1, round((60 * config.minutes - spent) / (row_seconds * step_rows)))
         steps = min(steps or fitting, fitting)
     assert steps is not None
     return steps

@@ -17,7 +17,7 @@ from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions
 from edgezo.storage import sha256_file
 
-LOSS_TOLERANCE = 1e-3  # nats; other processors and engine versions stay within 1e-4
+LOSS_TOLERANCE = 1e-3  # nats, or units of an objective in steps; other processors and engine versions stay within 1e-4
 
 
 class Findings(NamedTuple):
@@ -71,7 +71,7 @@ def check_run(
         if every is not None:
             derived, largest = _derive_again(run, model, every, progress)
             if not largest <= LOSS_TOLERANCE:
-                problems.append(f"losses derived again differ by {largest:.1e} nats from those recorded, allowed are {LOSS_TOLERANCE:.0e}")
+                problems.append(f"losses derived again differ by {largest:.1e} from those recorded, allowed are {LOSS_TOLERANCE:.0e}")
     return Findings(
         len(run.records),
         len(run.evaluations),

@@ -30,7 +30,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: {_no_file(path)}; give the file with --data or --valid")
+        raise DataError(f"{path}: {_no_file(path)}; give a file of rows, {ROW_FORMATS}")
     readers = dict(zip(ROW_SUFFIXES, (_read_jsonl, _read_json, _read_table, _read_table), strict=True))
     reader = readers.get(path.suffix.lower())
     if reader is None:

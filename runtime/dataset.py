@@ -143,7 +143,8 @@ def weak_validation(dataset: Dataset) -> str | None:
         return None
     none = round(config.valid_share * rows) == 0
     why = f"{config.valid_share:g} of them is none" if none else f"files under {LEAST_TO_SHARE} rows are not split"
-    return f"no validation: {config.data} has {rows} rows, {why}; --valid FILE gives others, --valid-share 0.3 sets some aside"
+    share = "a larger --valid-share" if none else "--valid-share 0.3"
+    return f"no validation: {config.data} has {rows} rows, {why}; --valid FILE gives others, {share} sets some aside"
 
 
 def _set_aside(train: Examples, config: TuneConfig, notice: Callable[[str], None]) -> tuple[Examples, Examples | None]:

@@ -95,8 +95,8 @@ def make_candidates(row: Row, task: Task, text: TextCodec, max_length: int) -> t
     return kept, any(len(new[0]) + len(new[1]) < len(old[0]) + len(old[1]) for new, old in zip(kept, pairs, strict=True))
 
 
-def make_prompt(row: Row, task: Task, text: TextCodec, max_length: int) -> list[int]:
-    """Token ids of the prompt of a row whose answer is to be generated, cut so that `task.room` tokens fit after it.
+def make_prompt(row: Row, task: Task, text: TextCodec, max_length: int) -> tuple[list[int], bool]:
+    """Token ids of the prompt of a row whose answer is to be generated, so that `task.room` tokens fit after it, and whether it was cut for that.
 
     Raises:
         DataError: the row lacks a field, or its prompt is empty (file and line).
@@ -107,7 +107,8 @@ def make_prompt(row: Row, task: Task, text: TextCodec, max_length: int) -> list[
         raise DataError(f"{row.place}: {error}") from None
     if not tokens:
         raise DataError(f"{row.place}: the prompt is empty; give a --template with some text, or rows with a prompt")
-    return _cut_prompt(tokens, max_length - min(task.room, max_length // 2), text)
+    kept = _cut_prompt(tokens, max_length - min(task.room, max_length // 2), text)
+    return kept, len(kept) < len(tokens)
 
 
 def _encoder_candidates(row: Row, task: Task, text: TextCodec, max_length: int) -> tuple[Sequence[Masked] | Sequence[Classified], bool]:

@@ -5,15 +5,17 @@
     def short_and_right(outcomes):
         return [(outcome.text == outcome.fields["answer"]) - 0.01 * len(outcome.text) for outcome in outcomes]
 
-Rows with candidates are scored, all others are answered by greedy generation, never with nothing. Tuning lowers minus the mean of the numbers.
+Rows with candidates are scored, all others are answered by greedy generation, never with nothing. Tuning lowers minus the mean of the numbers. What the
+function prints goes to standard error.
 """
 
+import contextlib
 import importlib
 import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +54,8 @@ def load_reward(name: str) -> Reward:
     if folder not in sys.path:  # and it stays, since the function may import on its own
         sys.path.insert(0, folder)
     try:
-        found = importlib.import_module(module)
+        with contextlib.redirect_stdout(sys.stderr):
+            found = importlib.import_module(module)
     except Exception as error:  # a user's module may raise anything
         raise ConfigError(f"--objective {name}: {module} cannot be imported from {folder}: {first_line(error)}") from error
     reward = getattr(found, function, None)
@@ -64,11 +67,17 @@ def load_reward(name: str) -> Reward:
 def _checked(name: str, reward: Callable[[Sequence[Outcome]], Any]) -> Reward:
     def call(outcomes: Sequence[Outcome]) -> list[float]:
         try:
-            values = [float(value) for value in reward(list(outcomes))]
+            with contextlib.redirect_stdout(sys.stderr):  # standard output is for results, --json
+                returned = reward(list(outcomes))
+                returned = list(returned) if isinstance(returned, Iterable) else returned  # a generator may fail
         except Exception as error:
             raise ConfigError(
                 f"--objective {name}: failed at {_place(error)} on a list of {len(outcomes)}: {type(error).__name__}: {first_line(error)} (text is None for rows with candidates, scores for all others)"
             ) from error
+        try:
+            values = [float(value) for value in returned]
+        except (TypeError, ValueError):
+            raise ConfigError(f"--objective {name}: returned {_short(returned)}; return a list of numbers, one a row") from None
         if len(values) != len(outcomes):
             raise ConfigError(f"--objective {name}: returned {len(values)} values for {len(outcomes)} rows; return a number a row")
         if not all(map(math.isfinite, values)):
@@ -76,6 +85,11 @@ def _checked(name: str, reward: Callable[[Sequence[Outcome]], Any]) -> Reward:
         return values
 
     return call
+
+
+def _short(value: Any) -> str:
+    shown = " ".join(repr(value).split())
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."
 
 
 def _place(error: Exception) -> str:

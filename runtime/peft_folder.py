@@ -19,6 +19,7 @@ from edgezo.runtime.attention_probe import add_probe
 from edgezo.runtime.head_rows import NO_ROWS, HeadRows, head_as_lora, head_module, refuse_beside_lora, refuse_unnamed_head
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.prefix import Prefix
+from edgezo.runtime.run import JOURNAL
 
 Array = npt.NDArray[Any]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,9 +41,12 @@ def read_peft_config(path: Path, own: Collection[str] = ()) -> dict[str, Any]:
     """
     file = path / CONFIG
     if not file.is_file():
-        raise AdapterError(
-            f"{path}: no adapter ({CONFIG} is missing); give a PEFT folder (edgezo merge DIR RUN --format peft makes one of a run)"
-        )
+        if (path / JOURNAL).is_file():
+            raise AdapterError(
+                f"{path}: a run, no adapter; use it as --run {path}, or make an adapter of it: edgezo merge DIR {path} --format peft -o FOLDER"
+            )
+        found = "no such adapter" if not path.exists() else f"no adapter ({CONFIG} is missing)"
+        raise AdapterError(f"{path}: {found}; give a PEFT folder (edgezo merge DIR RUN --format peft makes one of a run)")
     try:
         if file.stat().st_size > CONFIG_BYTES_LIMIT:
             raise AdapterError(f"{file}: larger than {CONFIG_BYTES_LIMIT} bytes; this is no adapter configuration")

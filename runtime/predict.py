@@ -17,7 +17,7 @@ from edgezo.runtime.masked import ModelFacts
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import score_candidates
 from edgezo.runtime.sampling import refuse_draws
-from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.scoring import Candidate, Sequences
 from edgezo.runtime.tasks import Task
 
 
@@ -28,17 +28,20 @@ class Prediction(NamedTuple):
     choice: number of the likeliest choice, from 0; None unless choices.
     text: that choice, or the answer that the model writes; None for labels.
     probabilities: of every label or choice: softmax over the candidates' scores.
+    truncated: whether the row was cut to fit.
     """
 
     label: str | None = None
     choice: int | None = None
     text: str | None = None
     probabilities: Mapping[str, float] = MappingProxyType({})
+    truncated: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that say something."""
-        given = {name: value for name, value in self._asdict().items() if name != "probabilities" and value is not None}
-        return {**given, **({"probabilities": dict(self.probabilities)} if self.probabilities else {})}
+        given = {name: value for name, value in self._asdict().items() if name not in ("probabilities", "truncated") and value is not None}
+        probabilities = {"probabilities": dict(self.probabilities)} if self.probabilities else {}
+        return {**given, **probabilities, **({"truncated": True} if self.truncated else {})}
 
 
 def task_to_predict(rows: Sequence[Row], config: TuneConfig, model: ModelFacts, of_run: bool) -> Task:
@@ -75,7 +78,7 @@ def predict(model: EdgeModel, rows: Sequence[Row], task: Task, max_length: int, 
     Args:
         rows: with the template's fields.
         task: classification, choice or answer.
-        max_length: tokens of a row; longer prompts lose their first tokens.
+        max_length: tokens of a row; longer prompts lose their first tokens, which `truncated` tells.
         sampling: how to draw answers; None is greedy.
 
     Raises:
@@ -84,26 +87,28 @@ def predict(model: EdgeModel, rows: Sequence[Row], task: Task, max_length: int, 
         NonFiniteLossError: the model gives no finite scores.
     """
     if task.kind == "answer":
-        prompts = [make_prompt(row, task, model.text, max_length) for row in rows]
-        return [Prediction(text=text) for text in generate_batch(model, prompts, task.room, task.stop, sampling=sampling)]
+        prompts, cut = zip(*(make_prompt(row, task, model.text, max_length) for row in rows), strict=True)
+        answers = generate_batch(model, list(prompts), task.room, task.stop, sampling=sampling)
+        return [Prediction(text=text, truncated=shorter) for text, shorter in zip(answers, cut, strict=True)]
     refuse_draws(sampling, task.kind)
     found = []
-    for row, likely in zip(rows, _rank(model, rows, task, max_length), strict=True):
+    candidates, cut = zip(*(make_candidates(row, task, model.text, max_length) for row in rows), strict=True)
+    for row, likely, shorter in zip(rows, _rank(model, candidates, task), cut, strict=True):
         best = int(likely.argmax())
         if task.kind == "classification":
-            found.append(Prediction(task.classes[best], probabilities=dict(zip(task.classes, likely.tolist(), strict=True))))
+            by_class = dict(zip(task.classes, likely.tolist(), strict=True))
+            found.append(Prediction(task.classes[best], probabilities=by_class, truncated=shorter))
         else:
             texts = candidate_texts(row, task)
             of_text: dict[str, float] = {}
             for text, probability in zip(texts, likely.tolist(), strict=True):
                 of_text[text] = of_text.get(text, 0.0) + probability  # two choices may be the same
-            found.append(Prediction(choice=best, text=texts[best], probabilities=of_text))
+            found.append(Prediction(choice=best, text=texts[best], probabilities=of_text, truncated=shorter))
     return found
 
 
-def _rank(model: EdgeModel, rows: Sequence[Row], task: Task, max_length: int) -> list[npt.NDArray[np.float64]]:
+def _rank(model: EdgeModel, candidates: Sequence[Sequence[Candidate]], task: Task) -> list[npt.NDArray[np.float64]]:
     """Probabilities of every row's candidates."""
-    candidates = [make_candidates(row, task, model.text, max_length)[0] for row in rows]
     parts = Sequences(model).log_probs([pair for pairs in candidates for pair in pairs])
     found = score_candidates(task, parts, [len(pairs) for pairs in candidates])
     if not all(np.isfinite(scores).all() for scores in found):

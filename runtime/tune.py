@@ -53,7 +53,7 @@ def tune(
         EdgezoError: bad data, a run that cannot be continued, a dead tensor, a loss that is not finite. The run directory
             then holds all whole steps.
     """
-    reporter, output = reporter or Reporter(), Path(output)
+    opened, reporter, output = time.monotonic(), reporter or Reporter(), Path(output)
     _refuse_unfit(model, output, memory)
     with held_run(output, resume) as previous, model.one_session():
         start = previous.start if previous is not None else None
@@ -91,14 +91,13 @@ def tune(
             everything = [*dataset.train.examples, *(dataset.valid.examples if dataset.valid is not None else [])]
             reporter.notice(f"forwards of at most {fit_batches(theta, everything, memory)} tokens keep to {memory / 1e6:.0f} MB")
         given = [head_record(model.head)] if previous is None and config.init is not None and len(model.head.tokens) else []
-        begun, exact = time.monotonic(), ExactStart(given)
+        exact = ExactStart(given)
         if previous is None and config.start != "none":
             exact = start_exactly(model, theta.objective, dataset, reporter)
         dataset = dataset.with_offsets(exact.offsets if previous is None else previous.journal.offsets)
-        spent = time.monotonic() - begun
         if measuring is not config:
             reporter.stage("measuring the loss around the start")
-            measured = calibrate(theta, config, dataset)
+            measured = calibrate(theta, config, dataset, opened)
             config, theta = measured.config, theta.anew(measured.config, start)
             header = {**header, "config": config.model_dump(), "calibration": measured.facts}
             for line in measured.told:
@@ -109,13 +108,14 @@ def tune(
             reporter.notice(f"warning: {warning}")
         with open_journal(output, config, header, previous, exact.records) as journal:
             tuner = Tuner(model, config, output, dataset, theta, journal, reporter, start)
-            tuner.spent_seconds, tuner.untuned = spent, exact.untuned
+            tuner.untuned = exact.untuned
             facts = header if previous is None else previous.header
             tuner.settles = config.schedule == "constant" and facts.get("calibration", {}).get("lr") == config.lr
             if previous is not None:
                 reporter.stage(f"rebuilding step {len(previous.records)} from the journal")
                 replay(previous, model, theta.weights, len(previous.records), theta.rule)
                 tuner.go_on_from(previous)
+            tuner.spent_seconds += time.monotonic() - opened
             return tuner.loop()
 
 

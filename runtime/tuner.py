@@ -79,7 +79,7 @@ class Tuner:
         started = time.monotonic() - self.spent_seconds
         step = len(self.records)
         if self.config.total_steps != 0 and self._progress(step, self.spent_seconds) >= 1:
-            self.reporter.notice(f"nothing to tune: {step} steps are done, as many as were asked for; give more --steps or --minutes")
+            self.reporter.notice(self._nothing_left(step))
         with stop_signals() as stopping, append_lines(self.directory / METRICS) as metrics:
             self.reporter.begin(step, self.config.total_steps)
             ended = None
@@ -93,8 +93,16 @@ class Tuner:
                     self._go_back(good_step, str(error), metrics, started)
         self.theta.weights.flush()
         step = len(self.records)
+        if 0 < self.still == step < STILL_STEPS:
+            self._tell_still()
         self.model.step, self.model.changed = step, True
         return self._finish(step, ended, time.monotonic() - started)
+
+    def _nothing_left(self, step: int) -> str:
+        if self.config.total_steps is not None and step >= self.config.total_steps:
+            return f"nothing to tune: {step} steps are done, as many as were asked for; give more --steps"
+        before = "another" if step else "the first"
+        return f"no step: the {self.config.minutes:g} minutes were over before {before}, {self.spent_seconds:.0f} s are spent; give more --minutes"
 
     def _turn(self, stopping: threading.Event, metrics: TextIO, started: float) -> str | None:
         """An evaluation where one is due, then a step, or the reason why there is none."""
@@ -155,9 +163,13 @@ class Tuner:
         self.reporter.step(report)
         self.still = 0 if any(record.projected_grads) or self.theta.rule.rests else self.still + 1
         if self.still == STILL_STEPS:
-            self.reporter.notice(
-                f"warning: in {STILL_STEPS} steps no direction changed the objective, so nothing was learned; give more rows (--batch), a larger --eps or a smoother --objective"
-            )
+            self._tell_still()
+
+    def _tell_still(self) -> None:
+        steps = f"{self.still} step{'s' if self.still > 1 else ''}"
+        self.reporter.notice(
+            f"warning: in {steps} no direction changed the objective, so nothing was learned; give more rows (--batch), a larger --eps or a smoother --objective"
+        )
 
     def _settle(self, step: int) -> None:
         """Half the learning rate from here on: at this one the noise of the steps undoes what they learn."""

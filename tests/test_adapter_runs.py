@@ -16,7 +16,7 @@ from tiny_adapters import RANK, digest
 
 import edgezo
 from edgezo.config import make_config
-from edgezo.errors import DeadTensorError, EdgezoError, RunError
+from edgezo.errors import AdapterError, DeadTensorError, EdgezoError, RunError
 from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.liveness import prove_live
@@ -229,7 +229,7 @@ def test_a_run_whose_start_was_changed_is_refused(lora_dir: Path, reviews: str, 
         (
             "lora",
             {"init": "nowhere"},
-            "nowhere: no adapter (adapter_config.json is missing); give a PEFT folder (edgezo merge DIR RUN --format peft makes one of a run)",
+            "nowhere: no such adapter; give a PEFT folder (edgezo merge DIR RUN --format peft makes one of a run)",
         ),
     ],
 )
@@ -240,3 +240,10 @@ def test_settings_that_do_not_fit_the_adapter_are_refused(
         edgezo.tune(adapter_dirs[kind], tmp_path / "run", data=reviews, steps=2, threads=1, directions=4, **TASK, **settings)
     assert str(caught.value) == message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_given_as_an_adapter_is_told(adapter_dirs: dict[str, Path], reviews: str, tmp_path: Path) -> None:
+    edgezo.tune(adapter_dirs["lora"], tmp_path / "run", data=reviews, steps=1, threads=1, directions=4, **TASK)
+    with pytest.raises(AdapterError) as caught:
+        EdgeModel(adapter_dirs["lora"], adapter=tmp_path / "run", threads=1)
+    assert str(caught.value).startswith(f"{tmp_path / 'run'}: a run, no adapter; use it as --run {tmp_path / 'run'}, or make an adapter")

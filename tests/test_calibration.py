@@ -186,7 +186,7 @@ def test_a_run_without_eps_and_lr_measures_them_tells_them_and_keeps_them(
         rf"eps {config.eps:.3g}, measured on 16 rows: projected gradients there and at a quarter of it differ by [0-9]+ %",
         rf"lr {config.lr:.3g} \({config.rule}, {config.schedule}, about 30 steps of {rows}\): random steps reach [0-9.e-]+ in all, where half of a projected gradient is left",
     ]
-    assert notices[0].startswith("16 rows of kind classification, 16 for validation: ")
+    assert notices[0].startswith("16 rows of kind classification (")
     assert notices[2].startswith(f"warning: --valid {reviews} has the rows that are learned")
     for line, pattern in zip(notices[3:], expected, strict=True):
         assert re.fullmatch(pattern, line)
@@ -256,11 +256,12 @@ def test_an_objective_that_changes_in_steps_is_measured_by_its_smooth_one(lora_d
 def test_minutes_alone_give_the_rate_of_as_many_steps_as_fit(
     lora_dir: Path, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the seconds of a row where minutes alone end the run; how many steps a busy machine then makes is its own affair."""
+    """By the seconds of a row and those left of the minutes; how many steps a busy machine then makes is its own affair."""
     every, seen = calibration._expected_steps, []
-    monkeypatch.setattr(calibration, "_expected_steps", lambda *given: seen.append((given[1], every(*given))) or seen[-1][1])
-    edgezo.tune(lora_dir, tmp_path / "run", data=reviews, minutes=0.02, **TASK)
-    run, ((row_seconds, steps),) = read_run(tmp_path / "run"), seen
+    monkeypatch.setattr(calibration, "_expected_steps", lambda *given: seen.append((given[1], given[3], every(*given))) or seen[-1][2])
+    edgezo.tune(lora_dir, tmp_path / "run", data=reviews, minutes=0.1, **TASK)
+    run, ((row_seconds, spent, steps),) = read_run(tmp_path / "run"), seen
     assert run.header["calibration"]["steps"] == steps
     assert 1e-6 < row_seconds < 1.2
-    assert steps == pytest.approx(max(1, 1.2 / (row_seconds * 2 * run.config.rows)), rel=0.02, abs=1)
+    assert 0.1 < spent < 6
+    assert steps == pytest.approx(max(1, (6 - spent) / (row_seconds * 2 * run.config.rows)), rel=0.02, abs=1)

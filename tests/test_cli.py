@@ -16,6 +16,7 @@ from command_line import MEASURED, PEAK, PLAIN, TASK, contents, matches, one_obj
 from conftest import Command
 
 import edgezo
+from edgezo.cli import tune_rows
 from edgezo.runtime import tuner
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.reports import Reporter
@@ -42,7 +43,7 @@ def test_tune_shows_its_progress_on_standard_error(command: Command) -> None:
     found = command("tune", "edge", "-o", "run", *PLAIN, "--valid", "rows.jsonl", "--steps", "3", "--eval-every", "2", "--lr", "1e-4")
     step = r"training loss \d+\.\d{4}  \d+\.\d\d s/step  \d+:\d\d left\n"
     matches(
-        r"  reading data\n  16 rows of kind classification, 16 for validation: (?:great 8, terrible 8|terrible 8, great 8)\n"
+        r"  reading data\n  16 rows of kind classification \((?:great 8, terrible 8|terrible 8, great 8)\); 16 for validation\n"
         r"  the first reads 'a great film\\nIt was' -> ' great'\n"
         r"  warning: --valid rows\.jsonl has the rows that are learned, and cannot tell .*\n"
         r"  checking that the engine sees changes of every tunable tensor\n  measuring the loss around the start\n"
@@ -69,6 +70,14 @@ def test_tune_says_when_no_step_was_better_than_the_base(command: Command) -> No
     found = command("tune", "edge", "-o", "run", *PLAIN, "--valid", "rows.jsonl", "--steps", "2", "--lr", "1e-12")
     expected = "best    step 0, the start: no evaluated step was better; --step last uses step 2"
     assert (found.code, found.out.splitlines()[2]) == (0, expected)
+
+
+def test_tune_says_when_no_later_step_was_evaluated(command: Command, exported_dir: Path) -> None:
+    stop = Reporter(step=lambda report: signal.raise_signal(signal.SIGTERM))
+    settings = {"template": "{text}\nIt was", "labels": "terrible,great", "lr": 1e-4, "valid": "rows.jsonl", "start": "none"}
+    result = edgezo.tune(exported_dir, "run", data="rows.jsonl", steps=5, threads=1, reporter=stop, **settings)
+    rows = dict(tune_rows(exported_dir, Path("run"), result))
+    assert rows["best"] == "step 0, the start: no later step was evaluated; --step last uses step 1"
 
 
 def test_tune_as_json_is_one_object(command: Command) -> None:

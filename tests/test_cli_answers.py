@@ -42,6 +42,15 @@ def test_eval_as_json_is_one_object(command: Command) -> None:
     assert (code, err) == (0, "")
 
 
+def test_predict_says_how_many_rows_were_cut(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, out, err = command("predict", "edge", *TASK, "--max-length", "8", "--json")
+    assert err == "16 of 16 rows were cut to fit\n"
+    assert all(prediction["truncated"] for prediction in one_object(out)["predictions"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("a long film\n" * 9))
+    options = ["--template", "{text} It was", "--labels", "terrible,great", "--max-length", "8"]
+    assert command("predict", "edge", "--text", "-", *options).err == "1 of 1 texts were cut to fit\n"
+
+
 def test_eval_says_how_many_rows_were_cut(command: Command) -> None:
     code, out, err = command("eval", "edge", *TASK, "--max-length", "8", "--json")
     assert err == "16 of 16 rows were cut to fit\n"

@@ -58,6 +58,11 @@ def put_nan(weights: dict[str, Any]) -> None:
     weights["model.norm.weight"][3] = np.nan
 
 
+def test_a_file_is_no_edge_model(refusal: Callable[..., str]) -> None:
+    expected = "rows.jsonl: a file, no edge model; give the folder that edgezo export MODEL -o FOLDER made"
+    assert refusal("eval", "rows.jsonl", *TASK) == expected
+
+
 @pytest.mark.parametrize(
     "arguments", [["tune", "none", "-o", "run", *TASK], ["eval", "none", *TASK], ["generate", "none", "--prompt", "a"]], ids=lambda a: a[0]
 )
@@ -90,7 +95,7 @@ def test_weights_that_were_changed(refusal: Callable[..., str], tmp_path: Path, 
 def test_missing_data(refusal: Callable[..., str], arguments: list[str]) -> None:
     assert (
         refusal(*arguments, "--data", "none.jsonl")
-        == f"none.jsonl: no such data file in {Path.cwd()}; give the file with --data or --valid"
+        == f"none.jsonl: no such data file in {Path.cwd()}; give a file of rows, .jsonl, .json, .csv or .tsv"
     )
 
 
@@ -101,7 +106,7 @@ def test_tune_without_data(refusal: Callable[..., str]) -> None:
 def test_missing_validation_data(refusal: Callable[..., str]) -> None:
     assert (
         refusal("tune", "edge", "-o", "run", *TASK, "--valid", "none.csv")
-        == f"none.csv: no such data file in {Path.cwd()}; give the file with --data or --valid"
+        == f"none.csv: no such data file in {Path.cwd()}; give a file of rows, .jsonl, .json, .csv or .tsv"
     )
 
 

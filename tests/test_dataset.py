@@ -77,7 +77,10 @@ def test_of_a_small_file_none_are_set_aside_unless_asked_for(model: EdgeModel, w
     assert (len(prompts(dataset)[1]), weak_validation(dataset)) == (30, None)
     dataset, _ = split(model, few, valid_share=0.001)
     assert dataset.valid is None
-    assert weak_validation(dataset) == f"no validation: {few} has 99 rows, 0.001 of them is none{advice}"
+    assert (
+        weak_validation(dataset)
+        == f"no validation: {few} has 99 rows, 0.001 of them is none{advice.replace('--valid-share 0.3', 'a larger --valid-share')}"
+    )
     assert weak_validation(split(model, few, valid_share=0.0)[0]) is None
 
 
@@ -192,7 +195,9 @@ def test_the_rows_are_told_as_they_were_understood(model: EdgeModel, many: str, 
     dataset, _ = split(model, many)
     great = sum(example.gold for example in dataset.train.examples)
     lines = data_summary(dataset, model.text)
-    told = dict(re.findall(r"(\w+) (\d+)", lines[0].removeprefix("170 rows of kind classification, 30 for validation: ")))
+    counts = re.fullmatch(r"170 rows of kind classification \((.+)\); 30 for validation", lines[0])
+    assert counts is not None
+    told = dict(re.findall(r"(\w+) (\d+)", counts[1]))
     assert told == {"great": str(great), "terrible": str(170 - great)}
     assert re.fullmatch(r"the first reads 'film \d+ is (great|long) It was' -> ' (great|terrible)'", lines[1])
     rows = write_rows([{"prompt": "the film " * 12, "completion": " is long" * 9}] * 2, "texts.jsonl")
@@ -203,11 +208,17 @@ def test_the_rows_are_told_as_they_were_understood(model: EdgeModel, many: str, 
     assert data_summary(split(model, text, template=None, labels=None, directions=1, batch=1)[0], model.text) == []
 
 
+def test_rows_of_one_label_alone_are_told(model: EdgeModel, write_rows: Callable[..., str]) -> None:
+    rows = write_rows([{"text": f"film {number}", "label": 1} for number in range(3)], "one.jsonl")
+    *_, last = data_summary(split(model, rows)[0], model.text)
+    assert last == "warning: all rows have the label 'great', so nothing is learned but to prefer it; give rows of others"
+
+
 def test_labels_beyond_ten_are_counted_together(model: EdgeModel, write_rows: Callable[..., str]) -> None:
     rows = write_rows([{"text": "a film", "label": f"word{chr(97 + number % 12)}"} for number in range(26)], "many.jsonl")
     (line, _) = data_summary(split(model, rows, labels=None)[0], model.text)
-    assert line.startswith("26 rows of kind classification: worda 3, wordb 3, wordc 2")
-    assert line.endswith(", 2 more")
+    assert line.startswith("26 rows of kind classification (worda 3, wordb 3, wordc 2")
+    assert line.endswith(", 2 more)")
 
 
 def test_what_an_encoder_reads_is_told(tmp_path: Path, write_rows: Callable[..., str]) -> None:

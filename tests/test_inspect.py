@@ -64,7 +64,8 @@ def test_inspect_of_an_edge_model(command: Command) -> None:
 
 
 def test_inspect_of_a_run(command: Command) -> None:
-    options = ["--template", "{text} It was", "--valid", "rows.jsonl", "--minutes", "0.01", "--eval-every", "1", "--seed", "5"]
+    template, limits = ["--template", "{text} It was"], ["--minutes", "60", "--steps", "2"]
+    options = [*template, "--valid", "rows.jsonl", *limits, "--eval-every", "1", "--seed", "5"]
     assert command("tune", "edge", "-o", "run", *PLAIN, *options).code == 0
     state, journal = read_run("run"), Path("run/journal.bin")
     steps = len(state.records)
@@ -74,7 +75,7 @@ def test_inspect_of_a_run(command: Command) -> None:
     assert facts(command("inspect", "run").out) == [
         ("run", "run"),
         ("steps", str(steps)),
-        ("ended", "out of time"),
+        ("ended", "finished"),
         ("best step", str(state.best_step)),
         ("seconds", str(round(state.seconds, 1))),
         ("base", state.header["base"]),
@@ -86,7 +87,8 @@ def test_inspect_of_a_run(command: Command) -> None:
         ("template", "{text} It was"),
         ("labels", "0=terrible, 1=great"),
         ("label field", "label"),
-        ("minutes", "0.01"),
+        ("steps asked", "2"),
+        ("minutes", "60"),
         ("lr", f"{state.config.lr:.6g}"),
         ("eps", f"{state.config.eps:.6g}"),
         ("directions", "1"),

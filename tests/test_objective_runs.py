@@ -31,6 +31,10 @@ def broken(outcomes):
     raise KeyError("film")
 def endless(outcomes):
     return [float("nan") for _ in outcomes]
+def forgets(outcomes):
+    print("thinking")
+def words(outcomes):
+    yield from ("good" for _ in outcomes)
 """
 
 
@@ -60,6 +64,8 @@ def test_a_users_own_function_is_the_objective(model: EdgeModel, rewards: None) 
             "own_rewards:few",
             "--objective own_rewards:few: returned 0 values for 1 rows; return a number a row",
         ),
+        ("own_rewards:forgets", "--objective own_rewards:forgets: returned None; return a list of numbers, one a row"),
+        ("own_rewards:words", "--objective own_rewards:words: returned ['good']; return a list of numbers, one a row"),
         ("own_rewards:endless", "--objective own_rewards:endless: returned NaN or infinity; return finite numbers"),
         (
             "own_rewards:broken",
@@ -71,6 +77,12 @@ def test_what_is_wrong_with_a_users_function_is_told(rewards: None, name: str, m
     with pytest.raises(ConfigError) as caught:
         load_reward(name)([Outcome({}, "text", None, None)])
     assert str(caught.value).startswith(message)
+
+
+def test_what_a_users_function_prints_is_no_result(rewards: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError):
+        load_reward("own_rewards:forgets")([Outcome({}, "text", None, None)])
+    assert capsys.readouterr() == ("", "thinking\n")
 
 
 RUNS: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [
@@ -142,6 +154,8 @@ def test_an_objective_that_nothing_changes_is_warned_of(
     settings = {"data": write_rows(CHOICE_ROWS), "objective": "constant_rewards:one", "directions": 2, "threads": 1, "steps": 7}
     edgezo.tune(lora_dir, tmp_path / "run", reporter=Reporter(notice=notices.append), **settings)
     assert [notice for notice in notices if notice.startswith("warning: in 5 steps no direction changed the objective")] == notices[-1:]
+    edgezo.tune(lora_dir, tmp_path / "short", reporter=Reporter(notice=notices.append), **{**settings, "steps": 1})
+    assert notices[-1].startswith("warning: in 1 step no direction changed the objective")
 
 
 def test_an_adapters_default_directions_are_lowered_to_the_rows(lora_dir: Path, tmp_path: Path, write_rows: Callable[..., str]) -> None:

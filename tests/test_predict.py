@@ -95,6 +95,17 @@ def test_choices_of_a_recipe_are_told_on_the_command_line(exported_dir: Path, wr
     assert json.loads(again.out)["predictions"] == shown
 
 
+def test_the_calibration_of_a_run_can_be_taken_off(exported_dir: Path, tmp_path: Path, write_rows: Write) -> None:
+    rows = write_rows(CHOICES)
+    edgezo.tune(exported_dir, tmp_path / "run", data=rows, calibrate="N/A", steps=1, batch=2, threads=1)
+    settings: dict[str, Any] = {"data": rows, "run": tmp_path / "run", "step": 0, "threads": 1}
+    plain = edgezo.predict(exported_dir, data=rows, threads=1)
+    kept, off = edgezo.predict(exported_dir, **settings), edgezo.predict(exported_dir, calibrate="", **settings)
+    for own, other, calibrated in zip(off, plain, kept, strict=True):
+        assert own.probabilities == pytest.approx(other.probabilities, rel=1e-4)
+        assert own.probabilities != pytest.approx(calibrated.probabilities, rel=1e-2)
+
+
 def test_a_run_of_choices_reads_rows_as_it_learned_them(exported_dir: Path, tmp_path: Path, write_rows: Write, invoke: Command) -> None:
     options = ["--task", "copa", "--data", write_rows(COPA), "--steps", "1", "--batch", "2", "--threads", "1"]
     told = invoke("tune", str(exported_dir), "-o", str(tmp_path / "run"), *options).out
@@ -171,7 +182,8 @@ def test_a_long_prompt_leaves_room_for_its_answer(exported_dir: Path, write_rows
     tokens = model.text.encode(text)
     assert len(tokens) > 100
     kept = [*tokens[:1], *tokens[-13:]] if tokens[0] == model.text.facts.bos_token_id else tokens[-14:]
-    assert found == Prediction(text=generate_batch(model, [kept], 6)[0])
+    assert found == Prediction(text=generate_batch(model, [kept], 6)[0], truncated=True)
+    assert found.as_dict() == {"text": found.text, "truncated": True}
 
 
 def test_no_answer_is_empty(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -> None:

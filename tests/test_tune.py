@@ -4,6 +4,7 @@ import hashlib
 import json
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,9 +147,21 @@ def test_a_tuned_model_is_not_tuned_again(exported_dir: Path, reviews: str, tmp_
 
 
 def test_minutes_end_a_run(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
-    result = edgezo.tune(exported_dir, tmp_path / "run", data=reviews, minutes=0.02, **SETTINGS)
+    result = edgezo.tune(exported_dir, tmp_path / "run", data=reviews, minutes=0.1, **SETTINGS)
     assert result.ended == "out of time"
     assert result.steps == len(read_run(tmp_path / "run").records) > 0
+
+
+def test_minutes_count_what_comes_before_the_first_step(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    notices: list[str] = []
+    begun = time.monotonic()
+    result = edgezo.tune(exported_dir, tmp_path / "run", data=reviews, minutes=1e-3, **SETTINGS, reporter=Reporter(notice=notices.append))
+    assert (result.ended, result.steps) == ("out of time", 0)
+    assert 0.06 < result.seconds < time.monotonic() - begun
+    told = f"no step: the 0.001 minutes were over before the first, {result.seconds:.0f} s are spent; give more --minutes"
+    assert notices[-1] == told
+    more = edgezo.tune(exported_dir, tmp_path / "run", resume=True, minutes=10.0, steps=1)
+    assert (more.ended, more.steps) == ("finished", 1)
 
 
 def test_a_signal_finishes_the_step_and_the_run_goes_on_later(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
