@@ -77,7 +77,7 @@ def test_inspect_of_a_run(command: Command) -> None:
         ("steps", str(steps)),
         ("ended", "finished"),
         ("best step", str(state.best_step)),
-        ("seconds", str(round(state.seconds, 1))),
+        ("seconds", f"{round(state.seconds, 1):g}"),
         ("base", state.header["base"]),
         ("journal bytes", str(journal.stat().st_size)),
         *((f"valid at step {step}", valid[step]) for step in dict.fromkeys([0, state.best_step, steps])),
