@@ -67,6 +67,10 @@ def load_source(model: str, revision: str | None = None, classes: list[str] | No
             return load_onnx_folder(path)
         if (path / "manifest.json").is_file():
             raise ExportError(f"{model}: is an edge model already; give the Hugging Face model or .gguf file it was exported from")
+        if (path / "journal.bin").is_file():
+            raise ExportError(
+                f"{model}: is a run; give the model it was tuned from, or what edgezo merge DIR {model} --format hf -o FOLDER makes"
+            )
         if not (path / "config.json").is_file():
             raise ExportError(f"{model}: a folder with neither config.json nor model.onnx; it is no Hugging Face or optimum model")
         return _from_torch(str(path), model, {}, None, classes, pooling)

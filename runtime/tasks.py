@@ -153,6 +153,8 @@ def _find_kind(rows: Sequence[Row], given: Task, labels: Mapping[str, str] | Non
         raise DataError(
             f"{first.place}: has a {given.label_field!r}, and a label is learned after a prompt; give --template '{{{longest}}} It was' or the like, and --labels where labels are numbers"
         )
+    if not first.fields:
+        raise DataError(f"{first.place}: a row without fields; give it a prompt and completion, text and label, or the like (docs/data.md)")
     raise DataError(
         f"{first.place}: fields {_names(first)} are neither prompt and completion, prompt and choices, prompt and answer, prompt, chosen and rejected, messages, nor text; for other names give --template '{{field}} ...'"
     )

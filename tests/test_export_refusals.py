@@ -46,6 +46,15 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
     assert message == f"{tmp_path / 'folder'}: a folder with neither config.json nor model.onnx; it is no Hugging Face or optimum model"
 
 
+def test_a_run_is_no_model_to_export(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("journal.bin", "config.json"):
+        (run / name).write_bytes(b"{}")
+    message = f"{run}: is a run; give the model it was tuned from, or what edgezo merge DIR {run} --format hf -o FOLDER makes"
+    assert refusal(run, tmp_path / "edge") == message
+
+
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"model_type": "no-such-type"}'])
 def test_a_configuration_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "folder").mkdir()

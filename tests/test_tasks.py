@@ -38,6 +38,13 @@ def test_fields_of_no_kind_are_refused_with_what_is_known(fields: dict[str, Any]
     )
 
 
+def test_a_row_without_fields_is_told() -> None:
+    assert (
+        refusal(task_of, {})
+        == "rows.jsonl:1: a row without fields; give it a prompt and completion, text and label, or the like (docs/data.md)"
+    )
+
+
 @pytest.mark.parametrize(
     ("fields", "longest"), [({"text": "a", "label": 0}, "text"), ({"id": "7", "body": "a film", "label": "good"}, "body")]
 )
