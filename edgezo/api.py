@@ -34,7 +34,6 @@ from edgezo.runtime.tune import tune as tune_model
 if TYPE_CHECKING:
     from edgezo.export import ExportResult
 
-TAKEN_OFF = ("stop", "calibrate")  # settings of a run that an empty text takes off
 PathLike = str | os.PathLike[str]
 
 
@@ -289,7 +288,7 @@ def _reader(directory: PathLike) -> ModelFacts:
 
 def _task_config(run: PathLike | None, settings: dict[str, Any], recipe: PathLike | None = None) -> TuneConfig:
     """How to read rows: as given, else as the recipe says, without one as the run reads them."""
-    given = {name: None if name in TAKEN_OFF and value == "" else value for name, value in settings.items() if value is not None}
+    given = {name: value for name, value in settings.items() if value is not None}
     if run is not None and recipe is None:
         known = read_run(run).config.model_dump()
         given = {**{name: known[name] for name in TASK_SETTINGS}, **given}

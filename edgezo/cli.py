@@ -34,6 +34,7 @@ from edgezo.options import (
     as_typed,
     setting,
 )
+from edgezo.storage import is_run
 
 UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy that typer 0.29 carries
 
@@ -122,7 +123,8 @@ def tune_command(
     max_tokens: AnswerTokens = None,
     steps: Annotated[int | None, setting("steps", text="steps in all.", shown=f"{DEFAULT_STEPS} unless --minutes is given")] = None,
     minutes: Annotated[
-        float | None, setting("minutes", text="time budget, proofs, measuring and evaluation included; with --steps whichever ends first.")
+        float | None,
+        setting("minutes", text="time budget of all that follows the opening of the model; with --steps whichever ends first."),
     ] = None,
     lr: Annotated[float | None, setting("lr", text="learning rate.", shown="measured at the start")] = None,
     eps: Annotated[float | None, setting("eps", text="perturbation scale.", shown="measured at the start")] = None,
@@ -179,7 +181,6 @@ def tune_command(
 ) -> None:
     """Tune an edge model with forward passes only; Ctrl-C finishes the step and saves."""
     from edgezo import api
-    from edgezo.runtime.run import JOURNAL
 
     settings = as_typed(
         data=data, valid=valid, valid_share=valid_share, template=template, labels=labels, label_field=label_field, max_length=max_length,
@@ -196,11 +197,7 @@ def tune_command(
         with terminal.tuning() as reporter:
             result = api.tune(directory, output, reporter=reporter, **how, **settings)
     except KeyboardInterrupt:  # outside the loop, which ends by itself
-        kept = (
-            "whole steps are kept, go on with --resume"
-            if (output / JOURNAL).is_file()
-            else "nothing was kept, it was before the first step"
-        )
+        kept = "whole steps are kept, go on with --resume" if is_run(output) else "nothing was kept, it was before the first step"
         raise KeyboardInterrupt(kept) from None
     if as_json:
         shown = {name: value.as_dict() if hasattr(value, "as_dict") else value for name, value in result._asdict().items()}

@@ -87,7 +87,7 @@ class TuneConfig(BaseModel):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="time budget in minutes, everything after opening the model included; a step that has begun is finished",
+        description="time budget in minutes, of reading rows, proofs, exact start, measuring, steps and evaluations; a step that has begun and the last evaluation are finished",
     )
     lr: float | None = Field(None, gt=0, le=LARGEST_LR, allow_inf_nan=False, description="learning rate; measured at the start when unset")
     eps: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False, description="perturbation scale; measured at the start when unset")
@@ -181,6 +181,8 @@ TASK_SETTINGS = (
     "metrics", "max_tokens",
 )  # fmt: skip
 
+TAKEN_OFF = ("stop", "calibrate")  # of these an empty text takes off what a run or a recipe has
+
 # what differs from the fields' defaults where an adapter is tuned: measured in docs/adapters.md
 ADAPTER_DEFAULTS: dict[AdapterKind, dict[str, Any]] = {
     "lora": {"directions": 16, "batch": 1, "rule": "normalized", "schedule": "cosine"},
@@ -203,7 +205,7 @@ def make_config(
 
     Args:
         file: YAML or JSON settings, or None.
-        options: by name; None means not given.
+        options: by name; None means not given, an empty text takes off what the others say where `TAKEN_OFF` has it.
         kind: adapter that the edge model is prepared for; it has defaults of its own.
         task: settings of a recipe (edgezo/recipe.py).
 
@@ -211,7 +213,9 @@ def make_config(
         ConfigError: the file cannot be read, or a value is unknown or out of range.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    off = {name for name in TAKEN_OFF if given.get(name) == ""}
     chosen = {**task, **(read_settings(Path(file)) if file is not None else {}), **given}
+    chosen = {name: value for name, value in chosen.items() if name not in off}
     defaults = ADAPTER_DEFAULTS[kind] if kind is not None else {}
     if kind is not None and chosen.get("objective") == "accuracy":
         defaults = {**defaults, "batch": ACCURACY_BATCH}

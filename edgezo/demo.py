@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgezo import terminal
 from edgezo.errors import EdgezoError
+from edgezo.storage import JOURNAL, is_run
 
 if TYPE_CHECKING:
     from edgezo.runtime.model import EdgeModel
@@ -30,7 +31,6 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
     """
     from edgezo import api
     from edgezo.runtime.model import EdgeModel
-    from edgezo.runtime.run import JOURNAL
 
     edge, run = output / "edge", output / "run"
     if model is not None and edge.exists():
@@ -56,7 +56,7 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
         )
         rows: dict[str, Any] = {"data": str(data / "train.jsonl"), "valid": str(data / "validation.jsonl")}
         with terminal.tuning() as reporter:
-            result = api.tune(edge, run, resume=(run / JOURNAL).is_file(), reporter=reporter, **rows, **words, **settings)
+            result = api.tune(edge, run, resume=is_run(run), reporter=reporter, **rows, **words, **settings)
         if result.ended == "interrupted":
             again = f" --steps {steps}" if steps else ""
             say(f"stopped after {result.steps} steps; go on with: edgezo demo -o {output}{again}")
@@ -78,7 +78,7 @@ def run_demo(output: Path, model: str | None, steps: int | None, as_json: bool) 
             }
         )
         return True
-    _table(before.accuracy or 0.0, after.accuracy or 0.0, before.loss, after.loss, result.best_step, (run / "journal.bin").stat().st_size)
+    _table(before.accuracy or 0.0, after.accuracy or 0.0, before.loss, after.loss, result.best_step, (run / JOURNAL).stat().st_size)
     terminal.stdout().print(f"\n  {NOTE}\n  -> {sorted_as.label}, {100 * max(sorted_as.probabilities.values()):.0f} %")
     terminal.stdout().print(f"\n  {QUESTION}\n  before: {answers[0]}\n  after:  {answers[1]}\n")
     terminal.print_rows(

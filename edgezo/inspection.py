@@ -9,6 +9,7 @@ from edgezo.config import OBJECTIVES, TuneConfig
 from edgezo.errors import EdgezoError
 from edgezo.manifest import MANIFEST_NAME
 from edgezo.manifest_reader import read_manifest, verify_file
+from edgezo.storage import JOURNAL, is_run
 
 if TYPE_CHECKING:
     from edgezo.runtime.run import Run
@@ -39,9 +40,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
     """
     if (path / MANIFEST_NAME).is_file():
         return _edge_model(path)
-    from edgezo.runtime.run import JOURNAL
-
-    if (path / JOURNAL).is_file():
+    if is_run(path):
         return _run(path)
     if not path.exists():
         raise EdgezoError(f"{path}: no such directory; give an edge model or a run")

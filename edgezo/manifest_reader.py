@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, PREFIX, PROBE_A, LoraTarget
 from edgezo.errors import EdgeModelError
 from edgezo.manifest import ALIGNMENT, FORMAT, MANIFEST_BYTES_LIMIT, MANIFEST_NAME, READABLE, Manifest, StoredFile
-from edgezo.storage import is_plain_name, sha256_file
+from edgezo.storage import is_plain_name, is_run, sha256_file
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -25,9 +25,7 @@ def read_manifest(directory: Path) -> Manifest:
     if not directory.is_dir():
         raise EdgeModelError(f"{directory}: no such directory; make an edge model with: edgezo export MODEL -o {directory}")
     if not path.is_file():
-        from edgezo.runtime.run import JOURNAL
-
-        if (directory / JOURNAL).is_file():
+        if is_run(directory):
             raise EdgeModelError(
                 f"{directory}: a run, no edge model; give the edge model that it was tuned from (eval, predict, generate, chat and rate take the run as --run {directory})"
             )

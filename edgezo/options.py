@@ -70,9 +70,18 @@ AnswerField = Annotated[
 Replace = Annotated[
     list[str] | None, setting("replace", text="words that stand in templates for values of a field: 'question:effect=so,cause=because'.")
 ]
-Stop = Annotated[str | None, setting("stop", text="text that ends an answer; \\n is a line break.", shown="the end-of-text token")]
+Stop = Annotated[
+    str | None,
+    setting(
+        "stop", text="text that ends an answer; \\n is a line break, '' takes off that of a run or recipe.", shown="the end-of-text token"
+    ),
+]
 Calibrate = Annotated[
-    str | None, setting("calibrate", text="neutral prompt: candidates are compared by their log-probability less that after it.")
+    str | None,
+    setting(
+        "calibrate",
+        text="neutral prompt: candidates are compared by their log-probability less that after it; '' takes off that of a run or recipe.",
+    ),
 ]
 Objective = Annotated[
     str | None,

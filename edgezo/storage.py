@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from edgezo.errors import EdgezoError
 
 CHUNK_BYTES = 1 << 23
+JOURNAL = "journal.bin"  # what makes a directory a run
 PART = ".part"  # ends the name of a file that is being written
 NAME_BYTES_LIMIT = 255  # of a file name, on every system in use
 
@@ -21,6 +22,11 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def is_run(directory: Path) -> bool:
+    """Whether it is the directory of a run."""
+    return (directory / JOURNAL).is_file()
 
 
 def is_plain_name(name: str) -> bool:

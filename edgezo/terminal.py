@@ -164,7 +164,7 @@ def tuning() -> Iterator["Reporter"]:
             progress.update(task, description="tuning", completed=report.progress, count=count, note=note)
             if not live and (report.progress - shown >= 1 / LINES_PER_RUN or report.progress >= 1):
                 shown = report.progress
-                left = report.seconds / report.progress * (1 - report.progress) if report.progress < 1 else 0.0
+                left = (report.seconds - report.opening_seconds) / report.progress * (1 - report.progress) if report.progress < 1 else 0.0
                 if total is not None:
                     left = min(left, (report.seconds - first_seconds) / (report.step - first_step) * (total - report.step))
                 say(f"  step {report.step}  {note}  {_clock(left)} left")

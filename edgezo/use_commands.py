@@ -223,7 +223,12 @@ def generate_command(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")] = MAX_TOKENS,
     stop: Annotated[
-        str | None, typer.Option("--stop", show_default=False, help="Text to end before; \\n is a line break. [default: that of the run]")
+        str | None,
+        typer.Option(
+            "--stop",
+            show_default=False,
+            help="Text to end before; \\n is a line break, '' takes off that of the run. [default: that of the run]",
+        ),
     ] = None,
     temperature: Temperature = None,
     top_k: TopK = DRAW.top_k,
@@ -248,7 +253,7 @@ def generate_command(
     if config is not None and config.labels is not None and config.objective != "likelihood":
         use = f"edgezo predict {directory} --run {run} --text '...'"
         terminal.stderr().print(f"note: this run learned to choose among labels, not to write text; for a label: {use}")
-    ending = unescape(stop) or (config.stop if config is not None else None)
+    ending = unescape(stop) if stop is not None or config is None else config.stop
     if ending:
         pieces = until(pieces, ending)
     if as_json:

@@ -15,6 +15,7 @@ from edgezo.export.decoder import EXPORTED, Decoder
 from edgezo.export.encoder import Network, family_of, fix_token_types, load_encoder, usable_context
 from edgezo.export.quiet import quiet
 from edgezo.manifest import Origin, Pooling
+from edgezo.storage import is_run
 
 Logits = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
 
@@ -67,7 +68,7 @@ def load_source(model: str, revision: str | None = None, classes: list[str] | No
             return load_onnx_folder(path)
         if (path / "manifest.json").is_file():
             raise ExportError(f"{model}: is an edge model already; give the Hugging Face model or .gguf file it was exported from")
-        if (path / "journal.bin").is_file():
+        if is_run(path):
             raise ExportError(
                 f"{model}: is a run; give the model it was tuned from, or what edgezo merge DIR {model} --format hf -o FOLDER makes"
             )

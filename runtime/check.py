@@ -12,19 +12,21 @@ from edgezo.runtime.dataset import read_dataset
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.replay import check_base
-from edgezo.runtime.run import DECISIVE, INIT, JOURNAL, SUMMARY, Run, check_same, journal_header, read_run, read_summary
+from edgezo.runtime.run import DECISIVE, INIT, SUMMARY, Run, check_same, journal_header, read_run, read_summary
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions
-from edgezo.storage import sha256_file
+from edgezo.storage import JOURNAL, sha256_file
 
-LOSS_TOLERANCE = 1e-3  # nats, or units of an objective in steps; other processors and engine versions stay within 1e-4
+LOSS_TOLERANCE = (
+    1e-3  # nats; other processors and engine versions stay within 1e-4. Of an objective in steps a row that tips there is a difference
+)
 
 
 class Findings(NamedTuple):
     """What a check of a run found. `problems` is empty when all is well.
 
     files: data file to "as recorded", "changed" or "not there". derived: scalars derived again. largest_loss_difference: over these, of
-    (L+ + L-) / 2 and of (L+ - L-) / 2, in nats.
+    (L+ + L-) / 2 and of (L+ - L-) / 2, in units of the objective.
     """
 
     steps: int
@@ -89,7 +91,7 @@ def _derive_again(run: Run, model: EdgeModel, every: int, progress: Callable[[in
     dataset = read_dataset(model, run.config)
     check_same(run, dataset.config, journal_header(model.manifest, dataset.config, run.start))
     dataset = dataset.with_offsets(run.journal.offsets)
-    order, weights = dataset.order(), mutable_weights(model, run.config, run.start)
+    order, weights = dataset.order(run.order_version), mutable_weights(model, run.config, run.start)
     objective = Objective(Sequences(model), dataset.task, run.config)
     if objective.name == "dpo":
         dataset = dataset.with_references(objective.sequences)

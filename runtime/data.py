@@ -13,6 +13,7 @@ from edgezo.config import ROW_FORMATS, ROW_SUFFIXES
 from edgezo.errors import DataError
 
 LINE_LIMIT = 1 << 24  # characters
+WANTED = f"use {ROW_FORMATS}; tune and eval read plain text too, .txt and .md"
 
 
 class Row(NamedTuple):
@@ -30,13 +31,11 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: {_no_file(path)}; give a file of rows, {ROW_FORMATS}")
+        raise DataError(f"{path}: {_no_file(path)}")
     readers = dict(zip(ROW_SUFFIXES, (_read_jsonl, _read_json, _read_table, _read_table), strict=True))
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise DataError(
-            f"{path}: unknown data format {path.suffix or '(no suffix)'!r}; use {ROW_FORMATS}; tune and eval read plain text too, .txt and .md"
-        )
+        raise DataError(f"{path}: unknown data format {path.suffix or '(no suffix)'!r}; {WANTED}")
     try:
         rows = list(reader(path))
     except UnicodeDecodeError as error:
@@ -48,10 +47,10 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
 
 def _no_file(path: Path) -> str:
     if path.is_dir():
-        return "a folder, not a data file"
+        return f"a folder, not a data file; {WANTED}"
     if path.exists():
         return "a pipe or a device, which is read only once; save the rows in a file"
-    return f"no such data file{'' if path.is_absolute() else f' in {Path.cwd()}'}"
+    return f"no such data file{'' if path.is_absolute() else f' in {Path.cwd()}'}; check the path"
 
 
 def _first_bad_byte(path: Path) -> int:

@@ -20,19 +20,19 @@ def data_summary(dataset: Dataset, text: TextCodec) -> list[str]:
     if task.kind == "text":
         return []
     others = f"; {len(dataset.valid.examples)} for validation" if dataset.valid is not None else ""
-    labels = ""
+    labels, warnings = "", []
     if task.kind == "classification":
         words, counts = task.words, Counter(dict.fromkeys(task.words, 0))
         counts.update(words[example.gold] for example in examples)
         more = f", {len(counts) - MOST_LABELS} more" if len(counts) > MOST_LABELS else ""
         labels = f" ({', '.join(f'{word} {count}' for word, count in counts.most_common(MOST_LABELS))}{more})"
-    alone = []
-    if len(task.classes) > 1 and len({example.gold for example in examples}) == 1 and task.kind == "classification":
-        alone = [
-            f"warning: all rows have the label {task.words[examples[0].gold]!r}, so nothing is learned but to prefer it; give rows of others"
-        ]
+        if len(examples) in counts.values():
+            only = words[examples[0].gold]
+            warnings.append(
+                f"warning: all training rows have the label {only!r}, so nothing is learned but to prefer it; give rows of others"
+            )
     read = _shown(examples[0].pairs[examples[0].gold], task.words, text)
-    return [f"{len(examples)} rows of kind {task.kind}{labels}{others}", f"the first reads {read}", *alone]
+    return [f"{len(examples)} rows of kind {task.kind}{labels}{others}", f"the first reads {read}", *warnings]
 
 
 def _shown(candidate: Candidate, words: list[str], text: TextCodec) -> str:

@@ -12,7 +12,7 @@ from edgezo.runtime.examples import Example, Examples, Offsets, make_examples
 from edgezo.runtime.masked import CAUSAL, ModelFacts
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import add_references
-from edgezo.runtime.order import DataOrder
+from edgezo.runtime.order import ORDER, DataOrder
 from edgezo.runtime.scoring import Sequences, forward_tokens
 from edgezo.runtime.tasks import OPTIONS, Task, find_task, seen_labels
 
@@ -53,9 +53,9 @@ class Dataset(NamedTuple):
             found[row] = found[row]._replace(offset=tuple(values))
         return self._replace(train=self.train._replace(examples=found))
 
-    def order(self) -> DataOrder:
-        """Which rows each step sees."""
-        return DataOrder([_length(example) for example in self.train.examples], self.config.rows, self.config.seed)
+    def order(self, version: int = ORDER) -> DataOrder:
+        """Which rows each step sees, by this version of the order."""
+        return DataOrder([_length(example) for example in self.train.examples], self.config.rows, self.config.seed, version)
 
     def batch(self, order: DataOrder, step: int) -> list[Example]:
         """The training examples of step `step` (from 0)."""

@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,14 +69,15 @@ def _checked(name: str, reward: Callable[[Sequence[Outcome]], Any]) -> Reward:
         try:
             with contextlib.redirect_stdout(sys.stderr):  # standard output is for results, --json
                 returned = reward(list(outcomes))
-                returned = list(returned) if isinstance(returned, Iterable) else returned  # a generator may fail
+                if isinstance(returned, Iterator):  # and may fail only now
+                    returned = list(returned)
         except Exception as error:
             raise ConfigError(
                 f"--objective {name}: failed at {_place(error)} on a list of {len(outcomes)}: {type(error).__name__}: {first_line(error)} (text is None for rows with candidates, scores for all others)"
             ) from error
         try:
             values = [float(value) for value in returned]
-        except (TypeError, ValueError):
+        except Exception:  # of whatever class the values are
             raise ConfigError(f"--objective {name}: returned {_short(returned)}; return a list of numbers, one a row") from None
         if len(values) != len(outcomes):
             raise ConfigError(f"--objective {name}: returned {len(values)} values for {len(outcomes)} rows; return a number a row")

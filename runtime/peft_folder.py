@@ -19,7 +19,7 @@ from edgezo.runtime.attention_probe import add_probe
 from edgezo.runtime.head_rows import NO_ROWS, HeadRows, head_as_lora, head_module, refuse_beside_lora, refuse_unnamed_head
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.prefix import Prefix
-from edgezo.runtime.run import JOURNAL
+from edgezo.storage import is_run
 
 Array = npt.NDArray[Any]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,9 +41,9 @@ def read_peft_config(path: Path, own: Collection[str] = ()) -> dict[str, Any]:
     """
     file = path / CONFIG
     if not file.is_file():
-        if (path / JOURNAL).is_file():
+        if is_run(path):
             raise AdapterError(
-                f"{path}: a run, no adapter; use it as --run {path}, or make an adapter of it: edgezo merge DIR {path} --format peft -o FOLDER"
+                f"{path}: a run, no adapter; make an adapter of it with edgezo merge DIR {path} --format peft -o FOLDER (eval, predict, generate and chat take it as --run)"
             )
         found = "no such adapter" if not path.exists() else f"no adapter ({CONFIG} is missing)"
         raise AdapterError(f"{path}: {found}; give a PEFT folder (edgezo merge DIR RUN --format peft makes one of a run)")

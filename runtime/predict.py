@@ -41,7 +41,7 @@ class Prediction(NamedTuple):
         """The fields that say something."""
         given = {name: value for name, value in self._asdict().items() if name not in ("probabilities", "truncated") and value is not None}
         probabilities = {"probabilities": dict(self.probabilities)} if self.probabilities else {}
-        return {**given, **probabilities, **({"truncated": True} if self.truncated else {})}
+        return {**given, **probabilities, "truncated": self.truncated}
 
 
 def task_to_predict(rows: Sequence[Row], config: TuneConfig, model: ModelFacts, of_run: bool) -> Task:
@@ -87,23 +87,23 @@ def predict(model: EdgeModel, rows: Sequence[Row], task: Task, max_length: int, 
         NonFiniteLossError: the model gives no finite scores.
     """
     if task.kind == "answer":
-        prompts, cut = zip(*(make_prompt(row, task, model.text, max_length) for row in rows), strict=True)
+        prompts, truncated = zip(*(make_prompt(row, task, model.text, max_length) for row in rows), strict=True)
         answers = generate_batch(model, list(prompts), task.room, task.stop, sampling=sampling)
-        return [Prediction(text=text, truncated=shorter) for text, shorter in zip(answers, cut, strict=True)]
+        return [Prediction(text=text, truncated=cut) for text, cut in zip(answers, truncated, strict=True)]
     refuse_draws(sampling, task.kind)
     found = []
-    candidates, cut = zip(*(make_candidates(row, task, model.text, max_length) for row in rows), strict=True)
-    for row, likely, shorter in zip(rows, _rank(model, candidates, task), cut, strict=True):
+    candidates, truncated = zip(*(make_candidates(row, task, model.text, max_length) for row in rows), strict=True)
+    for row, likely, cut in zip(rows, _rank(model, candidates, task), truncated, strict=True):
         best = int(likely.argmax())
         if task.kind == "classification":
             by_class = dict(zip(task.classes, likely.tolist(), strict=True))
-            found.append(Prediction(task.classes[best], probabilities=by_class, truncated=shorter))
+            found.append(Prediction(task.classes[best], probabilities=by_class, truncated=cut))
         else:
             texts = candidate_texts(row, task)
             of_text: dict[str, float] = {}
             for text, probability in zip(texts, likely.tolist(), strict=True):
                 of_text[text] = of_text.get(text, 0.0) + probability  # two choices may be the same
-            found.append(Prediction(choice=best, text=texts[best], probabilities=of_text, truncated=shorter))
+            found.append(Prediction(choice=best, text=texts[best], probabilities=of_text, truncated=cut))
     return found
 
 

@@ -11,7 +11,8 @@ from edgezo.runtime.evaluation import Evaluation
 
 
 class StepReport(NamedTuple):
-    """One finished step. `step` counts from 1; `progress` is the finished fraction of the run; `forward_rows` as in `TuneResult`."""
+    """One finished step. `step` counts from 1; `seconds` are those of the run, `opening_seconds` of them before first steps; `progress` is the
+    finished fraction of the run; `forward_rows` as in `TuneResult`."""
 
     step: int
     loss: float
@@ -19,6 +20,7 @@ class StepReport(NamedTuple):
     learning_rate: float
     step_seconds: float
     seconds: float
+    opening_seconds: float
     progress: float
     forward_rows: int
 

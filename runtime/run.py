@@ -21,7 +21,8 @@ from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.journal import Journal
 from edgezo.runtime.journal_reader import JournalContents, read_journal
 from edgezo.runtime.journal_records import Record, StepRecord
-from edgezo.storage import PART, refuse_existing, sha256_file, write_atomically
+from edgezo.runtime.order import ORDER
+from edgezo.storage import JOURNAL, PART, is_run, refuse_existing, sha256_file, write_atomically
 
 # what the weights depend on, with the base, the start, the noise and the records
 DECISIVE = (
@@ -31,7 +32,7 @@ DECISIVE = (
 LOCK = ".lock"
 METRICS_LINE_LIMIT = 1 << 16  # characters
 MAY_CHANGE = {"data", "valid", "steps", "minutes", "eval_every", "patience"}  # on resume; data files are compared by their content
-CONFIG, JOURNAL, METRICS, SUMMARY = "config.json", "journal.bin", "metrics.jsonl", "summary.json"
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 BEFORE = {"valid_share": 0.0, "patience": 0}  # what held before there were these settings
 INIT = "init.safetensors"  # the adapter a run started from, when it was given one
 StepChoice = int | Literal["best", "last"]
@@ -44,12 +45,27 @@ class Run(NamedTuple):
     config: TuneConfig
     journal: JournalContents
     seconds: float
+    opening_seconds: float  # of those, what the processes took before their first step
     forward_rows: int
 
     @property
     def header(self) -> dict[str, Any]:
         """The journal's header."""
         return self.journal.header
+
+    @property
+    def order_version(self) -> int:
+        """Of the order in which steps see rows; weights do not depend on it.
+
+        Raises:
+            RunError: this edgezo does not know it.
+        """
+        version = self.header.get("order", 1)
+        if version not in range(1, ORDER + 1):
+            raise RunError(
+                f"{self.directory}: its rows are in order {version!r}, this edgezo has 1 to {ORDER}; update edgezo to go on with it"
+            )
+        return int(version)
 
     @property
     def records(self) -> list[StepRecord]:
@@ -122,6 +138,7 @@ def journal_header(manifest: Manifest, config: TuneConfig, start: Path | None = 
         "tokenizer": hashlib.sha256("".join(manifest.files[name].sha256 for name in text if name).encode()).hexdigest(),
         "init": sha256_file(start) if start is not None else None,
         "noise": noise.SPECIFICATION_VERSION,
+        "order": ORDER,
     }
 
 
@@ -134,7 +151,7 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     directory = Path(directory)
     if directory.is_file():
         raise RunError(f"{directory}: a file; give a run directory, as edgezo tune DIR --data FILE -o RUN makes it")
-    if not (directory / JOURNAL).is_file():
+    if not is_run(directory):
         if (directory / MANIFEST_NAME).is_file():
             raise RunError(
                 f"{directory}: an edge model, no run; give the run directory that edgezo tune {directory} --data FILE -o RUN made"
@@ -153,7 +170,8 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
         config = TuneConfig.model_validate({**started.model_dump(), **contents.settings})
     except ValidationError as error:
         raise RunError(f"{directory}: {describe(error, JOURNAL)}") from None
-    return Run(directory, config, contents, _spent(directory / METRICS, "seconds"), int(_spent(directory / METRICS, "forward_rows")))
+    seconds, rows, openings = (_numbers(directory / METRICS, name) for name in ("seconds", "forward_rows", "opening_seconds"))
+    return Run(directory, config, contents, max(seconds, default=0.0), sum(openings), int(max(rows, default=0)))
 
 
 def is_held(directory: Path) -> bool:
@@ -271,9 +289,9 @@ def write_summary(directory: Path, summary: dict[str, Any]) -> None:
     write_atomically(directory / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
 
 
-def _spent(path: Path, name: str) -> float:
-    """What a run has taken so far of seconds or rows of forward, by its metrics; torn lines are passed over."""
-    spent = 0.0
+def _numbers(path: Path, name: str) -> list[float]:
+    """The values of this name in the lines of the metrics; torn lines are passed over."""
+    numbers = []
     if path.is_file():
         with open(path, encoding="utf-8", errors="replace") as file:
             while line := file.readline(METRICS_LINE_LIMIT):
@@ -281,14 +299,13 @@ def _spent(path: Path, name: str) -> float:
                     found = float(json.loads(line)[name])
                 except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                     continue
-                spent = max(spent, found) if math.isfinite(found) else spent
-    return spent
+                numbers += [found] if math.isfinite(found) else []
+    return numbers
 
 
 def _refuse_taken(output: Path) -> None:
     """Refuse a place that is not free for a new run."""
-    run = (output / JOURNAL).is_file()
-    advice = "continue it with --resume or choose another directory" if run else "it holds no run, choose another directory"
+    advice = "continue it with --resume or choose another directory" if is_run(output) else "it holds no run, choose another directory"
     refuse_existing(output, RunError, advice, lambda name: _is_leftover(name) or name == INIT)
 
 

@@ -115,8 +115,7 @@ def tune(
                 reporter.stage(f"rebuilding step {len(previous.records)} from the journal")
                 replay(previous, model, theta.weights, len(previous.records), theta.rule)
                 tuner.go_on_from(previous)
-            tuner.spent_seconds += time.monotonic() - opened
-            return tuner.loop()
+            return tuner.loop(time.monotonic() - opened)
 
 
 def _refuse_unfit(model: EdgeModel, output: Path, memory: int | None) -> None:

@@ -21,8 +21,8 @@ from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.onnx_adapter import ONNX_SUFFIX, write_onnx_adapter
 from edgezo.runtime.peft_folder import write_peft
-from edgezo.runtime.run import JOURNAL, StepChoice, base_id
-from edgezo.storage import directory_in_the_making, refuse_existing, sha256_file
+from edgezo.runtime.run import StepChoice, base_id
+from edgezo.storage import JOURNAL, directory_in_the_making, refuse_existing, sha256_file
 
 HEAD_FILE = "head.bin"
 Format = Literal["edge", "hf", "peft", "onnx-adapter"]

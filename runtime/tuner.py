@@ -51,6 +51,7 @@ class Tuner:
     start: Path | None = None
     records: list[StepRecord] = field(default_factory=list)
     spent_seconds: float = 0.0
+    opening_seconds: float = 0.0  # of those, before first steps: the schedule begins after them
     spent_rows: int = 0
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     untuned: Evaluation | None = None  # before an exact start
@@ -68,19 +69,29 @@ class Tuner:
     def go_on_from(self, previous: Run) -> None:
         """Stand where an earlier process ended; theta is the run's already."""
         journal = previous.journal
+        self.order = self.dataset.order(previous.order_version)
         self.records, self.spent_seconds, self.spent_rows = list(previous.records), previous.seconds, previous.forward_rows
+        self.opening_seconds = previous.opening_seconds
         self.evaluations, self.untuned = dict(previous.evaluations), journal.untuned
         self.lr_scale, self.undos, self.pending = journal.lr_scale, journal.undos, journal.last_kind
         if journal.quiet_step is not None:
             self.quiet_until = journal.quiet_step + LEVEL_STEPS
 
-    def loop(self) -> TuneResult:
-        """The forwards of the estimator and one update a step, until the steps or the minutes are used up or a signal asks to stop."""
+    def loop(self, opening_seconds: float) -> TuneResult:
+        """The forwards of the estimator and one update a step, until the steps or the minutes are used up or a signal asks to stop.
+
+        Args:
+            opening_seconds: what this process has taken so far.
+        """
+        self.spent_seconds += opening_seconds
+        self.opening_seconds += opening_seconds
         started = time.monotonic() - self.spent_seconds
         step = len(self.records)
         if self.config.total_steps != 0 and self._progress(step, self.spent_seconds) >= 1:
             self.reporter.notice(self._nothing_left(step))
         with stop_signals() as stopping, append_lines(self.directory / METRICS) as metrics:
+            opened = {"opening_seconds": opening_seconds, "forward_rows": self.forward_rows, "seconds": self.spent_seconds}
+            metrics.write(json.dumps({name: round(value, 3) for name, value in opened.items()}) + "\n")
             self.reporter.begin(step, self.config.total_steps)
             ended = None
             while ended is None:
@@ -93,16 +104,18 @@ class Tuner:
                     self._go_back(good_step, str(error), metrics, started)
         self.theta.weights.flush()
         step = len(self.records)
-        if 0 < self.still == step < STILL_STEPS:
+        if self.still == step and 0 < step < STILL_STEPS:
             self._tell_still()
         self.model.step, self.model.changed = step, True
         return self._finish(step, ended, time.monotonic() - started)
 
     def _nothing_left(self, step: int) -> str:
-        if self.config.total_steps is not None and step >= self.config.total_steps:
-            return f"nothing to tune: {step} steps are done, as many as were asked for; give more --steps"
+        steps, minutes = self.config.total_steps, self.config.minutes
+        late = minutes is not None and self.spent_seconds >= 60 * minutes
+        if steps is not None and step >= steps:
+            return f"nothing to tune: {step} steps are done, as many as were asked for; give more --steps{' and --minutes' if late else ''}"
         before = "another" if step else "the first"
-        return f"no step: the {self.config.minutes:g} minutes were over before {before}, {self.spent_seconds:.0f} s are spent; give more --minutes"
+        return f"no step: the {minutes:g} minutes were over before {before}, {self.spent_seconds:.0f} s are spent; give more --minutes"
 
     def _turn(self, stopping: threading.Event, metrics: TextIO, started: float) -> str | None:
         """An evaluation where one is due, then a step, or the reason why there is none."""
@@ -157,7 +170,15 @@ class Tuner:
         now = time.monotonic()
         done = self._progress(step + 1, now - started)
         report = StepReport(
-            step + 1, loss, record.projected_grads, record.learning_rate, now - begun, now - started, done, self.forward_rows
+            step + 1,
+            loss,
+            record.projected_grads,
+            record.learning_rate,
+            now - begun,
+            now - started,
+            self.opening_seconds,
+            done,
+            self.forward_rows,
         )
         write_step(metrics, report)
         self.reporter.step(report)
@@ -249,11 +270,12 @@ class Tuner:
         return self.spent_rows + self.theta.sequences.forward_rows
 
     def _progress(self, step: int, seconds: float) -> float:
-        """Finished fraction of the run: of its steps or of its minutes, whichever is further."""
+        """Finished fraction of the run: of its steps or of what was left of its minutes when they began, whichever is further."""
         total, minutes = self.config.total_steps, self.config.minutes
-        if total == 0:  # an exact start alone
+        if total == 0 or (minutes and seconds >= 60 * minutes):  # an exact start alone, or out of time
             return 1.0
-        return max(step / total if total else 0.0, seconds / (60 * minutes) if minutes else 0.0)
+        of_minutes = (seconds - self.opening_seconds) / (60 * minutes - self.opening_seconds) if minutes else 0.0
+        return max(step / total if total else 0.0, of_minutes)
 
     def _evaluate(self, step: int, metrics: TextIO, started: float) -> bool:
         """Whether there are rows to evaluate on; what was found is kept."""

@@ -246,4 +246,6 @@ def test_a_run_given_as_an_adapter_is_told(adapter_dirs: dict[str, Path], review
     edgezo.tune(adapter_dirs["lora"], tmp_path / "run", data=reviews, steps=1, threads=1, directions=4, **TASK)
     with pytest.raises(AdapterError) as caught:
         EdgeModel(adapter_dirs["lora"], adapter=tmp_path / "run", threads=1)
-    assert str(caught.value).startswith(f"{tmp_path / 'run'}: a run, no adapter; use it as --run {tmp_path / 'run'}, or make an adapter")
+    assert str(caught.value).startswith(
+        f"{tmp_path / 'run'}: a run, no adapter; make an adapter of it with edgezo merge DIR {tmp_path / 'run'}"
+    )

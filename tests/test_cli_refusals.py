@@ -93,10 +93,7 @@ def test_weights_that_were_changed(refusal: Callable[..., str], tmp_path: Path, 
 
 @pytest.mark.parametrize("arguments", [["tune", "edge", "-o", "run"], ["eval", "edge"]], ids=lambda a: a[0])
 def test_missing_data(refusal: Callable[..., str], arguments: list[str]) -> None:
-    assert (
-        refusal(*arguments, "--data", "none.jsonl")
-        == f"none.jsonl: no such data file in {Path.cwd()}; give a file of rows, .jsonl, .json, .csv or .tsv"
-    )
+    assert refusal(*arguments, "--data", "none.jsonl") == f"none.jsonl: no such data file in {Path.cwd()}; check the path"
 
 
 def test_tune_without_data(refusal: Callable[..., str]) -> None:
@@ -105,8 +102,7 @@ def test_tune_without_data(refusal: Callable[..., str]) -> None:
 
 def test_missing_validation_data(refusal: Callable[..., str]) -> None:
     assert (
-        refusal("tune", "edge", "-o", "run", *TASK, "--valid", "none.csv")
-        == f"none.csv: no such data file in {Path.cwd()}; give a file of rows, .jsonl, .json, .csv or .tsv"
+        refusal("tune", "edge", "-o", "run", *TASK, "--valid", "none.csv") == f"none.csv: no such data file in {Path.cwd()}; check the path"
     )
 
 

@@ -115,7 +115,7 @@ def test_what_holds_no_text_is_refused(tmp_path: Path, notes: Path) -> None:
         f"{notes / 'b.md'}: not UTF-8 text (invalid continuation byte at byte 3); save it as UTF-8"
     )
     missing = tmp_path / "missing.md"
-    assert refusal(lambda: read_data(missing)) == f"{missing}: no such data file; give a file of rows, .jsonl, .json, .csv or .tsv"
+    assert refusal(lambda: read_data(missing)) == f"{missing}: no such data file; check the path"
 
 
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="this user may read everything")

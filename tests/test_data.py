@@ -138,7 +138,7 @@ def test_csv_with_tabs(write: Write) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
 def test_a_pipe_is_no_data_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.jsonl")
-    told = "a pipe or a device, which is read only once; save the rows in a file; give a file of rows, .jsonl, .json, .csv or .tsv"
+    told = "a pipe or a device, which is read only once; save the rows in a file"
     assert refusal(tmp_path / "rows.jsonl") == f"{tmp_path / 'rows.jsonl'}: {told}"
 
 
@@ -173,17 +173,14 @@ def test_tsv_quotes_are_ordinary_characters(write: Write) -> None:
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    assert (
-        refusal(tmp_path / "none.jsonl")
-        == f"{tmp_path / 'none.jsonl'}: no such data file; give a file of rows, .jsonl, .json, .csv or .tsv"
-    )
+    assert refusal(tmp_path / "none.jsonl") == f"{tmp_path / 'none.jsonl'}: no such data file; check the path"
 
 
 def test_a_directory_is_no_data_file(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").mkdir()
     assert (
         refusal(tmp_path / "rows.jsonl")
-        == f"{tmp_path / 'rows.jsonl'}: a folder, not a data file; give a file of rows, .jsonl, .json, .csv or .tsv"
+        == f"{tmp_path / 'rows.jsonl'}: a folder, not a data file; use .jsonl, .json, .csv or .tsv; tune and eval read plain text too, .txt and .md"
     )
 
 

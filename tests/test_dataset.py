@@ -211,7 +211,7 @@ def test_the_rows_are_told_as_they_were_understood(model: EdgeModel, many: str, 
 def test_rows_of_one_label_alone_are_told(model: EdgeModel, write_rows: Callable[..., str]) -> None:
     rows = write_rows([{"text": f"film {number}", "label": 1} for number in range(3)], "one.jsonl")
     *_, last = data_summary(split(model, rows)[0], model.text)
-    assert last == "warning: all rows have the label 'great', so nothing is learned but to prefer it; give rows of others"
+    assert last == "warning: all training rows have the label 'great', so nothing is learned but to prefer it; give rows of others"
 
 
 def test_labels_beyond_ten_are_counted_together(model: EdgeModel, write_rows: Callable[..., str]) -> None:

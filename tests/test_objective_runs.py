@@ -33,6 +33,11 @@ def endless(outcomes):
     return [float("nan") for _ in outcomes]
 def forgets(outcomes):
     print("thinking")
+def huge(outcomes):
+    return [10**400]
+def table(outcomes):
+    import numpy
+    return numpy.ones((1, 2))
 def words(outcomes):
     yield from ("good" for _ in outcomes)
 """
@@ -65,6 +70,8 @@ def test_a_users_own_function_is_the_objective(model: EdgeModel, rewards: None) 
             "--objective own_rewards:few: returned 0 values for 1 rows; return a number a row",
         ),
         ("own_rewards:forgets", "--objective own_rewards:forgets: returned None; return a list of numbers, one a row"),
+        ("own_rewards:huge", "--objective own_rewards:huge: returned [1000"),
+        ("own_rewards:table", "--objective own_rewards:table: returned array([[1., 1.]]); return a list of numbers, one a row"),
         ("own_rewards:words", "--objective own_rewards:words: returned ['good']; return a list of numbers, one a row"),
         ("own_rewards:endless", "--objective own_rewards:endless: returned NaN or infinity; return finite numbers"),
         (

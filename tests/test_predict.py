@@ -10,7 +10,7 @@ import pytest
 from conftest import Command
 
 import edgezo
-from edgezo.config import Sampling
+from edgezo.config import Sampling, make_config
 from edgezo.errors import ConfigError, DataError, EdgezoError, NonFiniteLossError
 from edgezo.recipe import task_settings
 from edgezo.runtime import batch_generate
@@ -83,7 +83,7 @@ def test_choices_of_a_recipe_are_told_on_the_command_line(exported_dir: Path, wr
     options = ["predict", str(exported_dir), "--task", "copa", "--data", data, "--threads", "1"]
     shown = json.loads(invoke(*options, "--json").out)["predictions"]
     texts = ["We stayed at home.", "We ran."]
-    assert [list(row) for row in shown] == [["choice", "text", "probabilities"]] * 2
+    assert [list(row) for row in shown] == [["choice", "text", "probabilities", "truncated"]] * 2
     assert [row["text"] for row in shown] == [texts[row["choice"]] for row in shown]
     lines = invoke(*options).out.splitlines()
     for line, row in zip(lines, shown, strict=True):
@@ -104,6 +104,14 @@ def test_the_calibration_of_a_run_can_be_taken_off(exported_dir: Path, tmp_path:
     for own, other, calibrated in zip(off, plain, kept, strict=True):
         assert own.probabilities == pytest.approx(other.probabilities, rel=1e-4)
         assert own.probabilities != pytest.approx(calibrated.probabilities, rel=1e-2)
+
+
+def test_the_ending_of_a_recipe_can_be_taken_off(exported_dir: Path, write_rows: Write) -> None:
+    settings = {"data": write_rows(ANSWERS), "answer_field": "answer", "max_tokens": 8, "threads": 1}
+    plain = edgezo.predict(exported_dir, **settings)
+    assert edgezo.predict(exported_dir, stop="", **settings) == plain
+    assert make_config(None, {"data": "a", "stop": ""}, task=task_settings("squad")).stop is None
+    assert make_config(None, {"data": "a"}, task=task_settings("squad")).stop == "\n"
 
 
 def test_a_run_of_choices_reads_rows_as_it_learned_them(exported_dir: Path, tmp_path: Path, write_rows: Write, invoke: Command) -> None:
@@ -140,7 +148,7 @@ def test_answers_of_a_recipe_are_told_on_the_command_line(exported_dir: Path, wr
     rows = [{"title": "Rain", "context": "It rained.", "question": question} for question in ("What?", "When?")]
     options = ["predict", str(exported_dir), "--task", "squad", "--data", write_rows(rows), "--max-tokens", "5", "--threads", "1"]
     shown = json.loads(invoke(*options, "--json").out)["predictions"]
-    assert [list(row) for row in shown] == [["text"]] * 2
+    assert [list(row) for row in shown] == [["text", "truncated"]] * 2
     assert invoke(*options).out == "".join(" ".join(row["text"].split()) + "\n" for row in shown)
     model, template = EdgeModel(exported_dir, threads=1), task_settings("squad")["template"]
     assert shown[0]["text"] == model.generate(template.format(**rows[0]), max_tokens=5).split("\n")[0].strip()
