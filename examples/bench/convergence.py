@@ -40,7 +40,7 @@ SEED_ROWS = 1.1  # a start's rows differ a little from seed to seed
 LEAST_RANGE = 20  # per cent that a panel shows: a row of test rows is no cliff
 
 
-Cell = dict[str, Any]  # task, method, seed, test_rows, valid_rows (at most), points: test accuracy by rows of forward, seconds of learning
+Cell = dict[str, Any]  # task, method, seed, test_rows, valid_rows (at most), points: test accuracy by rows of forward, seconds of the run
 
 
 class Method(NamedTuple):
@@ -91,7 +91,7 @@ def budgets(most: int, factor: int) -> list[int]:
 
 
 def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folder: Path) -> Cell:
-    """Learn, and measure the test rows at every number of rows of forward; accuracy by rows, and seconds of learning."""
+    """Learn, and measure the test rows at every number of rows of forward; accuracy by rows, and seconds of the run."""
     method, files = METHODS[name], files_of(options, task)
     files = files._replace(test=_first(files.test, options.test_rows, folder / "rows"))
     edge, run = getattr(options, method.edge), folder / "run"
