@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--factors", default=FACTORS, help="of the measured rate: what it is compared with")
     parser.add_argument("--grid", nargs=2, metavar=("LRS", "EPSS"), help="rates and eps, every one with every one, in place of factors")
     parser.add_argument("--overrides", action="store_true", help="compare with settings that make no sense, instead")
+    parser.add_argument("--seed", type=int, help="of every run")
     parser.add_argument("--before", default="")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which no run is begun")
     options = parser.parse_args()
@@ -106,6 +107,7 @@ def tune(options: argparse.Namespace, task: str, settings: list[str], output: Pa
     files = ["--data", str(folder / "train.jsonl"), "--valid", str(folder / "validation.jsonl")]
     how = ["--task", str(recipe) if recipe.is_file() else task, "--steps", str(options.steps), "--eval-rows", str(options.eval_rows)]
     how += ["--start", options.start] if options.start else []
+    how += ["--seed", str(options.seed)] if options.seed is not None else []
     goes_on = (output / "journal.bin").is_file()
     given = ["--resume"] if goes_on else [*files, *how, *settings]
     command = [*shlex.split(options.before), sys.executable, "-m", "edgezo", "tune", options.edge, "-o", str(output), *given]
