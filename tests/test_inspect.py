@@ -198,7 +198,7 @@ def test_inspect_knows_a_run_that_goes_on(command: Command, tmp_path: Path, run:
 def test_inspect_does_not_tell_the_end_before_a_resume_that_was_cut_off(
     command: Command, monkeypatch: pytest.MonkeyPatch, run: str
 ) -> None:
-    def stop(self: Tuner) -> None:
+    def stop(self: Tuner, opening_seconds: float) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Tuner, "loop", stop)
