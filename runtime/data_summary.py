@@ -26,10 +26,15 @@ def data_summary(dataset: Dataset, text: TextCodec) -> list[str]:
         counts.update(words[example.gold] for example in examples)
         more = f", {len(counts) - MOST_LABELS} more" if len(counts) > MOST_LABELS else ""
         labels = f" ({', '.join(f'{word} {count}' for word, count in counts.most_common(MOST_LABELS))}{more})"
+        unseen = [word for word, count in counts.items() if not count]
         if len(examples) in counts.values():
             only = words[examples[0].gold]
             warnings.append(
                 f"warning: all training rows have the label {only!r}, so nothing is learned but to prefer it; give rows of others"
+            )
+        elif unseen:
+            warnings.append(
+                f"warning: no training row has the label {' or '.join(map(repr, unseen[:MOST_LABELS]))}; check --labels and the rows"
             )
     read = _shown(examples[0].pairs[examples[0].gold], task.words, text)
     return [f"{len(examples)} rows of kind {task.kind}{labels}{others}", f"the first reads {read}", *warnings]

@@ -271,4 +271,4 @@ def text_of(row: Row, name: str) -> str:
 
 
 def _names(row: Row) -> str:
-    return ", ".join(map(repr, row.fields))
+    return ", ".join(map(repr, row.fields)) or "none"

@@ -113,9 +113,9 @@ class Tuner:
         steps, minutes = self.config.total_steps, self.config.minutes
         late = minutes is not None and self.spent_seconds >= 60 * minutes
         if steps is not None and step >= steps:
-            return f"nothing to tune: {step} steps are done, as many as were asked for; give more --steps{' and --minutes' if late else ''}"
+            return f"nothing to tune: --steps {steps}, and as many are done; give more --steps{' and --minutes' if late else ''}"
         before = "another" if step else "the first"
-        return f"no step: the {minutes:g} minutes were over before {before}, {self.spent_seconds:.0f} s are spent; give more --minutes"
+        return f"no step: --minutes {minutes:g} in all were over before {before}, {self.spent_seconds:.0f} s are spent; give more --minutes"
 
     def _turn(self, stopping: threading.Event, metrics: TextIO, started: float) -> str | None:
         """An evaluation where one is due, then a step, or the reason why there is none."""

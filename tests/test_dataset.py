@@ -212,6 +212,9 @@ def test_rows_of_one_label_alone_are_told(model: EdgeModel, write_rows: Callable
     rows = write_rows([{"text": f"film {number}", "label": 1} for number in range(3)], "one.jsonl")
     *_, last = data_summary(split(model, rows)[0], model.text)
     assert last == "warning: all training rows have the label 'great', so nothing is learned but to prefer it; give rows of others"
+    rows = write_rows([{"text": f"film {number}", "label": number % 2} for number in range(4)], "two.jsonl")
+    *_, last = data_summary(split(model, rows, labels="terrible,great,long,short")[0], model.text)
+    assert last == "warning: no training row has the label 'long' or 'short'; check --labels and the rows"
 
 
 def test_labels_beyond_ten_are_counted_together(model: EdgeModel, write_rows: Callable[..., str]) -> None:

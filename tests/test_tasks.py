@@ -39,6 +39,8 @@ def test_fields_of_no_kind_are_refused_with_what_is_known(fields: dict[str, Any]
 
 
 def test_a_row_without_fields_is_told() -> None:
+    with_template = refusal(task_of, {}, template="{text} It was", labels=WORDS)
+    assert with_template == "--template '{text} It was': field 'text' does not exist; rows.jsonl:1 has none"
     assert (
         refusal(task_of, {})
         == "rows.jsonl:1: a row without fields; give it a prompt and completion, text and label, or the like (docs/data.md)"

@@ -169,14 +169,14 @@ def test_minutes_count_what_comes_before_the_first_step(exported_dir: Path, revi
     result = edgezo.tune(exported_dir, run, data=reviews, minutes=1e-6, **SETTINGS, reporter=Reporter(notice=notices.append))
     assert (result.ended, result.steps) == ("out of time", 0)
     assert 0 < result.seconds < time.monotonic() - begun
-    assert re.fullmatch(r"no step: the 1e-06 minutes were over before the first, \d+ s are spent; give more --minutes", notices[-1])
+    assert re.fullmatch(r"no step: --minutes 1e-06 in all were over before the first, \d+ s are spent; give more --minutes", notices[-1])
     opening = read_run(run).opening_seconds
     assert 0 < opening == read_run(run).seconds <= result.seconds
     more = edgezo.tune(exported_dir, run, resume=True, minutes=10.0, steps=1)
     assert (more.ended, more.steps) == ("finished", 1)
     assert more.seconds > read_run(run).opening_seconds > opening
     edgezo.tune(exported_dir, run, resume=True, minutes=1e-6, reporter=Reporter(notice=notices.append))
-    assert notices[-1] == "nothing to tune: 1 steps are done, as many as were asked for; give more --steps and --minutes"
+    assert notices[-1] == "nothing to tune: --steps 1, and as many are done; give more --steps and --minutes"
 
 
 def test_a_signal_finishes_the_step_and_the_run_goes_on_later(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
