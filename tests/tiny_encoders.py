@@ -117,7 +117,7 @@ def save(folder: Path, name: str, head: str = "MaskedLM", **more: Any) -> Path:
 
 def check_tuning(directory: Path, run: Path, lora: bool, **settings: Any) -> None:
     """A few steps lower the loss by 5 % or more, and the run's journal gives the very bits of what it tuned."""
-    own = {"lr": 1e-2, "rank": 2, "steps": 60} if lora else {"lr": 2e-3, "steps": 25}
+    own = {"lr": 1e-2, "rank": 2, "steps": 60} if lora else {"lr": 2e-3, "steps": 50}
     common = {"start": "none", "eval_every": 25, "rule": "normalized", "directions": 1, "batch": 8}
     tuned = EdgeModel(directory, threads=1)
     result = tune(tuned, make_config(None, {**common, **own, **settings}), run)
