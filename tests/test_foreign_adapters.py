@@ -198,7 +198,7 @@ LORA_REFUSALS: list[tuple[str, Damage, str]] = [
     (
         "no folder",
         shutil.rmtree,
-        f"{{0}}: no such adapter; give a PEFT folder (edgezo merge DIR RUN --format peft makes one of a run)",
+        "{0}: no such adapter; give a PEFT folder (edgezo merge DIR RUN --format peft makes one of a run)",
     ),
 ]
 
