@@ -20,6 +20,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgezo.storage import is_run
+
 FACTORS = "0.25,4"
 BEGUN = time.monotonic()
 OWN_RECIPES = Path(__file__).parent
@@ -108,7 +110,7 @@ def tune(options: argparse.Namespace, task: str, settings: list[str], output: Pa
     how = ["--task", str(recipe) if recipe.is_file() else task, "--steps", str(options.steps), "--eval-rows", str(options.eval_rows)]
     how += ["--start", options.start] if options.start else []
     how += ["--seed", str(options.seed)] if options.seed is not None else []
-    goes_on = (output / "journal.bin").is_file()
+    goes_on = is_run(output)
     given = ["--resume"] if goes_on else [*files, *how, *settings]
     command = [*shlex.split(options.before), sys.executable, "-m", "edgezo", "tune", options.edge, "-o", str(output), *given]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from edgezo.recipe import read_recipe, recipe_path, summarize
 from edgezo.runtime.run import read_run
+from edgezo.storage import is_run
 
 TUNED = ("full", "lora", "prefix", "classifier", "classifier-full")
 # of each method the attribute of the options that gives its edge model
@@ -62,7 +63,7 @@ def run_cell(method: str, task: str, options: argparse.Namespace) -> Cell:
     if method in TUNED:
         run = options.results / f"{task}.{method}.run"
         files = ["--data", str(folder / "train.jsonl"), "--valid", str(folder / "validation.jsonl")]
-        goes_on = (run / "journal.bin").is_file()
+        goes_on = is_run(run)
         before = read_run(run).seconds if goes_on else 0.0
         settings = ["--resume"] if goes_on else [*files, *recipe, *options.settings]
         tuned, tune_peak = _edgezo("tune", edge, "-o", str(run), "--minutes", str(options.minutes), *settings)
