@@ -11,9 +11,9 @@ from edgezo.quantization import Precision, Quantized
 from edgezo.storage import write_atomically
 
 FORMAT: Final = "edgezo-edge-model"
-VERSION: Final = 6
+VERSION: Final = 7
 # 2 added adapter, weights, quantized tensors, config; 3 families and classes; 4 pooling, head; 5 probes; 6 float16; what older ones have means the same
-READABLE = (1, 2, 3, 4, 5, 6)
+READABLE = (1, 2, 3, 4, 5, 6, 7)
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES_LIMIT = 64 << 20
 ALIGNMENT = 4096  # bytes; every tensor starts on a page, so that any system can map it
@@ -144,7 +144,7 @@ class Manifest(Record):
     """
 
     format: Literal["edgezo-edge-model"] = FORMAT
-    version: Literal[1, 2, 3, 4, 5, 6] = VERSION
+    version: Literal[1, 2, 3, 4, 5, 6, 7] = VERSION
     edgezo: str
     origin: Origin
     tokenizer: TokenizerFacts

@@ -88,19 +88,17 @@ def find_targets(decoder: Decoder, targets: str) -> list[LoraTarget]:
 def add_lora(model: onnx.ModelProto, targets: list[LoraTarget], *, stacked: bool) -> None:
     """Add y = W x + B_k A_k x to every target, k the direction that a row belongs to.
 
-    With `stacked` the rows of a batch are in equal groups, one a copy: copy (q, s) of B is B + rows[q, s] signs[q]^T, of A likewise, made
-    layer by layer inside the graph: 32 whole copies outside would cost 30 % of SmolLM2-135M's memory, these 6 %. Without it there is one.
+    The rows of a batch are in equal groups, one a copy. Copies are fed whole; with `stacked` also as copy (q, s) of B being B +
+    rows[q, s] signs[q]^T, of A likewise, made layer by layer inside the graph: 32 whole copies outside would cost 30 % of SmolLM2-135M's
+    memory, these 6 %, and some nodes a layer, which a forward of one token would feel.
     """
     surgery = Surgery(model.graph)
-    if not stacked:
-        surgery.constant("edgezo/lora/first", [0])
     grouped: set[str] = set()
     for index, target in enumerate(targets):
         # one output, not all: the branch of a base without adapter is a column of zeros; of rank 1, not 0, since products over no elements
         # are not zero before onnxruntime 1.20
-        a_copies, b_copies = ("a_copies", "b_copies") if stacked else (1, 1)
-        surgery.overridable(target.a, np.zeros((1, target.in_features, 1), np.float32), [a_copies, target.in_features, "rank"])
-        surgery.overridable(target.b, np.zeros((1, 1, 1), np.float32), [b_copies, "rank", f"out{index}"])
+        surgery.overridable(target.a, np.zeros((1, target.in_features, 1), np.float32), ["a_copies", target.in_features, "rank"])
+        surgery.overridable(target.b, np.zeros((1, 1, 1), np.float32), ["b_copies", "rank", f"out{index}"])
     # ALBERT's layers share their weights: a target has several readers then, and one A and B
     readers = [
         (surgery.position(node), index, use, node)
@@ -112,15 +110,11 @@ def add_lora(model: onnx.ModelProto, targets: list[LoraTarget], *, stacked: bool
         p, x, y, a, b = f"edgezo/lora{index}/", node.input[0], node.output[0], target.a, target.b
         p += f"use{use}/" if use else ""
         node.output[0] = base = p + "base"
-        if stacked:
-            shared = [] if x in grouped else _group_input(x, target.in_features)
-            grouped.add(x)
-            branch = [*shared, *_stacked_branch(x, p, index, a, b)]
-        else:
-            branch = _plain_branch(p, x, a, b)
-        surgery.replace(node, node, *branch, helper.make_node("Add", [base, p + "branch"], [y]))
-    if stacked:
-        _add_stacks(surgery, targets)
+        shared = [] if x in grouped else _group_input(x, target.in_features, stacked)
+        grouped.add(x)
+        branch = _stacked_branch(x, p, index, a, b) if stacked else _branch(x, p, a, b)
+        surgery.replace(node, node, *shared, *branch, helper.make_node("Add", [base, p + "branch"], [y]))
+    _add_groups(surgery, targets, _add_stacks(surgery, targets) if stacked else [])
     surgery.finish()
 
 
@@ -157,8 +151,8 @@ def add_prefix(model: onnx.ModelProto, decoder: Decoder) -> None:
     surgery.finish()
 
 
-def _add_stacks(surgery: Surgery, targets: list[LoraTarget]) -> None:
-    """What all targets share: rows and signs split by target, and how the copies of a forward are counted, [directions, sides]."""
+def _add_stacks(surgery: Surgery, targets: list[LoraTarget]) -> list[str]:
+    """What all targets share: rows and signs split by target. Returns the names of their counts of copies, [directions, sides]."""
     count = len(targets)
     for axis, rows, signs, widths in (
         (3, B_ROWS, B_SIGNS, [target.out_features for target in targets]),
@@ -184,8 +178,12 @@ def _add_stacks(surgery: Surgery, targets: list[LoraTarget]) -> None:
             helper.make_node("Unsqueeze", [signs, apart], [p + "signs"]),
             helper.make_node("Split", [p + "signs", p + "widths"], [f"edgezo/lora{i}/{signs}" for i in range(count)], axis=axis),
         )
-    first = surgery.constant("edgezo/lora/one", [1])
-    counts = [f"edgezo/lora/{rows}/outer" for rows in (B_ROWS, A_ROWS)]
+    return [f"edgezo/lora/{rows}/outer" for rows in (B_ROWS, A_ROWS)]
+
+
+def _add_groups(surgery: Surgery, targets: list[LoraTarget], counts: list[str]) -> None:
+    """How the copies of a forward are counted, [directions, sides]; whole ones are of one direction. `counts` are those that are not whole."""
+    first, counts = surgery.constant("edgezo/lora/one", [1]), list(counts)
     for name, given in (("b", targets[0].b), ("a", targets[0].a)):  # whole copies
         p = f"edgezo/lora/{name}_"
         surgery.begin(
@@ -205,13 +203,16 @@ def _grouped(width: int) -> str:
     return f"edgezo/lora/grouped{width}"
 
 
-def _group_input(x: str, width: int) -> list[onnx.NodeProto]:
-    """What the targets that read `x` share: its rows by copy, the shape to come back to, and a one."""
+def _group_input(x: str, width: int, stacked: bool) -> list[onnx.NodeProto]:
+    """What the targets that read `x` share: its rows by copy, the shape to come back to, and with `stacked` a one."""
     p = f"edgezo/lora/{x}/"
-    return [
+    late = [
         # batch / batch: a one that the engine cannot know before the layer runs, or it would make the copies of all layers first
         helper.make_node("Shape", [x], [p + "batch"], start=0, end=1),
         helper.make_node("Div", [p + "batch", p + "batch"], [p + "late"]),
+    ]
+    return [
+        *(late if stacked else []),
         helper.make_node("Shape", [x], [p + "places"], end=-1),
         helper.make_node("Concat", [p + "places", "edgezo/lora/minus_one"], [p + "as_base"], axis=0),
         helper.make_node("Reshape", [x, _grouped(width)], [p + "x"]),
@@ -236,13 +237,12 @@ def _stacked_branch(x: str, p: str, index: int, a: str, b: str) -> list[onnx.Nod
     ]
 
 
-def _plain_branch(p: str, x: str, a: str, b: str) -> list[onnx.NodeProto]:
-    """One copy: squeezed to matrices, so that x may have any number of dimensions."""
+def _branch(x: str, p: str, a: str, b: str) -> list[onnx.NodeProto]:
+    shared = f"edgezo/lora/{x}/"
     return [
-        helper.make_node("Squeeze", [a, "edgezo/lora/first"], [p + "a"]),
-        helper.make_node("Squeeze", [b, "edgezo/lora/first"], [p + "b"]),
-        helper.make_node("MatMul", [x, p + "a"], [p + "low"]),
-        helper.make_node("MatMul", [p + "low", p + "b"], [p + "branch"]),
+        helper.make_node("MatMul", [shared + "x", a], [p + "low"]),
+        helper.make_node("MatMul", [p + "low", b], [p + "high"]),
+        helper.make_node("Reshape", [p + "high", shared + "as_base"], [p + "branch"]),
     ]
 
 

@@ -1,6 +1,7 @@
 """Answers to many prompts: rows of like length share forwards of the generation graph, one token each, over one KV cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,16 @@ from edgezo.runtime.model import Array, EdgeModel
 from edgezo.runtime.prompt_cache import Beginning, Padded, forward, make_batches, pad, read_beginning
 from edgezo.runtime.sampling import Pick, make_pick
 from edgezo.runtime.scoring import BATCH_TOKENS, LOGITS_BYTES
+
+Beginnings = Callable[[Sequence[int], Sequence[int]], Beginning]
+
+
+class _Tile(NamedTuple):
+    """Rows of one group that are answered in one batch, and the tokens of the longest, its answer included."""
+
+    group: int
+    rows: list[int]
+    width: int
 
 
 def generate_batch(
@@ -58,56 +69,142 @@ def continue_batch(
     picks = [make_pick(sampling, row) for row in range(len(prompts))]
     answers: list[tuple[list[int], str]] = [([], "")] * len(prompts)
     lengths, beginning = [len(prompt) + max_tokens for prompt in prompts], read_beginning(model, prompts, len(prompts))
-    rows_of_logits = LOGITS_BYTES // (4 * model.manifest.origin.vocab_size)
-    alike = beginning.before > 0 and "position_ids" not in model.generation_facts.inputs  # positions are places of the cache
-    for rows in make_batches(lengths, [1] * len(prompts), batch_tokens, rows_of_logits, alike=alike):
+    for rows in make_batches(lengths, [1] * len(prompts), batch_tokens, _most_rows(model), alike=_alike(model, beginning.before)):
         chosen = [prompts[row][beginning.length :] for row in rows]
-        found = _answer(model, beginning, chosen, max_tokens, stop, may_be_empty, [picks[row] for row in rows])
+        found = _answer(model, beginning, [chosen], max_tokens, stop, may_be_empty, [picks[row] for row in rows])
         for row, answer in zip(rows, found, strict=True):
             answers[row] = answer
     return answers
 
 
+def generate_stacked(
+    model: EdgeModel,
+    groups: Sequence[Sequence[list[int]]],
+    sides: Sequence[int],
+    beginnings: Beginnings,
+    max_tokens: int,
+    stop: str | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[list[list[str]]]:
+    """As `generate_batch`, the answers to every group of prompts under its own copies of the adapter, many copies in one forward.
+
+    Args:
+        groups: prompts of each direction.
+        sides: the copies of each direction, +1 and -1.
+        beginnings: of the copies for some of the groups.
+
+    Returns:
+        [group][side][prompt].
+    """
+    answers = [[[""] * len(prompts) for _ in sides] for prompts in groups]
+    before = model.adapter.prefix_tokens if model.adapter is not None else 0
+    tiles = [
+        _Tile(group, rows, len(prompts[rows[0]]) + max_tokens)
+        for group, prompts in enumerate(groups)
+        for rows in make_batches(
+            [len(prompt) + max_tokens for prompt in prompts],
+            [len(sides)] * len(prompts),
+            batch_tokens // len(sides),
+            _most_rows(model),
+            alike=_alike(model, before),
+        )
+    ]
+    for chosen in _together(tiles, len(sides), batch_tokens, _most_rows(model), alike=_alike(model, before)):
+        copies = [[groups[tile.group][row] for row in tile.rows] for tile in chosen for _ in sides]
+        picks = [make_pick(None, 0)] * sum(map(len, copies))
+        beginning = beginnings([tile.group for tile in chosen], sides)
+        found = iter(_answer(model, beginning, copies, max_tokens, stop, may_be_empty=False, picks=picks))
+        for tile in chosen:
+            for side in range(len(sides)):
+                for row in tile.rows:
+                    answers[tile.group][side][row] = next(found)[1]
+    return answers
+
+
+def _most_rows(model: EdgeModel) -> int:
+    """Rows whose logits one forward may hold."""
+    return LOGITS_BYTES // (4 * model.manifest.origin.vocab_size)
+
+
+def _alike(model: EdgeModel, before: int) -> bool:
+    """Whether texts of a batch must have one length: something stands before them, and positions are places of the cache."""
+    return before > 0 and "position_ids" not in model.generation_facts.inputs
+
+
+def _together(tiles: Sequence[_Tile], sides: int, batch_tokens: int, most_rows: int, *, alike: bool) -> Iterator[list[_Tile]]:
+    """Tiles of like shape, as many as one forward may hold."""
+    held: list[_Tile] = []
+    for tile in sorted(tiles, key=lambda tile: (-tile.width, -len(tile.rows))):
+        width, rows = (held or [tile])[0].width, sides * (len(held) + 1) * max(len(other.rows) for other in (*held, tile))
+        if held and (rows * width > batch_tokens or rows > most_rows or (alike and tile.width < width)):
+            yield held
+            held = []
+        held.append(tile)
+    if held:
+        yield held
+
+
 def _answer(
     model: EdgeModel,
     beginning: Beginning,
-    prompts: list[list[int]],
+    copies: list[list[list[int]]],
     max_tokens: int,
     stop: str | None,
     may_be_empty: bool,
     picks: list[Pick],
 ) -> list[tuple[list[int], str]]:
-    """All rows write their next token at one place of the cache: padding stands before a text. Rows that are done leave the batch."""
-    batch, past = pad(prompts, model, beginning, "left" if not beginning.before else "right"), beginning.repeated(len(prompts))
-    ends = set(model.manifest.tokenizer.eos_token_ids)
+    """All rows write their next token at one place of the cache: padding stands before a text. Rows that are done leave the batch.
+
+    Args:
+        copies: the prompts of every copy of the adapter, without the beginning that was read.
+        picks: one a prompt, as the answers, copy after copy.
+    """
+    prompts, copied, count = [prompt for own in copies for prompt in own], beginning.copied, len(copies)
+    ends, last_tokens = np.cumsum([len(own) for own in copies]).tolist(), set(model.manifest.tokenizer.eos_token_ids)
+    numbers, own = _even([list(range(end - len(part), end)) for part, end in zip(copies, ends, strict=True)])
+    batch = pad([prompts[number] for number in numbers], model, beginning, "left" if not beginning.before else "right")
+    past, rows = beginning.repeated(len(numbers) // count), np.where(own, numbers, -1)  # what each place of the batch writes
     written: list[list[int]] = [[] for _ in prompts]
     texts: dict[int, str] = {}
-    alive = np.arange(len(prompts))
-    for count in range(max_tokens):
-        logits, past = forward(model, batch, past, beginning.fed, _last(batch))
-        if not count and beginning.before:
+    for length in range(max_tokens):
+        logits, past = forward(model, batch, past, {**beginning.fed, **copied}, _last(batch))
+        if not length and beginning.before:
             _turn(batch, past)
-        if not count and not may_be_empty:
+        if not length and not may_be_empty:
             logits = np.where(model.text.beginnings(logits.shape[1], stop), logits, np.float32(-np.inf))
-        tokens = np.array([picks[row](scores) for row, scores in zip(alive, logits, strict=True)])
-        going = []
-        for place, (row, token) in enumerate(zip(alive.tolist(), tokens.tolist(), strict=True)):
-            if token not in ends:
+        tokens, each = np.zeros(len(rows), np.int64), len(rows) // count
+        going: list[list[int]] = [[] for _ in range(count)]
+        for place, row in enumerate(rows.tolist()):
+            if row < 0:
+                continue
+            tokens[place] = token = picks[row](logits[place])
+            if token not in last_tokens:
                 written[row].append(token)
             text = model.text.decode(written[row])
             stopped = stop is not None and stop in text
             texts[row] = text.split(stop)[0] if stop is not None and stopped else text
             full = beginning.length + len(prompts[row]) + len(written[row]) >= model.context
-            if token not in ends and not stopped and not full:
-                going.append(place)
-        if not going:
+            if token not in last_tokens and not stopped and not full:
+                going[place // each].append(place)
+        kept = [copy for copy, places in enumerate(going) if places]
+        if not kept:
             break
-        if len(going) < len(batch.ids):
-            past = {name: np.ascontiguousarray(array[going]) for name, array in past.items()}
-        alive = alive[going]
-        mask = np.concatenate([batch.mask[going], np.ones((len(going), 1), np.int64)], axis=1)
-        batch = Padded(tokens[going][:, None], mask, batch.positions[going].max(axis=1, keepdims=True) + 1)
+        places, own = _even([going[copy] for copy in kept])
+        if places != list(range(len(rows))):
+            past = {name: np.ascontiguousarray(array[places]) for name, array in past.items()}
+        if len(kept) < count:
+            copied, count = {name: array[kept] for name, array in copied.items()}, len(kept)
+        rows = np.where(own, rows[places], -1)
+        mask = np.concatenate([batch.mask[places], np.ones((len(places), 1), np.int64)], axis=1)
+        batch = Padded(tokens[places][:, None], mask, batch.positions[places].max(axis=1, keepdims=True) + 1)
     return [(written[row], texts[row].strip()) for row in range(len(prompts))]
+
+
+def _even(groups: Sequence[list[int]]) -> tuple[list[int], list[bool]]:
+    """Groups filled up to one size by their own first members, group after group, and which of them only fill up: False."""
+    most = max(map(len, groups))
+    filled = [[*group, *[group[0]] * (most - len(group))] for group in groups]
+    return [number for group in filled for number in group], [place < len(group) for group in groups for place in range(most)]
 
 
 def _last(batch: Padded) -> npt.NDArray[np.int64]:

@@ -110,6 +110,21 @@ class Lora:
         feeds[B_SIGNS] = columns
         return feeds
 
+    def whole_copies(self, theta: MutableWeights, directions: Sequence[Direction], sides: Sequence[int], eps: float) -> dict[str, Array]:
+        """Copies theta + side * eps * z as `stacked_feeds`, whole: [copies, ...] of every matrix that is perturbed, for both graphs."""
+        outer, feeds = theta.sampler, {}
+        assert isinstance(outer, Outer)
+        for name, layout in outer.layouts.items():
+            factor = np.float32(self.scaling if name == A else 1)
+            scale = factor * np.float32(eps) * np.array(sides, np.float32)[None, :, None, None]
+            rows, columns = (
+                np.split(signs, np.cumsum(sizes)[:-1], axis=1) for signs, sizes in zip(outer.signs(directions, name), layout, strict=True)
+            )
+            for target, matrix, row, column in zip(self.targets, self.matrices(name), rows, columns, strict=True):
+                z = row[:, None, :, None] * column[:, None, None, :]
+                feeds[target.a if name == A else target.b] = (factor * matrix + scale * z).reshape(-1, *matrix.shape)
+        return feeds
+
 
 def _split(flat: Floats, layout: Layout) -> list[Floats]:
     parts, start = [], 0

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 HEAD_VERSION = 4  # of the manifest: graphs before it have no inputs for rows of the head
+COPIES_VERSION = 7  # generation graphs before it take one copy of LoRA
 INT8_ENGINE = (1, 23)  # onnxruntime 1.22 refuses 8 bits in MatMulNBits on the CPU; 4 bits run with 1.18
 FED = {"input_ids", "attention_mask", "position_ids", "hidden_rows", "pair_rows", "pair_targets"}  # what the runtime knows to feed
 
@@ -165,6 +166,11 @@ class EdgeModel:
     def takes_head_rows(self) -> bool:
         """Whether the graphs can be fed rows of the head."""
         return self.manifest.version >= HEAD_VERSION and "hidden" in self.manifest.scoring.outputs
+
+    @property
+    def generates_copies(self) -> bool:
+        """Whether the generation graph takes several copies of the adapter at once."""
+        return isinstance(self.adapter, Prefix) or (isinstance(self.adapter, Lora) and self.manifest.version >= COPIES_VERSION)
 
     def feeds(self) -> dict[str, Array]:
         """What every run of a graph is fed beside the text: the adapter, one copy, and the rows of the head."""

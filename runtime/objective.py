@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from edgezo.config import ANSWER_METRICS, Sampling, TuneConfig
 from edgezo.errors import ConfigError, NonFiniteLossError
-from edgezo.runtime.batch_generate import generate_batch
+from edgezo.runtime.batch_generate import Beginnings, generate_batch, generate_stacked
 from edgezo.runtime.class_metrics import ClassCounts, count_classes, macro_f1
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.examples import Example
@@ -64,7 +64,7 @@ class Objective:
 
     @property
     def generates(self) -> bool:
-        """Whether the loss is of generated answers, so that copies of an adapter cannot share a forward."""
+        """Whether the loss is of generated answers."""
         return not self.task.has_candidates and self.name not in SMOOTH
 
     @property
@@ -84,11 +84,20 @@ class Objective:
         return self._value(self.name, self.sequences.log_probs(self._flat(self.name, examples)), examples)
 
     def stacked_losses(self, groups: Sequence[Sequence[Example]], sides: Sequence[int], copies: Copies) -> npt.NDArray[np.float64]:
-        """`loss` of every group under each of its copies, float64 [groups, sides]; not for generated answers."""
+        """`loss` of every group under each of its copies, float64 [groups, sides]; of generated answers it is `stacked_generated_losses`."""
         scored = self.sequences.stacked([self._flat(self.name, group) for group in groups], sides, copies)
         return np.array(
             [[self._value(self.name, parts, group) for parts in by_side] for group, by_side in zip(groups, scored, strict=True)]
         )
+
+    def stacked_generated_losses(
+        self, groups: Sequence[Sequence[Example]], sides: Sequence[int], beginnings: Beginnings
+    ) -> npt.NDArray[np.float64]:
+        """As `stacked_losses`, of generated answers."""
+        prompts = [[example.pairs[0][0] for example in group] for group in groups]
+        model, batch_tokens = self.sequences.model, self.sequences.batch_tokens
+        answers = generate_stacked(model, prompts, sides, beginnings, self.config.max_tokens, self.task.stop, batch_tokens)
+        return np.array([[self._generated_loss(group, texts) for texts in by_side] for group, by_side in zip(groups, answers, strict=True)])
 
     def evaluate(self, examples: Sequence[Example]) -> Evaluation:
         """Loss and metrics over all examples."""

@@ -43,12 +43,20 @@ class Prefix:
 
     def stacked_feeds(self, theta: MutableWeights, directions: Sequence[Direction], sides: Sequence[int], eps: float) -> dict[str, Array]:
         """Copies theta + side * eps * z, direction after direction, its sides after each other."""
+        return self._by_input(self._copies(theta, directions, sides, eps))
+
+    def stacked_past(self, theta: MutableWeights, directions: Sequence[Direction], sides: Sequence[int], eps: float) -> list[Array]:
+        """The same copies as `past`, [copies, heads, tokens, head_dim]."""
+        return [np.ascontiguousarray(part) for layer in self._copies(theta, directions, sides, eps) for part in layer]
+
+    def _copies(self, theta: MutableWeights, directions: Sequence[Direction], sides: Sequence[int], eps: float) -> Array:
+        """[layers, 2, copies, heads, tokens, head_dim]."""
         copies = np.empty((*self.array.shape[:2], len(directions) * len(sides), *self.array.shape[2:]), np.float32)
         for place, direction in enumerate(directions):
             z = theta.sampler.draw(direction, PREFIX, self.array.size).reshape(self.array.shape)
             for offset, side in enumerate(sides):
                 copies[:, :, place * len(sides) + offset] = self.array + np.float32(side * eps) * z
-        return self._by_input(copies)
+        return copies
 
     def _by_input(self, copies: Array) -> dict[str, Array]:
         """[layers, 2, copies, heads, tokens, head_dim] by the names of the graph's inputs."""

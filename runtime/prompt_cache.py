@@ -8,9 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgezo.errors import NonFiniteLossError
+from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import Array, EdgeModel
+from edgezo.runtime.noise import Direction
 from edgezo.runtime.prefix import Prefix
 from edgezo.runtime.scoring import Pair, Scores, Sequences, lay_out
+from edgezo.runtime.weights import MutableWeights
 
 # Tokens that are not read again must be so many: the beginning is a forward of its own, of one row, which takes as long as one of 30
 # tokens or so however few it has (SmolLM2-135M, two cores)
@@ -23,17 +26,19 @@ class Beginning(NamedTuple):
     Attributes:
         length: tokens of it; 0 where nothing worth it is common.
         before: places of the cache that it takes, those of a prefix with it.
-        past: keys and values by graph input, float32 [1, heads, before, head_dim].
+        past: keys and values by graph input, float32 [copies, heads, before, head_dim].
         fed: what every run is fed beside, of the adapter and the head.
+        copied: of an adapter, what differs by copy, [copies, ...]; in place of what `fed` has of that name.
     """
 
     length: int
     before: int
     past: dict[str, Array]
     fed: dict[str, Array]
+    copied: dict[str, Array]
 
     def repeated(self, rows: int) -> dict[str, Array]:
-        """The past of a batch."""
+        """The past of a batch, `rows` of each copy after each other."""
         return {name: np.repeat(array, rows, axis=0) for name, array in self.past.items()}
 
 
@@ -61,12 +66,26 @@ def read_beginning(model: EdgeModel, prompts: Sequence[list[int]], runs: int) ->
         first, fed = dict(zip([state.input for state in past], adapter.past(), strict=True)), model.head_feeds()
     else:
         first, fed = {state.input: np.zeros((1, state.heads, 0, state.head_dim), np.float32) for state in past}, model.feeds()
-    nothing = Beginning(0, adapter.prefix_tokens if adapter is not None else 0, first, fed)
+    nothing = Beginning(0, adapter.prefix_tokens if adapter is not None else 0, first, fed, {})
     tokens = _common(prompts)
     if len(tokens) * (runs - 1) < WORTH_TOKENS:
         return nothing
     _, present = forward(model, pad([tokens], model, nothing, "right"), first, fed, np.array([len(tokens) - 1]))
-    return Beginning(len(tokens), nothing.before + len(tokens), present, fed)
+    return Beginning(len(tokens), nothing.before + len(tokens), present, fed, {})
+
+
+def perturbed_beginning(
+    model: EdgeModel, theta: MutableWeights, directions: Sequence[Direction], sides: Sequence[int], eps: float
+) -> Beginning:
+    """Nothing read yet, under copies theta + side * eps * z of the adapter: direction after direction, its sides after each other."""
+    states, adapter = model.generation_facts.past, model.adapter
+    if isinstance(adapter, Prefix):
+        past = dict(zip([state.input for state in states], adapter.stacked_past(theta, directions, sides, eps), strict=True))
+        return Beginning(0, adapter.prefix_tokens, past, model.head_feeds(), {})
+    assert isinstance(adapter, Lora)
+    copies = len(directions) * len(sides)
+    empty = {state.input: np.zeros((copies, state.heads, 0, state.head_dim), np.float32) for state in states}
+    return Beginning(0, 0, empty, model.feeds(), adapter.whole_copies(theta, directions, sides, eps))
 
 
 def _common(prompts: Sequence[list[int]]) -> list[int]:

@@ -25,6 +25,7 @@ from edgezo.runtime.objective import Objective
 from edgezo.runtime.optimizer import zo_step
 from edgezo.runtime.passes import NumPyPasses
 from edgezo.runtime.prefix import Prefix
+from edgezo.runtime.prompt_cache import Beginning, perturbed_beginning
 from edgezo.runtime.rules import make_rule
 from edgezo.runtime.samplers import Tunables, make_sampler
 from edgezo.runtime.samplers.layers import LayerSubset
@@ -176,16 +177,22 @@ class Theta:
             NonFiniteLossError: a loss is NaN or infinite; theta is as before.
         """
         eps = self.weights.eps if eps is None else eps
-        if self.model.adapter is None or self.objective.generates:
+        generates = self.objective.generates
+        if self.model.adapter is None or (generates and not self.model.generates_copies):
             losses = [partial(self.objective.loss, group) for group in groups]
             return estimate_in_place(estimator, self.weights, losses, directions, eps)
 
         def copies(chosen: Sequence[int], sides: Sequence[int]) -> dict[str, Any]:
             return {**self._stacked_feeds([directions[index] for index in chosen], sides, eps), **self.model.head_feeds()}
 
+        def beginnings(chosen: Sequence[int], sides: Sequence[int]) -> Beginning:
+            return perturbed_beginning(self.model, self.weights, [directions[index] for index in chosen], sides, eps)
+
         self.weights.flush()
-        base = self.objective.loss(groups[0]) if estimator.shared else math.nan
-        return estimator.estimates(self.objective.stacked_losses(groups, estimator.sides, copies), base, directions, eps)
+        base, sides = self.objective.loss(groups[0]) if estimator.shared else math.nan, estimator.sides
+        if generates:
+            return estimator.estimates(self.objective.stacked_generated_losses(groups, sides, beginnings), base, directions, eps)
+        return estimator.estimates(self.objective.stacked_losses(groups, sides, copies), base, directions, eps)
 
     def step(self, directions: Sequence[Direction], projected_grads: Sequence[float], learning_rate: float) -> None:
         """Apply the update of one step from its scalars."""

@@ -79,6 +79,10 @@ def tune(
         if measuring is not config:
             weights.eps = max(config.eps or 0.0, first_scale(model))  # the proof perturbs by it
         theta = Theta(model, measuring, weights, Objective(Sequences(model), dataset.task, config))
+        if theta.objective.generates and isinstance(model.adapter, Lora) and not model.generates_copies:
+            reporter.notice(
+                f"{model.directory}: exported before answers of several directions could share a forward; export again for faster steps"
+            )
         if theta.rule.state_bytes:
             reporter.notice(f"--rule {config.rule} keeps {theta.rule.state_bytes / 1e6:.0f} MB of averages in memory")
         reporter.stage("checking that the engine sees changes of every tunable tensor")

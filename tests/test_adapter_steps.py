@@ -18,13 +18,12 @@ from reference import (
     network_loss,
     outer_products,
     peft_network,
-    randomise,
     write_adapter,
 )
-from tiny_adapters import ALPHA, RANK, adapter_arrays, digest
+from tiny_adapters import digest, make_theta, perturbed
 
 from edgezo.adapters import B_ROWS, B_SIGNS
-from edgezo.config import TuneConfig, make_config
+from edgezo.config import TuneConfig
 from edgezo.errors import NonFiniteLossError
 from edgezo.runtime import noise
 from edgezo.runtime.examples import Example
@@ -32,20 +31,7 @@ from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.prefix import Prefix
 from edgezo.runtime.scoring import BATCH_TOKENS, Sequences
-from edgezo.runtime.theta import Theta, mutable_weights, step_directions, write_start
-
-
-def make_theta(directory: Path, start: Path, batch_tokens: int = BATCH_TOKENS, **settings: Any) -> Theta:
-    """theta at random values, written to `start`, as of a run that begins with --init."""
-    model = EdgeModel(directory, threads=1)
-    assert model.manifest.adapter is not None
-    write_start(randomise(model, rank=RANK, alpha=ALPHA), start)
-    kind = model.manifest.adapter.kind
-    shape = {"rank": RANK, "alpha": ALPHA, "lr": 1.2e-2, "eps": 1e-2} if kind == "lora" else {"lr": 1e-2, "eps": 1e-1}
-    config = make_config(None, {"data": "no file", **shape, **settings}, kind)
-    model = EdgeModel(directory, threads=1)
-    return Theta(model, config, mutable_weights(model, config, start), make_objective(Sequences(model, batch_tokens)))
-
+from edgezo.runtime.theta import Theta, step_directions
 
 # many directions in one forward
 
@@ -66,23 +52,8 @@ class Forwards:
 
 def loss_alone(theta: Theta, step: int, number: int, side: int, group: Sequence[Example]) -> float:
     """The loss with one perturbed copy written into the adapter itself."""
-    direction = step_directions(theta.config, step)[number]
-    before = [array.copy() for array in adapter_arrays(theta.model)]
-    try:
-        if isinstance(theta.model.adapter, Lora):
-            lora = theta.model.adapter
-            shapes = matrix_shapes(lora.targets, lora.rank)
-            for name in ["lora_A", "lora_B"] if theta.config.tune_a else ["lora_B"]:
-                for matrix, z in zip(lora.matrices(name), outer_products(direction, name, shapes[name]), strict=True):
-                    matrix += side * theta.weights.eps * z
-        else:
-            prefix = theta.model.weights["prefix"]
-            z = noise.draw(direction, "prefix", prefix.size, theta.config.noise)
-            prefix += (side * theta.weights.eps * z).reshape(prefix.shape)
+    with perturbed(theta, step_directions(theta.config, step)[number], side):
         return make_objective(Sequences(theta.model)).loss(group)
-    finally:
-        for array, values in zip(adapter_arrays(theta.model), before, strict=True):
-            array[...] = values
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -26,14 +26,12 @@ from edgezo.runtime.dataset import read_dataset
 from edgezo.runtime.examples import Example
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.machine import peak_bytes
-from edgezo.runtime.model import Array, EdgeModel
+from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.objective import Objective
-from edgezo.runtime.samplers.outer import Outer
 from edgezo.runtime.scoring import BATCH_TOKENS, Sequences
 from edgezo.runtime.tasks import Task
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions
-from edgezo.runtime.weights import MutableWeights
 
 DIRECTIONS, TOKENS, LR = 16, 32, 1e-3
 GRADIENT_DIRECTIONS = 64
@@ -65,27 +63,12 @@ def open_model(edge: Path, threads: int | None = None) -> EdgeModel:
 def make_theta(edge: Path, directions: int, batch: int, threads: int | None = None, batch_tokens: int = BATCH_TOKENS) -> Theta:
     """A freshly opened model with an untuned adapter."""
     if os.environ.get(WHOLE):
-        Lora.stacked_feeds = whole_copies  # type: ignore[method-assign]
+        Lora.stacked_feeds = lambda self, *given: {**self.feeds(), **self.whole_copies(*given)}  # type: ignore[method-assign]
     model = open_model(edge, threads)
     settings = {"data": "-", "directions": directions, "batch": batch, "lr": LR, "eps": 1e-2, "rule": "normalized"}
     config: TuneConfig = make_config(None, settings)
     objective = Objective(Sequences(model, batch_tokens), Task("classification"), config)
     return Theta(model, config, mutable_weights(model, config), objective)
-
-
-def whole_copies(lora: Lora, theta: MutableWeights, directions: Sequence[Direction], sides: Sequence[int], eps: float) -> dict[str, Array]:
-    """What `Lora.stacked_feeds` feeds, with every copy of B made outside the graph."""
-    outer = theta.sampler
-    assert isinstance(outer, Outer)
-    feeds, (all_rows, all_columns) = lora.feeds(), outer.signs(directions, "lora_B")
-    column = 0
-    for index, (target, b) in enumerate(zip(lora.targets, lora.matrices("lora_B"), strict=True)):
-        rows = all_rows[:, index * lora.rank : (index + 1) * lora.rank].astype(np.float32)
-        columns = all_columns[:, column : column + target.out_features].astype(np.float32)
-        z = rows[:, None, :, None] * columns[:, None, None, :] * np.array(sides, np.float32)[None, :, None, None]
-        feeds[target.b] = (b + np.float32(eps) * z).reshape(-1, *b.shape)
-        column += target.out_features
-    return feeds
 
 
 def stacked_step(theta: Theta, rows: list[Example], number: int) -> None:
