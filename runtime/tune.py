@@ -62,6 +62,7 @@ def tune(
         if previous is None and config.init is not None:
             config, start = _start_from(model, config, output)  # gives the model the adapter's rows of the head, too
         given_eps = config.eps is not None
+        model.load_ahead()
         reporter.stage("reading data")
         dataset = read_dataset(model, config, reporter.notice)
         if previous is None:

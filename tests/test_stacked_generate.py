@@ -158,7 +158,12 @@ def test_an_older_edge_model_writes_under_one_copy_after_the_other(
     settings: dict[str, Any] = {"start": "none", "steps": 1, "directions": 2, "batch": 1, "eps": 0.1, "lr": 1e-3, "max_tokens": 2}
     for number, (directory, told) in enumerate([(lora_dir, 1), (prefix_dir, 0)]):
         edgezo.tune(
-            directory, tmp_path / f"run{number}", data=str(data), objective="f1", **settings, reporter=edgezo.Reporter(notice=notices.append)
+            directory,
+            tmp_path / f"run{number}",
+            data=str(data),
+            objective="f1",
+            **settings,
+            reporter=edgezo.Reporter(notice=notices.append),
         )
         assert sum("export again for faster steps" in line for line in notices) == told
         notices.clear()
