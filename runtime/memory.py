@@ -13,7 +13,7 @@ from edgezo.runtime.smoothness import PROBE_STEP
 from edgezo.runtime.theta import Theta
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-LEAST = 10**6  # bytes; less is a size whose unit was forgotten
+LEAST = 10**6  # bytes; less without a unit is a size whose unit was forgotten
 RESERVE = 0.03  # of the limit, for what grows later: fragmentation, the journal, other shapes of batches
 
 
@@ -24,9 +24,12 @@ def parse_bytes(text: str) -> int:
         ConfigError: it is none of these.
     """
     found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([KMG]?I?B?)\s*", text.upper())
-    if not found or found[2] not in UNITS or float(found[1]) * UNITS[found[2]] < LEAST:
+    if not found or found[2] not in UNITS or (not found[2] and float(found[1]) < LEAST):
         raise ConfigError(f"--memory {text!r}: give a size with its unit, as 1.5GB or 800MB")
-    return int(float(found[1]) * UNITS[found[2]])
+    size = int(float(found[1]) * UNITS[found[2]])
+    if size < LEAST:
+        raise ConfigError(f"--memory {text!r}: is {size} bytes, in which no model fits; give a size as 1.5GB or 800MB")
+    return size
 
 
 def refuse_less_than_weights(model: EdgeModel, limit: int) -> None:

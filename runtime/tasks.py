@@ -1,6 +1,7 @@
 """What kind of data rows are, told by the options and the first row's fields, and how a row's texts are read."""
 
 import math
+import re
 import string
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -19,6 +20,7 @@ NAMED_FIELDS: dict[Kind, set[str]] = {
 }
 OPTIONS = ("choices", "answer_field", "replace", "stop", "calibrate")  # settings that `find_task` takes by name
 NO_REPLACEMENTS: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+CHOICE_NAME = re.compile(r"(choice|option|ending|answer|solution|sol)_?[0-9a-e]", re.IGNORECASE)
 
 
 class Task(NamedTuple):
@@ -149,6 +151,11 @@ def _find_kind(rows: Sequence[Row], given: Task, labels: Mapping[str, str] | Non
     if given.label_field in fields and (
         texts := [name for name in first.fields if isinstance(first.fields[name], str) and name != given.label_field]
     ):
+        if len(choices := [name for name in texts if CHOICE_NAME.fullmatch(name)]) > 1:
+            given_choices = " ".join(f"--choices '{{{name}}}'" for name in choices)
+            raise DataError(
+                f"{first.place}: has a {given.label_field!r} and the texts {' and '.join(choices)}; to choose between them give --template '{{field}} ...' for what they continue, {given_choices} and --answer-field {given.label_field}; for label words --template and --labels"
+            )
         longest = max(texts, key=lambda name: len(first.fields[name]))
         raise DataError(
             f"{first.place}: has a {given.label_field!r}, and a label is learned after a prompt; give --template '{{{longest}}} It was' or the like, and --labels where labels are numbers"

@@ -252,6 +252,8 @@ def test_diff_shows_names_and_values(command: Callable[..., Any], run: Path) -> 
     assert code == 0
     assert "equal steps               12\n" in out
     assert "settings                  none\n" in out
+    best = [re.fullmatch(rf"best of the {place} +(rows .*)", line) for place in ("first", "second") for line in out.splitlines()]
+    assert len(shown := [found[1] for found in best if found]) == 2 and shown[0] == shown[1]
 
 
 def test_diff_shows_a_line_for_every_setting(command: Callable[..., Any], exported_dir: Path, run: Path, tmp_path: Path) -> None:

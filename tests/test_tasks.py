@@ -56,6 +56,19 @@ def test_rows_with_a_label_and_no_template_are_told_of_one(fields: dict[str, Any
     )
 
 
+@pytest.mark.parametrize("names", [("choice1", "choice2"), ("option_a", "option_b"), ("sol1", "sol2")])
+def test_rows_with_a_label_and_choices_are_told_of_both(names: tuple[str, str]) -> None:
+    one, two = names
+    assert refusal(task_of, {"goal": "open it", one: "a", two: "b", "label": 1}) == (
+        f"rows.jsonl:1: has a 'label' and the texts {one} and {two}; to choose between them give --template '{{field}} ...' for what they continue, --choices '{{{one}}}' --choices '{{{two}}}' and --answer-field label; for label words --template and --labels"
+    )
+
+
+def test_two_sentences_with_a_label_are_no_choices() -> None:
+    told = refusal(task_of, {"sentence1": "a film", "sentence2": "b", "label": 1})
+    assert told.startswith("rows.jsonl:1: has a 'label', and a label is learned after a prompt; give --template '{sentence1} It was'")
+
+
 def test_labels_without_a_template_are_refused() -> None:
     expected = "--labels needs a --template such as '{text} It was', which the label word continues"
     assert refusal(task_of, {"text": "a", "label": 0}, labels=WORDS) == expected
