@@ -74,20 +74,7 @@ def tune(
             check_same(previous, config, header)
         if previous is None:
             _tell_rows(dataset, model, reporter)
-        measuring = measuring_config(model, config)
-        model.changed = True  # by rounding to the grid, whatever happens from here on
-        weights = mutable_weights(model, measuring, start)
-        if measuring is not config:
-            weights.eps = max(config.eps or 0.0, first_scale(model))  # the proof perturbs by it
-        theta = Theta(model, measuring, weights, Objective(Sequences(model), dataset.task, config))
-        if theta.objective.generates and isinstance(model.adapter, Lora) and not model.generates_copies:
-            reporter.notice(
-                f"{model.directory}: exported before answers of several directions could share a forward; export again for faster steps"
-            )
-        if theta.rule.state_bytes:
-            reporter.notice(f"--rule {config.rule} keeps {theta.rule.state_bytes / 1e6:.0f} MB of averages in memory")
-        reporter.stage("checking that the engine sees changes of every tunable tensor")
-        prove_live(model, weights, generates=theta.objective.writes_text)
+        theta = _proven_theta(model, config, dataset, start, reporter)
         if theta.objective.name == "dpo":
             reporter.stage("scoring the rows at the start of the run")
             dataset = _with_references(theta, dataset, memory)
@@ -100,7 +87,7 @@ def tune(
         if previous is None and config.start != "none":
             exact = start_exactly(model, theta.objective, dataset, reporter)
         dataset = dataset.with_offsets(exact.offsets if previous is None else previous.journal.offsets)
-        if measuring is not config:
+        if theta.config is not config:
             reporter.stage("measuring the loss around the start")
             measured = calibrate(theta, config, dataset, opened)
             config, theta = measured.config, theta.anew(measured.config, start)
@@ -148,6 +135,25 @@ def _tell_rows(dataset: Dataset, model: EdgeModel, reporter: Reporter) -> None:
         reporter.notice(WARNING)
     if (why := weak_validation(dataset)) is not None:
         reporter.notice(why)
+
+
+def _proven_theta(model: EdgeModel, config: TuneConfig, dataset: Dataset, start: Path | None, reporter: Reporter) -> Theta:
+    """theta at the start, each of its tensors proven to be seen by the engine; of another configuration than `config` where eps or lr are to be measured."""
+    measuring = measuring_config(model, config)
+    model.changed = True  # by rounding to the grid, whatever happens from here on
+    weights = mutable_weights(model, measuring, start)
+    if measuring is not config:
+        weights.eps = max(config.eps or 0.0, first_scale(model))  # the proof perturbs by it
+    theta = Theta(model, measuring, weights, Objective(Sequences(model), dataset.task, config))
+    if theta.objective.generates and isinstance(model.adapter, Lora) and not model.generates_copies:
+        reporter.notice(
+            f"{model.directory}: exported before answers of several directions could share a forward; export again for faster steps"
+        )
+    if theta.rule.state_bytes:
+        reporter.notice(f"--rule {config.rule} keeps {theta.rule.state_bytes / 1e6:.0f} MB of averages in memory")
+    reporter.stage("checking that the engine sees changes of every tunable tensor")
+    prove_live(model, weights, generates=theta.objective.writes_text)
+    return theta
 
 
 def _with_references(theta: Theta, dataset: Dataset, memory: int | None) -> Dataset:
