@@ -111,7 +111,7 @@ def diff_command(
     from edgezo.runtime.run import read_run
 
     facts = {"runs": [str(first), str(second)], **compare_runs(read_run(first), read_run(second))}
-    if not as_json:  # a line an evaluation, a line a setting
+    if not as_json:
         facts |= dict(zip(("best of the first", "best of the second"), facts.pop("best"), strict=True))
     if not as_json and facts["settings"]:
         facts |= {f"--{name.replace('_', '-')}": terminal.changed_text(name, *pair) for name, pair in facts.pop("settings").items()}

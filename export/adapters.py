@@ -229,12 +229,7 @@ def _stacked_branch(x: str, p: str, index: int, a: str, b: str) -> list[onnx.Nod
             helper.make_node("Mul", [q + "rows", q + "float"], [q + "product"]),
             helper.make_node("Add", [q + "product", tensor], [q + "copies"]),
         ]
-    return [
-        *nodes,
-        helper.make_node("MatMul", [shared + "x", f"{p}{A_SIGNS}/copies"], [p + "low"]),
-        helper.make_node("MatMul", [p + "low", f"{p}{B_SIGNS}/copies"], [p + "high"]),
-        helper.make_node("Reshape", [p + "high", shared + "as_base"], [p + "branch"]),
-    ]
+    return [*nodes, *_branch(x, p, f"{p}{A_SIGNS}/copies", f"{p}{B_SIGNS}/copies")]
 
 
 def _branch(x: str, p: str, a: str, b: str) -> list[onnx.NodeProto]:

@@ -1,7 +1,6 @@
 """Answers to many prompts: rows of like length share forwards of the generation graph, one token each, over one KV cache."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,16 +10,6 @@ from edgezo.runtime.model import Array, EdgeModel
 from edgezo.runtime.prompt_cache import Beginning, Padded, forward, make_batches, pad, read_beginning
 from edgezo.runtime.sampling import Pick, make_pick
 from edgezo.runtime.scoring import BATCH_TOKENS, LOGITS_BYTES
-
-Beginnings = Callable[[Sequence[int], Sequence[int]], Beginning]
-
-
-class _Tile(NamedTuple):
-    """Rows of one group that are answered in one batch, and the tokens of the longest, its answer included."""
-
-    group: int
-    rows: list[int]
-    width: int
 
 
 def generate_batch(
@@ -69,142 +58,128 @@ def continue_batch(
     picks = [make_pick(sampling, row) for row in range(len(prompts))]
     answers: list[tuple[list[int], str]] = [([], "")] * len(prompts)
     lengths, beginning = [len(prompt) + max_tokens for prompt in prompts], read_beginning(model, prompts, len(prompts))
-    for rows in make_batches(lengths, [1] * len(prompts), batch_tokens, _most_rows(model), alike=_alike(model, beginning.before)):
+    for rows in make_batches(lengths, [1] * len(prompts), batch_tokens, most_rows(model), alike=must_be_alike(model, beginning.before)):
         chosen = [prompts[row][beginning.length :] for row in rows]
-        found = _answer(model, beginning, [chosen], max_tokens, stop, may_be_empty, [picks[row] for row in rows])
-        for row, answer in zip(rows, found, strict=True):
-            answers[row] = answer
+        found = answer(model, beginning, [chosen], max_tokens, stop, [picks[row] for row in rows], may_be_empty=may_be_empty)
+        for row, answered in zip(rows, found, strict=True):
+            answers[row] = answered
     return answers
 
 
-def generate_stacked(
-    model: EdgeModel,
-    groups: Sequence[Sequence[list[int]]],
-    sides: Sequence[int],
-    beginnings: Beginnings,
-    max_tokens: int,
-    stop: str | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-) -> list[list[list[str]]]:
-    """As `generate_batch`, the answers to every group of prompts under its own copies of the adapter, many copies in one forward.
-
-    Args:
-        groups: prompts of each direction.
-        sides: the copies of each direction, +1 and -1.
-        beginnings: of the copies for some of the groups.
-
-    Returns:
-        [group][side][prompt].
-    """
-    answers = [[[""] * len(prompts) for _ in sides] for prompts in groups]
-    before = model.adapter.prefix_tokens if model.adapter is not None else 0
-    tiles = [
-        _Tile(group, rows, len(prompts[rows[0]]) + max_tokens)
-        for group, prompts in enumerate(groups)
-        for rows in make_batches(
-            [len(prompt) + max_tokens for prompt in prompts],
-            [len(sides)] * len(prompts),
-            batch_tokens // len(sides),
-            _most_rows(model),
-            alike=_alike(model, before),
-        )
-    ]
-    for chosen in _together(tiles, len(sides), batch_tokens, _most_rows(model), alike=_alike(model, before)):
-        copies = [[groups[tile.group][row] for row in tile.rows] for tile in chosen for _ in sides]
-        picks = [make_pick(None, 0)] * sum(map(len, copies))
-        beginning = beginnings([tile.group for tile in chosen], sides)
-        found = iter(_answer(model, beginning, copies, max_tokens, stop, may_be_empty=False, picks=picks))
-        for tile in chosen:
-            for side in range(len(sides)):
-                for row in tile.rows:
-                    answers[tile.group][side][row] = next(found)[1]
-    return answers
-
-
-def _most_rows(model: EdgeModel) -> int:
+def most_rows(model: EdgeModel) -> int:
     """Rows whose logits one forward may hold."""
     return LOGITS_BYTES // (4 * model.manifest.origin.vocab_size)
 
 
-def _alike(model: EdgeModel, before: int) -> bool:
+def must_be_alike(model: EdgeModel, before: int) -> bool:
     """Whether texts of a batch must have one length: something stands before them, and positions are places of the cache."""
     return before > 0 and "position_ids" not in model.generation_facts.inputs
 
 
-def _together(tiles: Sequence[_Tile], sides: int, batch_tokens: int, most_rows: int, *, alike: bool) -> Iterator[list[_Tile]]:
-    """Tiles of like shape, as many as one forward may hold."""
-    held: list[_Tile] = []
-    for tile in sorted(tiles, key=lambda tile: (-tile.width, -len(tile.rows))):
-        width, rows = (held or [tile])[0].width, sides * (len(held) + 1) * max(len(other.rows) for other in (*held, tile))
-        if held and (rows * width > batch_tokens or rows > most_rows or (alike and tile.width < width)):
-            yield held
-            held = []
-        held.append(tile)
-    if held:
-        yield held
-
-
-def _answer(
+def answer(
     model: EdgeModel,
     beginning: Beginning,
-    copies: list[list[list[int]]],
+    copies: Sequence[Sequence[list[int]]],
     max_tokens: int,
     stop: str | None,
-    may_be_empty: bool,
-    picks: list[Pick],
+    picks: Sequence[Pick],
+    *,
+    may_be_empty: bool = False,
 ) -> list[tuple[list[int], str]]:
-    """All rows write their next token at one place of the cache: padding stands before a text. Rows that are done leave the batch.
+    """Token ids and texts of one batch.
 
     Args:
-        copies: the prompts of every copy of the adapter, without the beginning that was read.
+        beginning: of as many copies of the adapter as `copies` has.
+        copies: the prompts of every copy, without the beginning that was read.
         picks: one a prompt, as the answers, copy after copy.
     """
-    prompts, copied, count = [prompt for own in copies for prompt in own], beginning.copied, len(copies)
-    ends, last_tokens = np.cumsum([len(own) for own in copies]).tolist(), set(model.manifest.tokenizer.eos_token_ids)
-    numbers, own = _even([list(range(end - len(part), end)) for part, end in zip(copies, ends, strict=True)])
-    batch = pad([prompts[number] for number in numbers], model, beginning, "left" if not beginning.before else "right")
-    past, rows = beginning.repeated(len(numbers) // count), np.where(own, numbers, -1)  # what each place of the batch writes
+    live, prompts = _Live(model, beginning, copies), [prompt for group in copies for prompt in group]
+    ends, read = set(model.manifest.tokenizer.eos_token_ids), beginning.length
     written: list[list[int]] = [[] for _ in prompts]
-    texts: dict[int, str] = {}
-    for length in range(max_tokens):
-        logits, past = forward(model, batch, past, {**beginning.fed, **copied}, _last(batch))
-        if not length and beginning.before:
-            _turn(batch, past)
-        if not length and not may_be_empty:
+    texts = [""] * len(prompts)
+    del beginning  # its copies leave with the rows
+    for number in range(max_tokens):
+        logits = live.forward()
+        if not number and not may_be_empty:
             logits = np.where(model.text.beginnings(logits.shape[1], stop), logits, np.float32(-np.inf))
-        tokens, each = np.zeros(len(rows), np.int64), len(rows) // count
-        going: list[list[int]] = [[] for _ in range(count)]
-        for place, row in enumerate(rows.tolist()):
-            if row < 0:
-                continue
+        tokens, going = np.zeros(len(logits), np.int64), []
+        for place, row in live.writing():
             tokens[place] = token = picks[row](logits[place])
-            if token not in last_tokens:
+            if token not in ends:
                 written[row].append(token)
             text = model.text.decode(written[row])
             stopped = stop is not None and stop in text
             texts[row] = text.split(stop)[0] if stop is not None and stopped else text
-            full = beginning.length + len(prompts[row]) + len(written[row]) >= model.context
-            if token not in last_tokens and not stopped and not full:
-                going[place // each].append(place)
-        kept = [copy for copy, places in enumerate(going) if places]
-        if not kept:
+            full = read + len(prompts[row]) + len(written[row]) >= model.context
+            if token not in ends and not stopped and not full:
+                going.append(place)
+        if not going:
             break
-        places, own = _even([going[copy] for copy in kept])
-        if places != list(range(len(rows))):
-            past = {name: np.ascontiguousarray(array[places]) for name, array in past.items()}
-        if len(kept) < count:
-            copied, count = {name: array[kept] for name, array in copied.items()}, len(kept)
-        rows = np.where(own, rows[places], -1)
-        mask = np.concatenate([batch.mask[places], np.ones((len(places), 1), np.int64)], axis=1)
-        batch = Padded(tokens[places][:, None], mask, batch.positions[places].max(axis=1, keepdims=True) + 1)
-    return [(written[row], texts[row].strip()) for row in range(len(prompts))]
+        live.keep(going, tokens)
+    return [(tokens, text.strip()) for tokens, text in zip(written, texts, strict=True)]
 
 
-def _even(groups: Sequence[list[int]]) -> tuple[list[int], list[bool]]:
-    """Groups filled up to one size by their own first members, group after group, and which of them only fill up: False."""
+class _Live:
+    """The rows of a batch that still write, their next token at one place of the cache: padding stands before a text.
+
+    Every copy of the adapter has equally many places. A copy with fewer rows is filled up; a copy without rows leaves.
+
+    Attributes:
+        batch: what is fed next.
+        past: keys and values by graph input, float32 [places, heads, cache, head_dim].
+        copied: of the adapter by graph input, [copies, ...].
+        rows: int64 [places], the number of the text that each place writes; -1 where it only fills up.
+    """
+
+    def __init__(self, model: EdgeModel, beginning: Beginning, copies: Sequence[Sequence[list[int]]]) -> None:
+        prompts = [prompt for group in copies for prompt in group]
+        ends = np.cumsum([len(group) for group in copies]).tolist()
+        numbers, real = _even([list(range(end - len(group), end)) for group, end in zip(copies, ends, strict=True)])
+        self.model, self.fed, self.copied, self.copies = model, beginning.fed, dict(beginning.copied), len(copies)
+        self.batch = pad([prompts[number] for number in numbers], model, beginning, "left" if not beginning.before else "right")
+        self.past = beginning.repeated(len(numbers) // self.copies)
+        self.rows = np.where(real, numbers, -1)
+        self._turns = beginning.before > 0
+
+    def forward(self) -> npt.NDArray[np.float32]:
+        """Logits after every place's last token, float32 [places, vocabulary]."""
+        logits, self.past = forward(self.model, self.batch, self.past, {**self.fed, **self.copied}, _last(self.batch))
+        if self._turns:
+            _turn(self.batch, self.past)
+            self._turns = False
+        return logits
+
+    def writing(self) -> list[tuple[int, int]]:
+        """Places and the texts that they write."""
+        return [(place, row) for place, row in enumerate(self.rows.tolist()) if row >= 0]
+
+    def keep(self, going: list[int], tokens: npt.NDArray[np.int64]) -> None:
+        """Go on with the rows at these places, in order; tokens int64 [places] were written at all."""
+        each = len(self.rows) // self.copies
+        groups = [[place for place in going if place // each == copy] for copy in range(self.copies)]
+        kept = [copy for copy, group in enumerate(groups) if group]
+        places, real = list(range(len(self.rows))), np.isin(np.arange(len(self.rows)), going)
+        if len(kept) < self.copies or max(map(len, groups)) < each:
+            places, real = _even([groups[copy] for copy in kept])
+            for name, array in self.past.items():
+                self.past[name] = np.ascontiguousarray(array[places])
+        if len(kept) < self.copies:
+            for name, array in self.copied.items():
+                self.copied[name] = array[kept]
+            self.copies = len(kept)
+        self.rows = np.where(real, self.rows[places], -1)
+        # what only fills up stays where it is: it would leave the context, whose positions may be a table
+        mask = np.concatenate([self.batch.mask[places], real.astype(np.int64)[:, None]], axis=1)
+        positions = self.batch.positions[places].max(axis=1, keepdims=True) + real[:, None]
+        self.batch = Padded(tokens[places][:, None], mask, positions)
+
+
+def _even(groups: Sequence[list[int]]) -> tuple[list[int], npt.NDArray[np.bool_]]:
+    """Groups filled up to one size by their own first members, group after group, and which are no fillers."""
     most = max(map(len, groups))
     filled = [[*group, *[group[0]] * (most - len(group))] for group in groups]
-    return [number for group in filled for number in group], [place < len(group) for group in groups for place in range(most)]
+    real = [place < len(group) for group in groups for place in range(most)]
+    return [number for group in filled for number in group], np.array(real)
 
 
 def _last(batch: Padded) -> npt.NDArray[np.int64]:

@@ -13,7 +13,7 @@ from edgezo.runtime.smoothness import PROBE_STEP
 from edgezo.runtime.theta import Theta
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-LEAST = 10**6  # bytes; less without a unit is a size whose unit was forgotten
+LEAST = 10**6  # bytes; no model is as small, so a number without a unit has lost it
 RESERVE = 0.03  # of the limit, for what grows later: fragmentation, the journal, other shapes of batches
 
 
@@ -21,7 +21,7 @@ def parse_bytes(text: str) -> int:
     """`1.5GB`, `800MB`, `2GiB` as bytes.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: it is none of these, or less than any model.
     """
     found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([KMG]?I?B?)\s*", text.upper())
     if not found or found[2] not in UNITS or (not found[2] and float(found[1]) < LEAST):
@@ -95,6 +95,9 @@ def _peak_of(theta: Theta, rows: Sequence[Example], tokens: int) -> int:
     groups = [list(rows[:count])] if theta.model.adapter is None else [[row] for row in rows[:count]]
     directions = [Direction(theta.config.seed, PROBE_STEP, number) for number in range(len(groups))]
     theta.estimates(directions, groups)
+    if theta.objective.generates and theta.model.generates_copies:  # of the shortest rows there are more copies in a forward
+        shortest = [[row] for row in rows[-theta.config.directions :]]
+        theta.estimates([Direction(theta.config.seed, PROBE_STEP, number) for number in range(len(shortest))], shortest)
     theta.weights.flush()
     return peak_bytes() or 0
 

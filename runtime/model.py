@@ -171,8 +171,9 @@ class EdgeModel:
 
     @property
     def generates_copies(self) -> bool:
-        """Whether the generation graph takes several copies of the adapter at once."""
-        return isinstance(self.adapter, Prefix) or (isinstance(self.adapter, Lora) and self.manifest.version >= COPIES_VERSION)
+        """Whether answers can be written under several copies of the adapter at once. On a device not: copies would be compared with those before at every token."""
+        takes = isinstance(self.adapter, Prefix) or (isinstance(self.adapter, Lora) and self.manifest.version >= COPIES_VERSION)
+        return takes and self.device is None
 
     def feeds(self) -> dict[str, Array]:
         """What every run of a graph is fed beside the text: the adapter, one copy, and the rows of the head."""
@@ -203,11 +204,21 @@ class EdgeModel:
         return self.manifest.origin.context_length - (self.adapter.prefix_tokens if self.adapter is not None else 0)
 
     def load_ahead(self) -> None:
-        """Begin to make the scoring session beside other work, such as reading rows: the engine lets Python go on meanwhile (onnxruntime 1.31)."""
-        if self.device is None and "scoring" not in self.__dict__ and self._ahead is None:
+        """Begin to make the scoring session beside other work, such as tokenising: the engine lets Python go on meanwhile (onnxruntime 1.31).
+
+        Only where no second session will hold frozen weights beside it, as the proof of those that are changed in place makes one. Use `scoring`
+        before such weights are changed.
+        """
+        alone = self.manifest.adapter is not None or len(self.manifest.tunable) == len(self.manifest.tensors)
+        if alone and self.device is None and "scoring" not in self.__dict__ and self._ahead is None:
             pool = ThreadPoolExecutor(1)
             self._ahead = pool.submit(self._session, self.manifest.scoring)
             pool.shutdown(wait=False)
+
+    def finish_loading(self) -> None:
+        """Wait for what `load_ahead` began."""
+        if self._ahead is not None:
+            self.scoring  # noqa: B018
 
     @cached_property
     def scoring(self) -> Session:

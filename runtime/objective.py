@@ -25,13 +25,14 @@ import numpy.typing as npt
 
 from edgezo.config import ANSWER_METRICS, Sampling, TuneConfig
 from edgezo.errors import ConfigError, NonFiniteLossError
-from edgezo.runtime.batch_generate import Beginnings, generate_batch, generate_stacked
+from edgezo.runtime.batch_generate import generate_batch
 from edgezo.runtime.class_metrics import ClassCounts, count_classes, macro_f1
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.examples import Example
 from edgezo.runtime.outcome import Outcome, load_reward
 from edgezo.runtime.prompt_cache import log_probs_after
 from edgezo.runtime.scoring import Candidate, Copies, Pair, Scores, Sequences
+from edgezo.runtime.stacked_generate import Beginnings, generate_stacked
 from edgezo.runtime.tasks import Kind, Task
 from edgezo.runtime.text_metrics import METRICS, best_of, require_rouge
 
@@ -91,12 +92,12 @@ class Objective:
         )
 
     def stacked_generated_losses(
-        self, groups: Sequence[Sequence[Example]], sides: Sequence[int], beginnings: Beginnings
+        self, groups: Sequence[Sequence[Example]], sides: Sequence[int], beginnings: Beginnings, copy_bytes: int
     ) -> npt.NDArray[np.float64]:
-        """As `stacked_losses`, of generated answers."""
+        """As `stacked_losses`, of generated answers; beginnings and copy_bytes as of `generate_stacked`."""
         prompts = [[example.pairs[0][0] for example in group] for group in groups]
         model, batch_tokens = self.sequences.model, self.sequences.batch_tokens
-        answers = generate_stacked(model, prompts, sides, beginnings, self.config.max_tokens, self.task.stop, batch_tokens)
+        answers = generate_stacked(model, prompts, sides, beginnings, copy_bytes, self.config.max_tokens, self.task.stop, batch_tokens)
         return np.array([[self._generated_loss(group, texts) for texts in by_side] for group, by_side in zip(groups, answers, strict=True)])
 
     def evaluate(self, examples: Sequence[Example]) -> Evaluation:

@@ -11,6 +11,7 @@ from edgezo.errors import NonFiniteLossError
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import Array, EdgeModel
 from edgezo.runtime.noise import Direction
+from edgezo.runtime.packing import packed
 from edgezo.runtime.prefix import Prefix
 from edgezo.runtime.scoring import Pair, Scores, Sequences, lay_out
 from edgezo.runtime.weights import MutableWeights
@@ -121,7 +122,7 @@ def forward(
         model: a causal one, at its present weights.
         batch: what is new.
         past: keys and values of what was read before.
-        fed: as in `Beginning`.
+        fed: the adapter, of one copy or of as many as there are equal groups of rows, and the head.
         hidden_rows: row * width + position of each row of logits.
         grow: whether the grown cache is wanted; it is empty otherwise.
 
@@ -150,15 +151,12 @@ def make_batches(
         most_hidden: rows of logits at most.
         alike: whether those of a batch must have one length.
     """
-    held: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        too_many = sum(hidden[other] for other in (*held, row)) > most_hidden
-        if held and (too_many or (len(held) + 1) * lengths[held[0]] > batch_tokens or (alike and lengths[row] < lengths[held[0]])):
-            yield held
-            held = []
-        held.append(row)
-    if held:
-        yield held
+
+    def fits(held: list[int]) -> bool:
+        longest, last = lengths[held[0]], lengths[held[-1]]
+        return sum(hidden[row] for row in held) <= most_hidden and len(held) * longest <= batch_tokens and (not alike or last == longest)
+
+    return packed(sorted(range(len(lengths)), key=lambda row: -lengths[row]), fits)
 
 
 def log_probs_after(sequences: Sequences, pairs: Sequence[Pair]) -> Scores:

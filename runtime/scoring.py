@@ -9,6 +9,7 @@ import numpy.typing as npt
 from edgezo.adapters import ATTENTION, PROBE_ROWS
 from edgezo.errors import EdgeModelError
 from edgezo.runtime.model import Array, EdgeModel
+from edgezo.runtime.packing import packed
 
 BATCH_TOKENS = 2048  # padded tokens of one forward; beyond it a forward gains no speed, only memory
 # Logits of one forward are float32 [hidden rows, vocabulary], and it holds them more than once. Of a forward of some texts at most the first, or LEAST_HIDDEN rows: 256 MB took no less
@@ -249,18 +250,13 @@ class Sequences:
 
     def _forwards(self, tiles: list[_Tile], sides: int, together: int) -> Iterator[list[_Tile]]:
         """Tiles of like shape, at most `together` and as many as one forward may hold."""
-        chosen: list[_Tile] = []
-        rows = width = hidden = 0
-        for tile in sorted(tiles, key=lambda tile: (-tile.width, -len(tile.sequences))):
-            most_rows, most_width = max(rows, len(tile.sequences)), max(width, tile.width)
-            too_many = sides * (len(chosen) + 1) * most_rows * most_width > self.batch_tokens
-            if chosen and (len(chosen) == together or too_many or sides * (hidden + len(tile.hidden)) > self.batch_hidden):
-                yield chosen
-                chosen, hidden, most_rows, most_width = [], 0, len(tile.sequences), tile.width
-            chosen.append(tile)
-            rows, width, hidden = most_rows, most_width, hidden + len(tile.hidden)
-        if chosen:
-            yield chosen
+
+        def fits(chosen: list[_Tile]) -> bool:
+            rows, hidden = max(len(tile.sequences) for tile in chosen), sum(len(tile.hidden) for tile in chosen)
+            tokens = sides * len(chosen) * rows * chosen[0].width
+            return len(chosen) <= together and tokens <= self.batch_tokens and sides * hidden <= self.batch_hidden
+
+        return packed(sorted(tiles, key=lambda tile: (-tile.width, -len(tile.sequences))), fits)
 
     def _feeds(self, layouts: list[Layout], tiles: list[_Tile], sides: int) -> tuple[dict[str, Array], list[npt.NDArray[np.int64]]]:
         """Right-padded token ids [tiles * sides * rows, width], and for each tile and side the places of its scores."""

@@ -191,7 +191,9 @@ class Theta:
         self.weights.flush()
         base, sides = self.objective.loss(groups[0]) if estimator.shared else math.nan, estimator.sides
         if generates:
-            return estimator.estimates(self.objective.stacked_generated_losses(groups, sides, beginnings), base, directions, eps)
+            copy_bytes = sum(4 * size for size in self.weights.sizes.values())
+            found = self.objective.stacked_generated_losses(groups, sides, beginnings, copy_bytes)
+            return estimator.estimates(found, base, directions, eps)
         return estimator.estimates(self.objective.stacked_losses(groups, sides, copies), base, directions, eps)
 
     def step(self, directions: Sequence[Direction], projected_grads: Sequence[float], learning_rate: float) -> None:

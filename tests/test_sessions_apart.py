@@ -1,6 +1,7 @@
 """When sessions are made: beside the reading of rows; and one at a time, where each would hold the frozen weights again."""
 
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 import edgezo
-from edgezo.errors import EdgeModelError
+from edgezo.errors import DataError, EdgeModelError
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.session import Session
 from edgezo.runtime.text import TextCodec
@@ -134,3 +135,35 @@ def test_a_graph_that_cannot_be_loaded_ahead_is_told_at_its_use(edge_dir: Path) 
     model.load_ahead()
     with pytest.raises(EdgeModelError, match="not readable as an ONNX graph"):
         model.log_probs(["the film"], [" is great"])
+
+
+def test_weights_stay_while_a_session_is_made_ahead(
+    exported_dir: Path, write_rows: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor that the engine copied while it was perturbed would pass the proof."""
+    make, seen = EdgeModel._session, []
+
+    def slow(model: EdgeModel, graph: Any) -> Session:
+        before = {name: array.tobytes() for name, array in model.weights.items()}
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.5)
+            seen.append(before == {name: array.tobytes() for name, array in model.weights.items()})
+        return make(model, graph)
+
+    monkeypatch.setattr(EdgeModel, "_session", slow)
+    edgezo.tune(exported_dir, tmp_path / "run", data=write_rows(ROWS), start="none", threads=1, steps=1, **GIVEN)
+    assert seen == [True]
+
+
+def test_frozen_weights_that_a_proof_needs_twice_are_not_loaded_ahead(export_tiny: Callable[..., Path]) -> None:
+    model = EdgeModel(export_tiny("llama", adapter="norms"), threads=1)
+    model.load_ahead()
+    assert model._ahead is None
+
+
+def test_rows_that_are_not_understood_are_told_before_a_session_is_made(
+    exported_dir: Path, write_rows: Callable[..., str], tmp_path: Path, alive: list[int]
+) -> None:
+    with pytest.raises(DataError):
+        edgezo.tune(exported_dir, tmp_path / "run", data=write_rows([{"title": "a film"}]), threads=1)
+    assert alive == []

@@ -12,13 +12,15 @@ from tiny_adapters import digest, make_theta, perturbed
 
 import edgezo
 from edgezo.runtime import model as edge_model
-from edgezo.runtime.batch_generate import generate_batch, generate_stacked
+from edgezo.runtime.batch_generate import generate_batch
 from edgezo.runtime.estimators import ESTIMATORS
+from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.prompt_cache import Beginning, perturbed_beginning
 from edgezo.runtime.scoring import BATCH_TOKENS
+from edgezo.runtime.stacked_generate import COPIES_BYTES, generate_stacked
 from edgezo.runtime.theta import Theta, step_directions
 
 SIDES, COUNT = (1, -1), 9
@@ -41,11 +43,11 @@ def theta_of(directory: Path, start: Path, **settings: Any) -> Theta:
     return make_theta(directory, start, directions=3, batch=3, eps=2**-1, **settings)
 
 
-def stacked(theta: Theta, directions: list[Direction], **options: Any) -> list[list[list[str]]]:
+def stacked(theta: Theta, directions: list[Direction], copy_bytes: int = 1, **options: Any) -> list[list[list[str]]]:
     def beginnings(chosen: Any, sides: Any) -> Beginning:
         return perturbed_beginning(theta.model, theta.weights, [directions[index] for index in chosen], sides, theta.weights.eps)
 
-    return generate_stacked(theta.model, GROUPS, SIDES, beginnings, COUNT, **options)
+    return generate_stacked(theta.model, GROUPS, SIDES, beginnings, copy_bytes, COUNT, **options)
 
 
 def batches(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
@@ -88,16 +90,41 @@ def test_answers_are_those_of_each_copy_alone(
 
 def test_all_copies_share_forwards_and_leave_when_they_are_done(lora_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theta = theta_of(lora_dir, tmp_path / "start")
-    shapes = batches(theta.model, monkeypatch)
-    directions = step_directions(theta.config, 5)
+    assert isinstance(theta.model.adapter, Lora)
+    directions, fed = step_directions(theta.config, 5), theta.model.adapter.targets[0].b
     whole = Counter("".join(text for group in stacked(theta, directions) for side in group for text in side))
-    shapes.clear()
-    stacked(theta, directions, stop=whole.most_common(1)[0][0])
-    assert shapes[0] == (18, 7)
-    rows = [count for count, _ in shapes]
-    assert rows == sorted(rows, reverse=True)
-    assert len(shapes) <= COUNT
-    assert rows[-1] < 18
+    stop = whole.most_common(1)[0][0]
+    expected = stacked(theta, directions, stop=stop, batch_tokens=1)
+    places: list[int] = []
+    copies: list[int] = []
+    run = theta.model.generation.run
+
+    def counted(outputs: list[str], feeds: Any) -> Any:
+        places.append(len(feeds["input_ids"]))
+        copies.append(len(feeds[fed]))
+        return run(outputs, feeds)
+
+    monkeypatch.setattr(theta.model.generation, "run", counted)
+    assert stacked(theta, directions, stop=stop) == expected
+    lengths = [[len(text) for text in side] for group in expected for side in group]
+    assert any(len(set(side)) > 1 for side in lengths)  # rows of one copy end at different tokens
+    assert (places[0], copies[0]) == (18, 6)
+    for numbers in (places, copies):
+        assert numbers == sorted(numbers, reverse=True)
+        assert numbers[-1] < numbers[0]
+    assert len(places) <= COUNT
+
+
+@pytest.mark.parametrize(("copy_bytes", "most"), [(COPIES_BYTES // 4, 4), (COPIES_BYTES, 2)])
+def test_copies_of_a_forward_are_bounded(
+    lora_dir: Path, tmp_path: Path, copy_bytes: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sides of one direction go together whatever they take."""
+    theta = theta_of(lora_dir, tmp_path / "start")
+    directions = step_directions(theta.config, 5)
+    expected, shapes = stacked(theta, directions), batches(theta.model, monkeypatch)
+    assert stacked(theta, directions, copy_bytes) == expected
+    assert max(rows for rows, _ in shapes) == 3 * most
 
 
 def objective_under(theta: Theta, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
