@@ -81,6 +81,7 @@ class Objective:
     def loss(self, examples: Sequence[Example]) -> float:
         """The loss that tuning lowers."""
         if self.generates:
+            self.sequences.forward_rows += len(examples)
             return self._generated_loss(examples, self._answers(examples))
         return self._value(self.name, self.sequences.log_probs(self._flat(self.name, examples)), examples)
 
@@ -97,6 +98,7 @@ class Objective:
         """As `stacked_losses`, of generated answers; beginnings and copy_bytes as of `generate_stacked`."""
         prompts = [[example.pairs[0][0] for example in group] for group in groups]
         model, batch_tokens = self.sequences.model, self.sequences.batch_tokens
+        self.sequences.forward_rows += len(sides) * sum(map(len, groups))
         answers = generate_stacked(model, prompts, sides, beginnings, copy_bytes, self.config.max_tokens, self.task.stop, batch_tokens)
         return np.array([[self._generated_loss(group, texts) for texts in by_side] for group, by_side in zip(groups, answers, strict=True)])
 

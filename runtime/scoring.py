@@ -105,7 +105,7 @@ class Sequences:
         batch_tokens: padded tokens of one forward at most, unless one row has more.
 
     Attributes:
-        forward_rows: rows of all forwards so far; a row counts in each copy of the weights.
+        forward_rows: rows of all forwards so far; a row counts in each copy of the weights, a written answer once.
     """
 
     def __init__(self, model: EdgeModel, batch_tokens: int = BATCH_TOKENS) -> None:

@@ -157,13 +157,17 @@ def test_estimates_are_those_made_in_place(
     if ESTIMATORS[estimator].shared:
         groups = [groups[0]] * 3
     shapes = batches(theta.model, monkeypatch)
+    counted = theta.sequences = theta.objective.sequences
     found = theta.estimates(directions, groups, estimator=ESTIMATORS[estimator])
+    evaluations = 3 * len(ESTIMATORS[estimator].sides) + ESTIMATORS[estimator].shared
+    assert counted.forward_rows == 2 * evaluations
     assert max(rows for rows, _ in shapes) == 3 * 2 * len(ESTIMATORS[estimator].sides)
     assert digest(theta.model) == before
     monkeypatch.setattr(EdgeModel, "generates_copies", False)
     shapes.clear()
     in_place = theta.estimates(directions, groups, estimator=ESTIMATORS[estimator])
     assert max(rows for rows, _ in shapes) == 2
+    assert counted.forward_rows == 4 * evaluations
     assert np.array(found) == pytest.approx(np.array(in_place), abs=1e-6)
     assert all(estimate.projected_grad for estimate in found)
 
