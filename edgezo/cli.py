@@ -214,7 +214,7 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
 
     run = read_run(output)
     peak = f", peak memory {result.peak_bytes / 1e6:.0f} MB" if result.peak_bytes is not None else ""
-    rows = [("run", f"{output}, {result.steps} steps, {result.ended}, {result.seconds:.0f} s{peak}")]
+    rows = [("run", f"{output}, {result.steps} step{'s' if result.steps != 1 else ''}, {result.ended}, {result.seconds:.0f} s{peak}")]
     if result.before is not None:
         rows.append(("before", terminal.evaluation_text(result.before)))
     if result.start is not None:
@@ -232,7 +232,9 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
     more = {"interrupted": "", "finished": " --steps MORE", "out of time": " --minutes MORE", "no longer better": " --patience 0"}[
         result.ended
     ]
-    rows.append(("use it", f"edgezo {use}".replace("DIR", str(directory)).replace("RUN", str(output))))
+    unseen = result.best is not None and result.start is None and result.steps and not max(run.evaluations)  # the best is the base
+    chosen = f"{output}{' --step last' if unseen else ''}"
+    rows.append(("use it", f"edgezo {use}".replace("DIR", str(directory)).replace("RUN", chosen)))
     rows.append(("go on", f"edgezo tune {directory} -o {output} --resume{more}"))
     return rows
 

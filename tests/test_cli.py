@@ -69,6 +69,7 @@ def test_tune_without_validation_tells_only_the_run(command: Command) -> None:
 def test_tune_says_when_no_step_was_better_than_the_base(command: Command) -> None:
     found = command("tune", "edge", "-o", "run", *PLAIN, "--valid", "rows.jsonl", "--steps", "2", "--lr", "1e-12")
     expected = "best    step 0, the start: no evaluated step was better; --step last uses step 2"
+    assert "--run run --text" in found.out
     assert (found.code, found.out.splitlines()[2]) == (0, expected)
 
 
@@ -78,6 +79,8 @@ def test_tune_says_when_no_later_step_was_evaluated(command: Command, exported_d
     result = edgezo.tune(exported_dir, "run", data="rows.jsonl", steps=5, threads=1, reporter=stop, **settings)
     rows = dict(tune_rows(exported_dir, Path("run"), result))
     assert rows["best"] == "step 0, the start: no later step was evaluated; --step last uses step 1"
+    assert rows["run"].startswith("run, 1 step, interrupted, ")
+    assert rows["use it"] == f"edgezo predict {exported_dir} --run run --step last --text '...'"
 
 
 def test_tune_as_json_is_one_object(command: Command) -> None:
@@ -124,7 +127,7 @@ def test_resume_to_fewer_steps_than_made_is_refused(command: Command, run: str) 
 def test_names_are_shown_as_they_are_and_never_folded(command: Command, name: str) -> None:
     found = command("tune", "edge", "-o", name, *TASK, "--steps", "1")
     assert found.code == 0
-    assert f"run     {name}, 1 steps, finished, " in found.out.splitlines()[0]
+    assert f"run     {name}, 1 step, finished, " in found.out.splitlines()[0]
     assert re.fullmatch(rf"run +{re.escape(name)}", command("inspect", name).out.splitlines()[0])
 
 
@@ -212,7 +215,7 @@ def test_an_interrupted_run_goes_on_to_the_weights_of_one_never_interrupted(comm
     matches(
         rf"run +parts, \d+ steps, interrupted, \d+ s{PEAK}\nbefore +{MEASURED}\n"
         rf"(step \d+ +{MEASURED}, kept as best|best +step 0, the start: .*)\n"
-        r"use it +edgezo predict edge --run parts --text '\.\.\.'\ngo on +edgezo tune edge -o parts --resume\n",
+        r"use it +edgezo predict edge --run parts( --step last)? --text '\.\.\.'\ngo on +edgezo tune edge -o parts --resume\n",
         out,
     )
     made = len(read_run("parts").records)
