@@ -165,8 +165,6 @@ def evaluate(
     if shots is not None and train is not None:
         drawn = draw_shots(train_rows, kind, shots, seed)
         kind, used = add_shots(kind, rows, drawn, model.text, row_limit(model, config), kind.room)
-    if run is None or model.manifest.adapter is not None:  # the weights stay, or are not in the graph
-        model.load_ahead()
     examples, truncated = tokenize_data(model, config, kind, config.data, rows)
     objective = Objective(Sequences(model), kind, config)
     if not objective.writes_text:

@@ -62,18 +62,12 @@ class Dataset(NamedTuple):
         return [self.train.examples[row] for row in order.batch(step)]
 
 
-def read_dataset(
-    model: EdgeModel,
-    config: TuneConfig,
-    notice: Callable[[str], None] = lambda text: None,
-    understood: Callable[[], None] = lambda: None,
-) -> Dataset:
+def read_dataset(model: EdgeModel, config: TuneConfig, notice: Callable[[str], None] = lambda text: None) -> Dataset:
     """Read and tokenise the files of `config`.
 
     Args:
         model: gives the tokenizer and the context.
         notice: told how many rows were cut to fit.
-        understood: called when the rows are read and of a known kind, before they are tokenised.
 
     Raises:
         DataError: a file, row, template or label cannot be used.
@@ -85,7 +79,6 @@ def read_dataset(
         config = config.model_copy(update={"labels": seen_labels(task.labels, task.label_field, [*rows, *chosen])})
     if not packs(config.data, task):
         config = _fit_directions(config, len(rows) - _aside(config, len(rows)), model, notice)
-    understood()
     train = tokenize_data(model, config, task, config.data, rows, notice, "training")
     if packs(config.data, task):
         config = _fit_directions(config, len(train.examples) - _aside(config, len(train.examples)), model, notice)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -99,7 +98,6 @@ class EdgeModel:
         self.head = self._stored_head
         self.step: int | None = None
         self.changed = self._one_session = False
-        self._ahead: Future[Session] | None = None
         if run is not None or adapter is not None:
             self.use(run=run, step=step, adapter=adapter)
 
@@ -203,29 +201,11 @@ class EdgeModel:
         """Tokens a text may have; a prefix takes its share of the model's context."""
         return self.manifest.origin.context_length - (self.adapter.prefix_tokens if self.adapter is not None else 0)
 
-    def load_ahead(self) -> None:
-        """Begin to make the scoring session beside other work, such as tokenising: the engine lets Python go on meanwhile (onnxruntime 1.31).
-
-        Only where no second session will hold frozen weights beside it, as the proof of those that are changed in place makes one. Use `scoring`
-        before such weights are changed.
-        """
-        alone = self.manifest.adapter is not None or len(self.manifest.tunable) == len(self.manifest.tensors)
-        if alone and self.device is None and "scoring" not in self.__dict__ and self._ahead is None:
-            pool = ThreadPoolExecutor(1)
-            self._ahead = pool.submit(self._session, self.manifest.scoring)
-            pool.shutdown(wait=False)
-
-    def finish_loading(self) -> None:
-        """Wait for what `load_ahead` began."""
-        if self._ahead is not None:
-            self.scoring  # noqa: B018
-
     @cached_property
     def scoring(self) -> Session:
-        """The scoring graph; made at first use, or by `load_ahead`."""
+        """The scoring graph; made at first use."""
         self._let_go("generation")
-        ahead, self._ahead = self._ahead, None
-        return ahead.result() if ahead is not None else self._session(self.manifest.scoring)
+        return self._session(self.manifest.scoring)
 
     @cached_property
     def generation(self) -> Session:

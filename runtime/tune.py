@@ -63,7 +63,7 @@ def tune(
             config, start = _start_from(model, config, output)  # gives the model the adapter's rows of the head, too
         given_eps = config.eps is not None
         reporter.stage("reading data")
-        dataset = read_dataset(model, config, reporter.notice, model.load_ahead)
+        dataset = read_dataset(model, config, reporter.notice)
         if previous is None:
             dataset = resolve_start(model, dataset, reporter.notice)
         config = dataset.config
@@ -139,7 +139,6 @@ def _tell_rows(dataset: Dataset, model: EdgeModel, reporter: Reporter) -> None:
 def _proven_theta(model: EdgeModel, config: TuneConfig, dataset: Dataset, start: Path | None, reporter: Reporter) -> Theta:
     """theta at the start, each of its tensors proven to be seen by the engine; of another configuration than `config` where eps or lr are to be measured."""
     measuring = measuring_config(model, config)
-    model.finish_loading()  # from the bytes of the base
     model.changed = True  # by rounding to the grid, whatever happens from here on
     weights = mutable_weights(model, measuring, start)
     if measuring is not config:

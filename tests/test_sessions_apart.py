@@ -1,7 +1,5 @@
-"""When sessions are made: beside the reading of rows; and one at a time, where each would hold the frozen weights again."""
+"""Frozen weights are held by one session at a time, where each session would hold them again."""
 
-import threading
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +8,8 @@ from typing import Any
 import pytest
 
 import edgezo
-from edgezo.errors import DataError, EdgeModelError
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.session import Session
-from edgezo.runtime.text import TextCodec
 
 ROWS = [{"prompt": f"a {word} film:", "answer": answer} for word, answer in (("good", "great"), ("bad", "terrible"), ("fine", "great"))]
 
@@ -83,87 +79,3 @@ def test_a_session_that_reads_weights_in_place_stays(exported_dir: Path) -> None
         scoring = model.scoring
         assert model.generation is not None
         assert model.scoring is scoring
-
-
-def test_a_session_is_made_ahead_in_a_thread_of_its_own_and_once(exported_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = EdgeModel(exported_dir, threads=1).log_probs(["the film"], [" is great"])
-    threads: list[threading.Thread] = []
-    make = EdgeModel._session
-
-    def noted(model: EdgeModel, graph: Any) -> Session:
-        threads.append(threading.current_thread())
-        return make(model, graph)
-
-    monkeypatch.setattr(EdgeModel, "_session", noted)
-    model = EdgeModel(exported_dir, threads=1)
-    model.load_ahead()
-    model.load_ahead()
-    assert model.log_probs(["the film"], [" is great"]) == expected
-    model.load_ahead()
-    assert model.scoring is model.scoring
-    assert len(threads) == 1 and threads[0] is not threading.main_thread()
-
-
-@pytest.mark.parametrize("use", ["tune", "evaluate"])
-def test_a_session_is_made_while_rows_are_read(
-    exported_dir: Path, write_rows: Callable[..., str], tmp_path: Path, use: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The rows are read on when the session has been begun: the one waits for the other here."""
-    begun, make, encode = threading.Event(), EdgeModel._session, TextCodec.encode
-
-    def noted(model: EdgeModel, graph: Any) -> Session:
-        begun.set()
-        return make(model, graph)
-
-    def waiting(text: TextCodec, *given: Any, **options: Any) -> list[int]:
-        assert begun.wait(60)
-        return encode(text, *given, **options)
-
-    monkeypatch.setattr(EdgeModel, "_session", noted)
-    monkeypatch.setattr(TextCodec, "encode", waiting)
-    data = write_rows(ROWS)
-    if use == "tune":
-        edgezo.tune(exported_dir, tmp_path / "run", data=data, start="none", threads=1, steps=1, **GIVEN)
-    else:
-        edgezo.evaluate(exported_dir, data, threads=1, max_tokens=2)
-    assert begun.is_set()
-
-
-def test_a_graph_that_cannot_be_loaded_ahead_is_told_at_its_use(edge_dir: Path) -> None:
-    model = EdgeModel(edge_dir, threads=1)
-    (edge_dir / model.manifest.scoring.file).write_bytes(b"no graph")
-    model.load_ahead()
-    with pytest.raises(EdgeModelError, match="not readable as an ONNX graph"):
-        model.log_probs(["the film"], [" is great"])
-
-
-def test_weights_stay_while_a_session_is_made_ahead(
-    exported_dir: Path, write_rows: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A tensor that the engine copied while it was perturbed would pass the proof."""
-    make, seen = EdgeModel._session, []
-
-    def slow(model: EdgeModel, graph: Any) -> Session:
-        before = {name: array.tobytes() for name, array in model.weights.items()}
-        if threading.current_thread() is not threading.main_thread():
-            time.sleep(0.5)
-            seen.append(before == {name: array.tobytes() for name, array in model.weights.items()})
-        return make(model, graph)
-
-    monkeypatch.setattr(EdgeModel, "_session", slow)
-    edgezo.tune(exported_dir, tmp_path / "run", data=write_rows(ROWS), start="none", threads=1, steps=1, **GIVEN)
-    assert seen == [True]
-
-
-def test_frozen_weights_that_a_proof_needs_twice_are_not_loaded_ahead(export_tiny: Callable[..., Path]) -> None:
-    model = EdgeModel(export_tiny("llama", adapter="norms"), threads=1)
-    model.load_ahead()
-    assert model._ahead is None
-
-
-def test_rows_that_are_not_understood_are_told_before_a_session_is_made(
-    exported_dir: Path, write_rows: Callable[..., str], tmp_path: Path, alive: list[int]
-) -> None:
-    with pytest.raises(DataError):
-        edgezo.tune(exported_dir, tmp_path / "run", data=write_rows([{"title": "a film"}]), threads=1)
-    assert alive == []

@@ -20,14 +20,14 @@ SETTINGS = ["--start", "none", "--valid-share", "0", "--eps", "1e-3", "--lr", "1
 
 
 def seconds_to_first_step(edge: Path, options: list[str]) -> float:
-    """Run one step; its line in the metrics is the only one."""
+    """Run one step; its line in the metrics is the last one."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         begun = time.time()
         subprocess.run(
             [sys.executable, "-m", "edgezo", "tune", str(edge), *options, *SETTINGS, "-o", str(run)], check=True, capture_output=True
         )
-        (line,) = (run / METRICS).read_text(encoding="utf-8").splitlines()
+        line = (run / METRICS).read_text(encoding="utf-8").splitlines()[-1]
         return (run / METRICS).stat().st_mtime - float(json.loads(line)["step_seconds"]) - begun
 
 
