@@ -12,7 +12,7 @@ from edgezo.storage import write_atomically
 
 FORMAT: Final = "edgezo-edge-model"
 VERSION: Final = 7
-# 2 added adapter, weights, quantized tensors, config; 3 families and classes; 4 pooling, head; 5 probes; 6 float16; what older ones have means the same
+# 2 added adapter, weights, quantized tensors, config; 3 families and classes; 4 pooling, head; 5 probes; 6 float16; 7 copies of LoRA in the generation graph; what older ones have means the same
 READABLE = (1, 2, 3, 4, 5, 6, 7)
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES_LIMIT = 64 << 20

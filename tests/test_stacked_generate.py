@@ -12,6 +12,7 @@ from tiny_adapters import digest, make_theta, perturbed
 
 import edgezo
 from edgezo.runtime import model as edge_model
+from edgezo.runtime import tune
 from edgezo.runtime.batch_generate import generate_batch
 from edgezo.runtime.estimators import ESTIMATORS
 from edgezo.runtime.lora import Lora
@@ -176,7 +177,8 @@ def test_an_older_edge_model_writes_under_one_copy_after_the_other(
     lora_dir: Path, prefix_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert theta_of(lora_dir, tmp_path / "start").model.generates_copies
-    monkeypatch.setattr(edge_model, "COPIES_VERSION", 99)  # its manifest is of a version before
+    for module in (edge_model, tune):
+        monkeypatch.setattr(module, "COPIES_VERSION", 99)  # its manifest is of a version before
     theta = theta_of(lora_dir, tmp_path / "start")
     groups = objective_under(theta, monkeypatch)
     shapes = batches(theta.model, monkeypatch)
