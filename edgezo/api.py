@@ -110,11 +110,24 @@ def tune(
             raise ConfigError("--resume continues with the run's own settings; leave --config out and give what shall change as options")
         if task is not None:
             raise ConfigError(f"--resume continues with the run's own settings; leave --task {task} out")
-        given = {**read_run(str(run)).config.model_dump(), **given}
+        recorded = read_run(str(run)).config
+        _refuse_moved(run, recorded, given)
+        given = {**recorded.model_dump(), **given}
     recipe = task_settings(task)
     model = EdgeModel(directory, threads=threads, device=device)
     resolved = make_config(config, given, model.manifest.adapter.kind if model.manifest.adapter is not None else None, recipe)
     return tune_model(model, resolved, str(run), resume=resume, memory=limit, reporter=reporter)
+
+
+def _refuse_moved(run: PathLike, recorded: TuneConfig, given: Mapping[str, Any]) -> None:
+    """Refuse a run whose data files are elsewhere now, or whose paths were relative to another folder."""
+    paths = {name: getattr(recorded, name) for name in ("data", "valid") if name not in given}
+    missing = {name: path for name, path in paths.items() if path is not None and not Path(path).exists()}
+    if missing:
+        found = " and ".join(f"--{name} {path}" for name, path in missing.items())
+        where = "there any more" if all(map(os.path.isabs, missing.values())) else f"in {Path.cwd()}, and paths are as they were given"
+        say = " ".join(f"--{name} PATH" for name in missing)
+        raise DataError(f"{run}: {found}, recorded in the run: not {where}; say where by {say}")
 
 
 def evaluate(

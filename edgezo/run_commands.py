@@ -91,7 +91,11 @@ def verify_command(
         "steps_derived_again": found.derived,
         "largest_loss_difference": found.largest_loss_difference,
     }
-    left = [f"{path} (not there)" for path, state in found.files.items() if state == "not there"]
+    left = [
+        f"{path} (not {'there' if Path(path).is_absolute() else f'in {Path.cwd()}'})"
+        for path, state in found.files.items()
+        if state == "not there"
+    ]
     left += ["the base (--base DIR)"] if base is None else [] if every else ["the scalars of steps (--every K)"]
     parts = [f"not checked: {', '.join(left)}"] if left else []
     parts += [f"{found.torn_bytes} torn bytes at the end, which a resume cuts off"] if found.torn_bytes else []

@@ -183,6 +183,19 @@ def test_resuming_with_a_configuration_file(refusal: Callable[..., str], run: st
     assert message == "--resume continues with the run's own settings; leave --config out and give what shall change as options"
 
 
+def test_resuming_from_another_folder(
+    refusal: Callable[..., str], command: Command, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    again = ["tune", str(tmp_path / "edge"), "-o", str(tmp_path / run), "--resume"]
+    expected = f"{tmp_path / run}: --data rows.jsonl and --valid rows.jsonl, recorded in the run: not in {elsewhere}, and paths are as they were given; say where by --data PATH --valid PATH"
+    assert refusal(*again) == expected
+    assert command("verify", str(tmp_path / run)).out.endswith(f"not checked: rows.jsonl (not in {elsewhere}), the base (--base DIR)\n")
+    assert command(*again, *(part for name in ("data", "valid") for part in (f"--{name}", str(tmp_path / "rows.jsonl")))).code == 0
+
+
 @pytest.mark.parametrize("name", ["eval", "generate", "tune"])
 def test_a_run_of_another_edge_model(refusal: Callable[..., str], run: str, tmp_path: Path, name: str) -> None:
     other = Path(shutil.copytree(tmp_path / "edge", tmp_path / "other"))

@@ -87,7 +87,7 @@ def plain(sequences: Sequences, rows: list[Example]) -> None:
 
 
 def measure_times(edge: Path, plain_edge: Path | None, rounds: int) -> dict[str, float]:
-    """Seconds of a stacked step, of inference of the same rows without an adapter, and of 16 sequential two-sided steps of two rows.
+    """Seconds of a stacked step, of inference of the same rows with the adapter as it is and without one, and of 16 sequential two-sided steps of two rows.
 
     With the same base without branch points, also of inference there.
     """
@@ -102,6 +102,7 @@ def measure_times(edge: Path, plain_edge: Path | None, rounds: int) -> dict[str,
 
     actions: dict[str, Callable[[int], None]] = {
         "step": lambda number: stacked_step(tuned, rows, number),
+        "adapted_inference": lambda number: plain(tuned.objective.sequences, rows),
         "inference": lambda number: plain(base.sequences, rows),
         "sequential": sequential,
     }
@@ -116,7 +117,7 @@ def measure_times(edge: Path, plain_edge: Path | None, rounds: int) -> dict[str,
             if number:
                 seconds[name].append(time.perf_counter() - begun)
     medians = {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}
-    pairs = [("step", "inference"), ("sequential", "step"), ("inference", "plain_inference")]
+    pairs = [("step", "adapted_inference"), ("step", "inference"), ("sequential", "step"), ("inference", "plain_inference")]
     ratios = {
         f"{one}_over_{two}": statistics.median([a / b for a, b in zip(seconds[one], seconds[two], strict=True)])
         for one, two in pairs
