@@ -112,7 +112,7 @@ def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folde
         eval_rows=options.valid_rows,
         **files.settings, **method.settings,
     )  # fmt: skip
-    rows_at = _rows_by_step(run)
+    rows_at = rows_by_step(run)
     places = {rows: max((step for step, spent in rows_at.items() if spent <= rows), default=None) for rows in budgets(options.rows, 4)}
     chosen = {rows: step for rows, step in places.items() if step is not None}
     measured = measure(edge, run, files, {*chosen.values(), result.best_step, result.steps})
@@ -149,9 +149,10 @@ def _first(path: Path, rows: int, folder: Path) -> Path:
     return folder / path.name
 
 
-def _rows_by_step(folder: Path) -> dict[int, int]:
+def rows_by_step(folder: Path) -> dict[int, int]:
+    """Rows of forward that a run had spent at every step."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return {line["step"]: line["forward_rows"] for line in lines if "forward_rows" in line}
+    return {line["step"]: line["forward_rows"] for line in lines if {"step", "forward_rows"} <= line.keys()}
 
 
 def measure(edge: Path, run: Path, files: Files, steps: Iterable[int]) -> dict[int, float]:
