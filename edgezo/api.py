@@ -12,7 +12,7 @@ from edgezo.manifest_reader import read_manifest
 from edgezo.recipe import task_settings
 from edgezo.runtime.class_metrics import ClassCounts
 from edgezo.runtime.corpus import read_data
-from edgezo.runtime.data import Row, read_rows
+from edgezo.runtime.data import Row, read_rows, where
 from edgezo.runtime.dataset import row_limit, task_of, tokenize_data
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.examples import make_examples
@@ -120,14 +120,13 @@ def tune(
 
 
 def _refuse_moved(run: PathLike, recorded: TuneConfig, given: Mapping[str, Any]) -> None:
-    """Refuse a run whose data files are elsewhere now, or whose paths were relative to another folder."""
+    """Refuse to resume where the run's data files are not found: moved, or recorded relative to another folder."""
     paths = {name: getattr(recorded, name) for name in ("data", "valid") if name not in given}
     missing = {name: path for name, path in paths.items() if path is not None and not Path(path).exists()}
     if missing:
-        found = " and ".join(f"--{name} {path}" for name, path in missing.items())
-        where = "there any more" if all(map(os.path.isabs, missing.values())) else f"in {Path.cwd()}, and paths are as they were given"
+        found = " and ".join(f"--{name} {path} (not {where(path)})" for name, path in missing.items())
         say = " ".join(f"--{name} PATH" for name in missing)
-        raise DataError(f"{run}: {found}, recorded in the run: not {where}; say where by {say}")
+        raise DataError(f"{run}: the run's data was not found: {found}; go to the folder it was started in, or say where it is: {say}")
 
 
 def evaluate(

@@ -71,6 +71,7 @@ def verify_command(
 ) -> None:
     """Check a run: checksums of its journal, hashes of its data and base, and on request its scalars."""
     from edgezo.runtime.check import check_run
+    from edgezo.runtime.data import where
     from edgezo.runtime.model import EdgeModel
 
     if every is not None and base is None:
@@ -92,7 +93,7 @@ def verify_command(
         "largest_loss_difference": found.largest_loss_difference,
     }
     left = [
-        f"{path} (not {'there' if Path(path).is_absolute() else f'in {Path.cwd()}'})"
+        f"{path} (not {where(path)}{'' if Path(path).is_absolute() else '; verify where the run was started'})"
         for path, state in found.files.items()
         if state == "not there"
     ]

@@ -50,7 +50,12 @@ def _no_file(path: Path) -> str:
         return f"a folder, not a data file; {WANTED}"
     if path.exists():
         return "a pipe or a device, which is read only once; save the rows in a file"
-    return f"no such data file{'' if path.is_absolute() else f' in {Path.cwd()}'}; check the path"
+    return f"no such data file{'' if path.is_absolute() else f' {where(path)}'}; check the path"
+
+
+def where(path: str | Path) -> str:
+    """Where a path is looked for, in words after "not": in the working directory if it is relative."""
+    return "there" if Path(path).is_absolute() else f"in {Path.cwd()}"
 
 
 def _first_bad_byte(path: Path) -> int:

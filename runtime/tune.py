@@ -17,7 +17,7 @@ from edgezo.runtime.journal_records import head_record
 from edgezo.runtime.liveness import prove_live
 from edgezo.runtime.lora import Lora
 from edgezo.runtime.memory import fit_batches, refuse_less_than_weights
-from edgezo.runtime.model import COPIES_VERSION, EdgeModel
+from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.replay import check_base, replay
 from edgezo.runtime.reports import Reporter, StepReport, TuneResult
@@ -144,7 +144,8 @@ def _proven_theta(model: EdgeModel, config: TuneConfig, dataset: Dataset, start:
     if measuring is not config:
         weights.eps = max(config.eps or 0.0, first_scale(model))  # the proof perturbs by it
     theta = Theta(model, measuring, weights, Objective(Sequences(model), dataset.task, config))
-    if theta.objective.generates and isinstance(model.adapter, Lora) and model.manifest.version < COPIES_VERSION:
+    older = model.device is None and isinstance(model.adapter, Lora) and not model.generates_copies
+    if theta.objective.generates and older:
         reporter.notice(
             f"{model.directory}: exported before answers of several directions could share a forward; export again for faster steps"
         )

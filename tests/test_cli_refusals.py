@@ -190,10 +190,25 @@ def test_resuming_from_another_folder(
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     again = ["tune", str(tmp_path / "edge"), "-o", str(tmp_path / run), "--resume"]
-    expected = f"{tmp_path / run}: --data rows.jsonl and --valid rows.jsonl, recorded in the run: not in {elsewhere}, and paths are as they were given; say where by --data PATH --valid PATH"
-    assert refusal(*again) == expected
-    assert command("verify", str(tmp_path / run)).out.endswith(f"not checked: rows.jsonl (not in {elsewhere}), the base (--base DIR)\n")
-    assert command(*again, *(part for name in ("data", "valid") for part in (f"--{name}", str(tmp_path / "rows.jsonl")))).code == 0
+    here = f"rows.jsonl (not in {elsewhere}"
+    begun, end = f"{tmp_path / run}: the run's data was not found: ", "; go to the folder it was started in, or say where it is: "
+    assert refusal(*again) == f"{begun}--data {here}) and --valid {here}){end}--data PATH --valid PATH"
+    data = str(tmp_path / "rows.jsonl")
+    assert refusal(*again, "--data", data) == f"{begun}--valid {here}){end}--valid PATH"
+    expected = f"not checked: {here}; verify where the run was started), the base (--base DIR)\n"
+    assert command("verify", str(tmp_path / run)).out.endswith(expected)
+    assert command(*again, "--data", data, "--valid", data).code == 0
+
+
+def test_resuming_when_the_data_is_gone(refusal: Callable[..., str], command: Command, tmp_path: Path) -> None:
+    data = tmp_path / "gone.jsonl"
+    data.write_bytes((tmp_path / "rows.jsonl").read_bytes())
+    assert command("tune", "edge", "-o", "run", *TASK, "--data", str(data), "--steps", "1", "--lr", "1e-4", "--start", "none").code == 0
+    data.unlink()
+    expected = (
+        f"run: the run's data was not found: --data {data} (not there); go to the folder it was started in, or say where it is: --data PATH"
+    )
+    assert refusal("tune", "edge", "-o", "run", "--resume") == expected
 
 
 @pytest.mark.parametrize("name", ["eval", "generate", "tune"])

@@ -11,8 +11,8 @@ from objective_rows import objective_of
 from tiny_adapters import digest, make_theta, perturbed
 
 import edgezo
+from edgezo.runtime import device as device_module
 from edgezo.runtime import model as edge_model
-from edgezo.runtime import tune
 from edgezo.runtime.batch_generate import generate_batch
 from edgezo.runtime.estimators import ESTIMATORS
 from edgezo.runtime.lora import Lora
@@ -177,8 +177,7 @@ def test_an_older_edge_model_writes_under_one_copy_after_the_other(
     lora_dir: Path, prefix_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert theta_of(lora_dir, tmp_path / "start").model.generates_copies
-    for module in (edge_model, tune):
-        monkeypatch.setattr(module, "COPIES_VERSION", 99)  # its manifest is of a version before
+    monkeypatch.setattr(edge_model, "COPIES_VERSION", 99)  # its manifest is of a version before
     theta = theta_of(lora_dir, tmp_path / "start")
     groups = objective_under(theta, monkeypatch)
     shapes = batches(theta.model, monkeypatch)
@@ -189,12 +188,14 @@ def test_an_older_edge_model_writes_under_one_copy_after_the_other(
     data, notices = tmp_path / "rows.jsonl", list[str]()
     data.write_text("".join(f'{{"prompt": "the film {number}", "answer": "good"}}\n' for number in range(4)))
     settings: dict[str, Any] = {"start": "none", "steps": 1, "directions": 2, "batch": 1, "eps": 0.1, "lr": 1e-3, "max_tokens": 2}
-    for number, (directory, told) in enumerate([(lora_dir, 1), (prefix_dir, 0)]):
+    monkeypatch.setitem(device_module.DEVICES, "cuda", device_module.Device("cpu", "CPUExecutionProvider", {}))
+    for number, (directory, device, told) in enumerate([(lora_dir, "cpu", 1), (prefix_dir, "cpu", 0), (lora_dir, "cuda", 0)]):
         edgezo.tune(
             directory,
             tmp_path / f"run{number}",
             data=str(data),
             objective="f1",
+            device=device,
             **settings,
             reporter=edgezo.Reporter(notice=notices.append),
         )

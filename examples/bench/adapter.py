@@ -87,7 +87,7 @@ def plain(sequences: Sequences, rows: list[Example]) -> None:
 
 
 def measure_times(edge: Path, plain_edge: Path | None, rounds: int) -> dict[str, float]:
-    """Seconds of a stacked step, of inference of the same rows with the adapter as it is and without one, and of 16 sequential two-sided steps of two rows.
+    """Median seconds, and their ratios: a stacked step, inference of the same rows with its adapter and without, 16 sequential two-sided steps of two rows.
 
     With the same base without branch points, also of inference there.
     """

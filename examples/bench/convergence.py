@@ -27,7 +27,7 @@ from edgezo.runtime.dataset import task_of, tokenize_data
 from edgezo.runtime.masked import ModelFacts
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
-from edgezo.runtime.run import read_run
+from edgezo.runtime.run import METRICS, read_run
 from edgezo.runtime.scoring import Sequences
 
 OWN = Path(__file__).parent
@@ -151,7 +151,8 @@ def _first(path: Path, rows: int, folder: Path) -> Path:
 
 def rows_by_step(folder: Path) -> dict[int, int]:
     """Rows of forward that a run had spent at every step."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    lines = map(json.loads, (folder / METRICS).read_text(encoding="utf-8").splitlines())
+    # the line of a process's opening has rows and no step
     return {line["step"]: line["forward_rows"] for line in lines if {"step", "forward_rows"} <= line.keys()}
 
 
