@@ -126,7 +126,7 @@ def _refuse_moved(run: PathLike, recorded: TuneConfig, given: Mapping[str, Any])
     if missing:
         found = " and ".join(f"--{name} {path} (not {where(path)})" for name, path in missing.items())
         say = " ".join(f"--{name} PATH" for name in missing)
-        raise DataError(f"{run}: the run's data was not found: {found}; go to the folder it was started in, or say where it is: {say}")
+        raise DataError(f"{run}: the run's data was not found: {found}; go to the folder it was last tuned in, or say where it is: {say}")
 
 
 def evaluate(

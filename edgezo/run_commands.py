@@ -93,7 +93,7 @@ def verify_command(
         "largest_loss_difference": found.largest_loss_difference,
     }
     left = [
-        f"{path} (not {where(path)}{'' if Path(path).is_absolute() else '; verify where the run was started'})"
+        f"{path} (not {where(path)}{'' if Path(path).is_absolute() else '; verify where the run was last tuned'})"
         for path, state in found.files.items()
         if state == "not there"
     ]

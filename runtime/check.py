@@ -61,7 +61,7 @@ def check_run(
     files = {path: _state(path, run.header.get(name)) for name, path in (("data", run.config.data), ("valid", run.config.valid)) if path}
     if run.header.get("init") is not None:
         files[INIT] = _state(str(directory / INIT), run.header.get("init"))
-    problems = [f"{path} is not the file the run was made with" for path, state in files.items() if state == "changed"]
+    problems = [f"{Path(path).absolute()} is not the file the run was made with" for path, state in files.items() if state == "changed"]
     ended, made = read_summary(directory).get("steps"), len(run.records)
     if isinstance(ended, int) and ended > made and not run.journal.undos:  # steps that were taken back may be behind it
         problems.append(
