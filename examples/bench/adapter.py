@@ -1,4 +1,4 @@
-"""Stacked LoRA directions on frozen bases: a step over plain inference of the same rows, in time and memory; smoothness of the base.
+"""Stacked LoRA directions on frozen bases: a step over inference of the same rows, with the adapter and without, in time and memory; smoothness of the base.
 
     python -m examples.bench.adapter EDGE... [--data FILE --template T --labels L] [--plain EDGE] [--whole] [--rounds 7] [--device cuda] [--json]
 
