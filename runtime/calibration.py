@@ -1,27 +1,33 @@
 """What a run that was given no eps or no lr takes instead: measured before its first step, told in a few lines, and kept in its journal."""
 
 import time
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from edgezo.config import DEFAULT_STEPS, LARGEST_LR, TuneConfig
-from edgezo.errors import ConfigError
+from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime import noise
 from edgezo.runtime.dataset import Dataset
 from edgezo.runtime.estimators import ESTIMATORS
+from edgezo.runtime.journal_records import StepRecord
 from edgezo.runtime.landscape import FULL_ROWS, UNRELIABLE, Landscape, Scale, learning_rate, survey
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.objective import Objective
+from edgezo.runtime.replay import apply_records
+from edgezo.runtime.rules.rule import Rule
 from edgezo.runtime.smoothness import PROBE_STEP
-from edgezo.runtime.theta import Theta
+from edgezo.runtime.theta import Theta, step_directions
 
 LARGEST = {"lora": 4, "prefix": 4, None: 0}  # k of the largest scale 2^k; tensors of a base have values below 1
 FIRST = {"lora": -6, "prefix": -4, None: -10}  # where to begin: near what models of 100M to 1B parameters have
 LEAST = -20
 IN_PLACE_DIRECTIONS = 8  # one after the other, of two rows each
 FAR = 10.0  # times the measured rate: told when a given one is so far from it
+TRIAL_STEPS, TRIED = 8, 40  # steps that are tried, at the rate of a run of so many; shorter ones have no trial
 
 
 class Calibration(NamedTuple):
@@ -44,36 +50,84 @@ def first_scale(model: EdgeModel) -> float:
     return float(2.0 ** FIRST[_kind(model)])
 
 
-def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset, opened: float) -> Calibration:
+def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset, opened: float, start: Path | None = None) -> Calibration:
     """Measure what `config` leaves open; a given eps or lr is kept.
 
+    Without rows of the head the first steps may change the loss around theta as no later ones do (labels out of balance): lr is then measured again
+    after a few of them, which are taken back.
+
     Args:
-        theta: at the start, of `measuring_config`; to be made anew afterwards, its grid is coarse.
+        theta: at the start, of `measuring_config`; to be made anew afterwards, its grid is coarse and trial steps may have moved it.
         config: of the run.
         dataset: rows to measure on.
         opened: when the run's minutes began, by `time.monotonic`.
+        start: tensors that the run starts from, as of `mutable_weights`.
 
     Raises:
         NonFiniteLossError: the loss is not finite near the start.
         ConfigError: weight decay at the measured lr would undo every step.
     """
-    kind = _kind(theta.model)
     probe = _Probe(theta, dataset)
-    found = survey(probe, FIRST[kind], LEAST, LARGEST[kind])
+    found = _survey(probe)
     theta.weights.flush()
     steps = _expected_steps(config, probe.row_seconds, dataset, time.monotonic() - opened)
     # of the 64 rows of a step none changed in 7 of 9 steps at a quarter of the reach; at the reach 1 to 5 did in 12 of 14 (`edgezo tune
     # --objective accuracy --start none --batch 4`, SST-2, SmolLM2-135M, LoRA)
     eps = config.eps or (found.eps if theta.objective.smooth else found.reach)
-    measured = learning_rate(found, theta.rule, config.schedule, config.warmup, steps, config.directions, config.rows / config.directions)
-    lr = config.lr or min(measured, LARGEST_LR)
+    tried = None
+    if steps >= TRIED and config.lr is None and theta.objective.smooth and not len(theta.model.head.tokens):
+        lr = _allowed(min(_rate(found, theta.rule, config, TRIED), LARGEST_LR), config)
+        tried = _after_trial(theta, config.model_copy(update={"eps": eps, "lr": lr}), dataset, start)
+        steps = _expected_steps(config, probe.row_seconds, dataset, time.monotonic() - opened)
+    eps = config.eps or min(eps, tried.eps if tried is not None else eps)
+    measured = _rate(_agreed(found, tried), theta.rule, config, steps)
+    resolved = config.model_copy(update={"eps": eps, "lr": _allowed(config.lr or min(measured, LARGEST_LR), config)})
+    facts = {**found.as_dict(), "lr": measured, "steps": steps, "rows": probe.rows}
+    if tried is not None:
+        facts["trial"] = {**tried.as_dict(), "steps": TRIAL_STEPS}
+    return Calibration(resolved, _told(config, resolved, theta.objective.smooth, found, tried, measured, steps, probe.rows), facts)
+
+
+def _rate(found: Landscape, rule: Rule, config: TuneConfig, steps: int) -> float:
+    return learning_rate(found, rule, config.schedule, config.warmup, steps, config.directions, config.rows / config.directions)
+
+
+def _allowed(lr: float, config: TuneConfig) -> float:
     if lr * config.weight_decay >= 1:
         raise ConfigError(
             f"--weight-decay {config.weight_decay:g}: times the measured lr {lr:.3g} is not below 1; give a smaller one, or --lr"
         )
-    resolved = config.model_copy(update={"eps": eps, "lr": lr})
-    facts = {**found.as_dict(), "lr": measured, "steps": steps, "rows": probe.rows}
-    return Calibration(resolved, _told(config, resolved, theta.objective.smooth, found, measured, steps, probe.rows), facts)
+    return lr
+
+
+def _agreed(found: Landscape, tried: Landscape | None) -> Landscape:
+    """What the rate goes by: the landscape after the trial; one that did not lower the loss cannot raise the rate."""
+    if tried is None:
+        return found
+    return tried if tried.loss < found.loss else tried._replace(reach=min(found.reach, tried.reach))
+
+
+def _after_trial(theta: Theta, config: TuneConfig, dataset: Dataset, start: Path | None) -> Landscape | None:
+    """What is measured after the first steps of a run of `config` at its full rate; None where the loss is not finite then."""
+    assert config.lr is not None
+    order, records = dataset.order(), []
+    tried = theta.anew(config, start)
+    try:
+        for step in range(TRIAL_STEPS):
+            estimates = tried.measure(partial(dataset.batch, order), step, config.lr)
+            record = StepRecord(tuple(estimate.projected_grad for estimate in estimates), config.lr, 0.0)
+            tried.step(step_directions(config, step), record.projected_grads, config.lr)
+            records.append(record)
+        tried = tried.anew(theta.config, start)  # whose grid has room for the scales
+        apply_records(config, records, tried.weights, tried.rule)
+        return _survey(_Probe(tried, dataset))
+    except NonFiniteLossError:
+        return None
+
+
+def _survey(probe: "_Probe") -> Landscape:
+    kind = _kind(probe.theta.model)
+    return survey(probe, FIRST[kind], LEAST, LARGEST[kind])
 
 
 class _Probe:
@@ -112,8 +166,18 @@ def _expected_steps(config: TuneConfig, row_seconds: float, dataset: Dataset, sp
     return steps
 
 
-def _told(config: TuneConfig, resolved: TuneConfig, smooth: bool, found: Landscape, measured: float, steps: int, rows: int) -> list[str]:
+def _told(
+    config: TuneConfig,
+    resolved: TuneConfig,
+    smooth: bool,
+    before: Landscape,
+    tried: Landscape | None,
+    measured: float,
+    steps: int,
+    rows: int,
+) -> list[str]:
     """What was chosen and why; what was given and does not fit."""
+    found = tried if tried is not None and tried.eps < before.eps else before  # whose eps it is
     lines = []
     if found.change > UNRELIABLE:
         lines.append(
@@ -128,8 +192,9 @@ def _told(config: TuneConfig, resolved: TuneConfig, smooth: bool, found: Landsca
             f"eps {resolved.eps:.3g}, measured on {rows} rows: projected gradients there and at a quarter of it differ by {100 * found.change:.0f} %"
         )
     if config.lr is None:
+        after = "" if tried is None else f", after {TRIAL_STEPS} steps that were tried and taken back; {before.reach:.3g} before them"
         lines.append(
-            f"lr {resolved.lr:.3g} ({config.rule}, {config.schedule}, about {steps} steps of {config.directions} x {config.batch} rows): random steps reach {found.reach:.3g} in all, where half of a projected gradient is left"
+            f"lr {resolved.lr:.3g} ({config.rule}, {config.schedule}, about {steps} steps of {config.directions} x {config.batch} rows): random steps reach {_agreed(before, tried).reach:.3g} in all, where half of a projected gradient is left{after}"
         )
     elif not 1 / FAR <= config.lr / measured <= FAR:
         direction = "diverge" if config.lr > measured else "learn little"

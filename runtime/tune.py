@@ -88,7 +88,7 @@ def tune(
         dataset = dataset.with_offsets(exact.offsets if previous is None else previous.journal.offsets)
         if theta.config is not config:
             reporter.stage("measuring the loss around the start")
-            measured = calibrate(theta, config, dataset, opened)
+            measured = calibrate(theta, config, dataset, opened, start)
             config, theta = measured.config, theta.anew(measured.config, start)
             header = {**header, "config": config.model_dump(), "calibration": measured.facts}
             for line in measured.told:
