@@ -65,6 +65,8 @@ def verify_command(
     every: Annotated[
         int | None, typer.Option("--every", metavar="K", min=1, help="Derive every K-th step again by its forward passes; needs --base.")
     ] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Where its training rows are now.")] = None,
+    valid: Annotated[str | None, typer.Option("--valid", metavar="FILE", help="Where its validation rows are now.")] = None,
     threads: Threads = None,
     device: Device = "cpu",
     as_json: Json = False,
@@ -76,11 +78,12 @@ def verify_command(
 
     if every is not None and base is None:
         raise ConfigError(f"--every {every}: needs the weights; add --base DIR")
+    moved = {name: path for name, path in (("data", data), ("valid", valid)) if path is not None}
     with terminal.stages() as progress:
         model = EdgeModel(base, threads=threads, device=device) if base is not None else None
         if every is not None:
             progress("replaying, with forward passes on the way")
-        found = check_run(run, model, every)
+        found = check_run(run, model, every, moved=moved)
     facts: dict[str, Any] = {
         "run": str(run),
         "steps": found.steps,
@@ -92,11 +95,7 @@ def verify_command(
         "steps_derived_again": found.derived,
         "largest_loss_difference": found.largest_loss_difference,
     }
-    left = [
-        f"{path} (not {where(path)}{'' if Path(path).is_absolute() else '; verify where the run was last tuned'})"
-        for path, state in found.files.items()
-        if state == "not there"
-    ]
+    left = [f"{path} (not {where(path)}{f'; say where it is: {options}' if options else ''})" for path, options in found.missing.items()]
     left += ["the base (--base DIR)"] if base is None else [] if every else ["the scalars of steps (--every K)"]
     parts = [f"not checked: {', '.join(left)}"] if left else []
     parts += [f"{found.torn_bytes} torn bytes at the end, which a resume cuts off"] if found.torn_bytes else []

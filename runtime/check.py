@@ -1,18 +1,21 @@
 """Whether a run can be believed: its checksums, its files, and its scalars derived again by forward passes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from edgezo.errors import RunError
 from edgezo.runtime.corpus import sha256_data
 from edgezo.runtime.dataset import read_dataset
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.replay import check_base
-from edgezo.runtime.run import DECISIVE, INIT, SUMMARY, Run, check_same, journal_header, read_run, read_summary
+from edgezo.runtime.run import DECISIVE, INIT, SUMMARY, Run, journal_header, read_run, read_summary
+from edgezo.runtime.run_directory import check_same
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions
 from edgezo.storage import JOURNAL, sha256_file
@@ -25,8 +28,9 @@ LOSS_TOLERANCE = (
 class Findings(NamedTuple):
     """What a check of a run found. `problems` is empty when all is well.
 
-    files: data file to "as recorded", "changed" or "not there". derived: scalars derived again. largest_loss_difference: over these, of
-    (L+ + L-) / 2 and of (L+ - L-) / 2, in units of the objective.
+    files: file to "as recorded", "changed" or "not there". missing: by path of a file that is not there the options that say where it is
+    now, "" where none does. derived: scalars derived again. largest_loss_difference: over these, of (L+ + L-) / 2 and of (L+ - L-) / 2,
+    in units of the objective.
     """
 
     steps: int
@@ -34,6 +38,7 @@ class Findings(NamedTuple):
     torn_bytes: int
     journal_sha256: str
     files: dict[str, str]
+    missing: dict[str, str]
     derived: int
     largest_loss_difference: float | None
     problems: list[str]
@@ -44,6 +49,7 @@ def check_run(
     model: EdgeModel | None = None,
     every: int | None = None,
     progress: Callable[[int], None] = lambda step: None,
+    moved: Mapping[str, str] = MappingProxyType({}),
 ) -> Findings:
     """Check the checksums of a run's journal, that it has all its steps, and the hashes of its files; with `model` also its base, with `every` its scalars.
 
@@ -52,13 +58,18 @@ def check_run(
         model: the base, freshly opened; its weights are brought to the last step when `every` is given.
         every: derive the scalars of every so-manieth step again, by its forward passes at the replayed weights.
         progress: told the number of steps done.
+        moved: where the run's `data` and `valid` are now, of those that are elsewhere than the run has them.
 
     Raises:
-        RunError: the journal cannot be read or was changed, or the run is of another base.
+        RunError: the journal cannot be read or was changed, the run is of another base, or it has no such file as in `moved`.
         DataError: the data, needed for `every`, cannot be read.
     """
     run = read_run(directory)
-    files = {path: _state(path, run.header.get(name)) for name, path in (("data", run.config.data), ("valid", run.config.valid)) if path}
+    if unknown := [name for name in moved if run.header.get(name) is None]:
+        raise RunError(f"{directory}: the run was made without --{unknown[0]}; leave it out")
+    run = run._replace(config=run.config.model_copy(update=dict(moved)))
+    given = [(name, path) for name, path in (("data", run.config.data), ("valid", run.config.valid)) if path]
+    files = {path: _state(path, run.header.get(name)) for name, path in given}
     if run.header.get("init") is not None:
         files[INIT] = _state(str(directory / INIT), run.header.get("init"))
     problems = [f"{Path(path).absolute()} is not the file the run was made with" for path, state in files.items() if state == "changed"]
@@ -80,6 +91,7 @@ def check_run(
         run.journal.torn_bytes,
         sha256_file(directory / JOURNAL),
         files,
+        {path: " ".join(f"--{name} FILE" for name, used in given if used == path) for path, state in files.items() if state == "not there"},
         derived,
         largest,
         problems,

@@ -24,7 +24,8 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.optimizer import schedule_factor
 from edgezo.runtime.replay import apply_records
 from edgezo.runtime.reports import Reporter, StepReport, TuneResult, append_lines, write_step
-from edgezo.runtime.run import METRICS, Run, write_summary
+from edgezo.runtime.run import METRICS, Run
+from edgezo.runtime.run_directory import write_summary
 from edgezo.runtime.signals import stop_signals
 from edgezo.runtime.theta import Theta, step_directions
 from edgezo.runtime.watch import LEVEL_STEPS, Rise, find_rise, lowest_level, worse_than_start
@@ -89,6 +90,8 @@ class Tuner:
         step = len(self.records)
         if self.config.total_steps != 0 and self._progress(step, self.spent_seconds) >= 1:
             self.reporter.notice(self._nothing_left(step))
+        elif self.config.total_steps == 0 and self.config.start == "none":
+            self.reporter.notice("--steps 0 --start none: nothing is tuned, the run holds what it started from")
         with stop_signals() as stopping, append_lines(self.directory / METRICS) as metrics:
             opened = {"opening_seconds": opening_seconds, "forward_rows": self.forward_rows, "seconds": self.spent_seconds}
             metrics.write(json.dumps({name: round(value, 3) for name, value in opened.items()}) + "\n")

@@ -14,7 +14,8 @@ from edgezo.config import TuneConfig, make_config
 from edgezo.inspection import unused_settings
 from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.journal_records import EVALUATION_BYTES, STEP_BYTES
-from edgezo.runtime.run import held_run, read_run
+from edgezo.runtime.run import read_run
+from edgezo.runtime.run_directory import held_run
 from edgezo.runtime.tuner import Tuner
 
 

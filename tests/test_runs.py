@@ -237,8 +237,11 @@ def test_verify_shows_its_findings_and_fails_on_a_problem(command: Callable[...,
     assert out.endswith("verdict                  no fault found\n")
     Path(reviews).rename(Path(reviews).with_name("moved.jsonl"))
     _, out, _ = command("verify", run)
-    expected = f"no fault found; not checked: {reviews} (not there), the base (--base DIR)\n"
+    expected = f"no fault found; not checked: {reviews} (not there; say where it is: --data FILE --valid FILE), the base (--base DIR)\n"
     assert out.endswith(expected)
+    moved = str(Path(reviews).with_name("moved.jsonl"))
+    found = check_run(run, EdgeModel(exported_dir, threads=1), every=5, moved={"data": moved, "valid": moved})
+    assert (found.files, found.missing, found.derived, found.problems) == ({moved: "as recorded"}, {}, 3, [])
     Path(reviews).write_text("{}\n")
     code, out, err = command("verify", run, "--json")
     assert (code, json.loads(out)["files"]) == (1, {reviews: "changed"})

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from edgezo.config import make_config
 from edgezo.demo import TEMPLATE, TOPICS
 from edgezo.runtime import noise
-from edgezo.runtime import run as run_module
+from edgezo.runtime import theta as theta_module
 from edgezo.runtime import tune as tune_module
 from edgezo.runtime.grid import Additions, GridTensor, sign_values
 from edgezo.runtime.model import EdgeModel
@@ -27,7 +27,7 @@ from edgezo.runtime.samplers.sampler import Sampler
 from edgezo.runtime.weights import MutableWeights
 
 NOTES = Path(__file__).parents[1] / "notes"
-SETTINGS = {"lr": 4e-5, "eps": 1e-3, "batch": 8}
+SETTINGS = {"lr": 4e-5, "eps": 1e-3, "batch": 8, "start": "none"}
 FRESH = 9  # key word of a stream that nothing else draws from
 CHUNK = 1 << 16
 
@@ -61,7 +61,7 @@ def measure(edge: Path, kind: type[NumPyPasses], seed: int, steps: int) -> dict[
         tunable: dict[str, Floats] = model.weights
         return MutableWeights(kind(tunable, model.threads), eps=config.eps)
 
-    tune_module.mutable_weights = run_module.mutable_weights = make
+    tune_module.mutable_weights = theta_module.mutable_weights = make
     settings = {
         **SETTINGS,
         "steps": steps,
