@@ -179,7 +179,9 @@ def test_minutes_count_what_comes_before_the_first_step(exported_dir: Path, revi
     assert notices[-1] == "nothing to tune: --steps 1, and as many are done; give more --steps and --minutes"
 
 
-def test_a_run_without_steps_and_without_an_exact_start_says_that_nothing_is_tuned(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+def test_a_run_without_steps_and_without_an_exact_start_says_that_nothing_is_tuned(
+    exported_dir: Path, reviews: str, tmp_path: Path
+) -> None:
     notices: list[str] = []
     edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=0, **SETTINGS, reporter=Reporter(notice=notices.append))
     assert notices[-1] == "--steps 0 --start none: nothing is tuned, the run holds what it started from"
