@@ -80,12 +80,24 @@ def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset, opened: float,
         tried = _after_trial(theta, config.model_copy(update={"eps": eps, "lr": lr}), dataset, start)
         steps = _expected_steps(config, probe.row_seconds, dataset, time.monotonic() - opened)
     eps = config.eps or min(eps, tried.eps if tried is not None else eps)
-    measured = _rate(_agreed(found, tried), theta.rule, config, steps)
-    resolved = config.model_copy(update={"eps": eps, "lr": _allowed(config.lr or min(measured, LARGEST_LR), config)})
-    facts = {**found.as_dict(), "lr": measured, "steps": steps, "rows": probe.rows}
-    if tried is not None:
-        facts["trial"] = {**tried.as_dict(), "steps": TRIAL_STEPS}
-    return Calibration(resolved, _told(config, resolved, theta.objective.smooth, found, tried, measured, steps, probe.rows), facts)
+    measured = _Measured(found, tried, _rate(_agreed(found, tried), theta.rule, config, steps), steps, probe.rows)
+    resolved = config.model_copy(update={"eps": eps, "lr": _allowed(config.lr or min(measured.lr, LARGEST_LR), config)})
+    return Calibration(resolved, _told(config, resolved, theta.objective.smooth, measured), measured.facts())
+
+
+class _Measured(NamedTuple):
+    """The loss around the start, and after trial steps where there were any; the rate of so many steps that goes by them."""
+
+    start: Landscape
+    tried: Landscape | None
+    lr: float
+    steps: int
+    rows: int
+
+    def facts(self) -> dict[str, Any]:
+        """Numbers for the journal."""
+        trial = {"trial": {**self.tried.as_dict(), "steps": TRIAL_STEPS}} if self.tried is not None else {}
+        return {**self.start.as_dict(), "lr": self.lr, "steps": self.steps, "rows": self.rows, **trial}
 
 
 def _rate(found: Landscape, rule: Rule, config: TuneConfig, steps: int) -> float:
@@ -166,18 +178,10 @@ def _expected_steps(config: TuneConfig, row_seconds: float, dataset: Dataset, sp
     return steps
 
 
-def _told(
-    config: TuneConfig,
-    resolved: TuneConfig,
-    smooth: bool,
-    before: Landscape,
-    tried: Landscape | None,
-    measured: float,
-    steps: int,
-    rows: int,
-) -> list[str]:
+def _told(config: TuneConfig, resolved: TuneConfig, smooth: bool, measured: _Measured) -> list[str]:
     """What was chosen and why; what was given and does not fit."""
-    found = tried if tried is not None and tried.eps < before.eps else before  # whose eps it is
+    start, tried, rate, steps, rows = measured
+    found = tried if tried is not None and tried.eps < start.eps else start  # whose eps it is
     lines = []
     if found.change > UNRELIABLE:
         lines.append(
@@ -192,14 +196,14 @@ def _told(
             f"eps {resolved.eps:.3g}, measured on {rows} rows: projected gradients there and at a quarter of it differ by {100 * found.change:.0f} %"
         )
     if config.lr is None:
-        after = "" if tried is None else f", after {TRIAL_STEPS} steps that were tried and taken back; {before.reach:.3g} before them"
+        after = "" if tried is None else f", after {TRIAL_STEPS} steps that were tried and taken back; {start.reach:.3g} before them"
         lines.append(
-            f"lr {resolved.lr:.3g} ({config.rule}, {config.schedule}, about {steps} steps of {config.directions} x {config.batch} rows): random steps reach {_agreed(before, tried).reach:.3g} in all, where half of a projected gradient is left{after}"
+            f"lr {resolved.lr:.3g} ({config.rule}, {config.schedule}, about {steps} steps of {config.directions} x {config.batch} rows): random steps reach {_agreed(start, tried).reach:.3g} in all, where half of a projected gradient is left{after}"
         )
-    elif not 1 / FAR <= config.lr / measured <= FAR:
-        direction = "diverge" if config.lr > measured else "learn little"
+    elif not 1 / FAR <= config.lr / rate <= FAR:
+        direction = "diverge" if config.lr > rate else "learn little"
         lines.append(
-            f"warning: --lr {config.lr:.3g} is kept, {measured:.3g} was measured for {steps} steps; the run may {direction}, leave --lr out"
+            f"warning: --lr {config.lr:.3g} is kept, {rate:.3g} was measured for {steps} steps; the run may {direction}, leave --lr out"
         )
     return lines
 
