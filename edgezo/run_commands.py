@@ -12,6 +12,7 @@ from edgezo.storage import sha256_file
 
 if TYPE_CHECKING:
     from edgezo.manifest import Tuned
+    from edgezo.runtime.check import CheckedFile
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory made by `edgezo tune`.")]
 
@@ -65,37 +66,35 @@ def verify_command(
     every: Annotated[
         int | None, typer.Option("--every", metavar="K", min=1, help="Derive every K-th step again by its forward passes; needs --base.")
     ] = None,
-    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Where its training rows are now.")] = None,
-    valid: Annotated[str | None, typer.Option("--valid", metavar="FILE", help="Where its validation rows are now.")] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="PATH", help="Where its training rows are now.")] = None,
+    valid: Annotated[str | None, typer.Option("--valid", metavar="PATH", help="Where its validation rows are now.")] = None,
     threads: Threads = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Check a run: checksums of its journal, hashes of its data and base, and on request its scalars."""
     from edgezo.runtime.check import check_run
-    from edgezo.runtime.data import where
     from edgezo.runtime.model import EdgeModel
 
     if every is not None and base is None:
         raise ConfigError(f"--every {every}: needs the weights; add --base DIR")
-    moved = {name: path for name, path in (("data", data), ("valid", valid)) if path is not None}
     with terminal.stages() as progress:
         model = EdgeModel(base, threads=threads, device=device) if base is not None else None
         if every is not None:
             progress("replaying, with forward passes on the way")
-        found = check_run(run, model, every, moved=moved)
+        found = check_run(run, model, every, data=data, valid=valid)
     facts: dict[str, Any] = {
         "run": str(run),
         "steps": found.steps,
         "evaluations": found.evaluations,
         "journal_sha256": found.journal_sha256,
         "torn_bytes": found.torn_bytes,
-        "files": found.files,
+        "files": {file.path: file.state for file in sorted(found.files, key=lambda file: file.state == "changed")},
         "base": "not checked" if base is None else f"{base}, as recorded",
         "steps_derived_again": found.derived,
         "largest_loss_difference": found.largest_loss_difference,
     }
-    left = [f"{path} (not {where(path)}{f'; say where it is: {options}' if options else ''})" for path, options in found.missing.items()]
+    left = [f"{file.path} ({_mend(file)})" for file in found.files if file.state == "not there"]
     left += ["the base (--base DIR)"] if base is None else [] if every else ["the scalars of steps (--every K)"]
     parts = [f"not checked: {', '.join(left)}"] if left else []
     parts += [f"{found.torn_bytes} torn bytes at the end, which a resume cuts off"] if found.torn_bytes else []
@@ -120,6 +119,14 @@ def diff_command(
     if not as_json and facts["settings"]:
         facts |= {f"--{name.replace('_', '-')}": terminal.changed_text(name, *pair) for name, pair in facts.pop("settings").items()}
     terminal.print_facts(facts, as_json)
+
+
+def _mend(file: "CheckedFile") -> str:
+    """What to do about a file that is not there."""
+    from edgezo.runtime.data import where
+
+    how = "restore it from a copy" if file.setting == "init" else f"say where it is: --{file.setting} PATH"
+    return f"not {where(file.path)}; {how}"
 
 
 def _written(output: Path, runs: list[Path], tuned: "list[Tuned]", as_json: bool) -> None:

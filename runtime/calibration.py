@@ -12,7 +12,7 @@ from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime import noise
 from edgezo.runtime.dataset import Dataset
 from edgezo.runtime.estimators import ESTIMATORS
-from edgezo.runtime.journal_records import StepRecord
+from edgezo.runtime.journal_records import StepRecord, as_stored
 from edgezo.runtime.landscape import FULL_ROWS, UNRELIABLE, Landscape, Scale, learning_rate, survey
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
@@ -27,7 +27,8 @@ FIRST = {"lora": -6, "prefix": -4, None: -10}  # where to begin: near what model
 LEAST = -20
 IN_PLACE_DIRECTIONS = 8  # one after the other, of two rows each
 FAR = 10.0  # times the measured rate: told when a given one is so far from it
-TRIAL_STEPS, TRIED = 8, 40  # steps that are tried, at the rate of a run of so many; shorter ones have no trial
+TRIAL_STEPS = 8  # what they raise or lower is known after four on SMS spam; more cost more than a better rate gains a run of 40
+TRIAL_RUN_STEPS = 40  # the rate they take is that of a run of so many; shorter runs have no trial
 
 
 class Calibration(NamedTuple):
@@ -50,14 +51,14 @@ def first_scale(model: EdgeModel) -> float:
     return float(2.0 ** FIRST[_kind(model)])
 
 
-def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset, opened: float, start: Path | None = None) -> Calibration:
+def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset, opened: float, start: Path | None) -> Calibration:
     """Measure what `config` leaves open; a given eps or lr is kept.
 
     Without rows of the head the first steps may change the loss around theta as no later ones do (labels out of balance): lr is then measured again
     after a few of them, which are taken back.
 
     Args:
-        theta: at the start, of `measuring_config`; to be made anew afterwards, its grid is coarse and trial steps may have moved it.
+        theta: at the start, of `measuring_config`; not to be used any more afterwards but by `anew`, since its grid is coarse and trial steps move it.
         config: of the run.
         dataset: rows to measure on.
         opened: when the run's minutes began, by `time.monotonic`.
@@ -74,65 +75,95 @@ def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset, opened: float,
     # of the 64 rows of a step none changed in 7 of 9 steps at a quarter of the reach; at the reach 1 to 5 did in 12 of 14 (`edgezo tune
     # --objective accuracy --start none --batch 4`, SST-2, SmolLM2-135M, LoRA)
     eps = config.eps or (found.eps if theta.objective.smooth else found.reach)
-    tried = None
-    if steps >= TRIED and config.lr is None and theta.objective.smooth and not len(theta.model.head.tokens):
-        lr = _allowed(min(_rate(found, theta.rule, config, TRIED), LARGEST_LR), config)
-        tried = _after_trial(theta, config.model_copy(update={"eps": eps, "lr": lr}), dataset, start)
+    has_trial = steps >= TRIAL_RUN_STEPS and config.lr is None and theta.objective.smooth and not len(theta.model.head.tokens)
+    after = None
+    if has_trial:
+        lr = min(_rate(found, theta.rule, config, TRIAL_RUN_STEPS), LARGEST_LR)
+        after = _after_trial(theta, config.model_copy(update={"eps": eps, "lr": lr}), dataset, start)
         steps = _expected_steps(config, probe.row_seconds, dataset, time.monotonic() - opened)
-    eps = config.eps or min(eps, tried.eps if tried is not None else eps)
-    measured = _Measured(found, tried, _rate(_agreed(found, tried), theta.rule, config, steps), steps, probe.rows)
-    resolved = config.model_copy(update={"eps": eps, "lr": _allowed(config.lr or min(measured.lr, LARGEST_LR), config)})
+    if after is not None and config.eps is None:
+        eps = min(eps, after.eps)
+    trusted = _trusted(found, after, theta.rule, config)
+    measured = _Measured(found, has_trial, after, trusted, _rate(trusted, theta.rule, config, steps), steps, probe.rows)
+    resolved = config.model_copy(update={"eps": eps, "lr": config.lr or min(measured.lr, LARGEST_LR)})
+    _refuse_decay(resolved)
     return Calibration(resolved, _told(config, resolved, theta.objective.smooth, measured), measured.facts())
 
 
 class _Measured(NamedTuple):
-    """The loss around the start, and after trial steps where there were any; the rate of so many steps that goes by them."""
+    """What was measured, and the rate that follows.
+
+    start: the loss around the start. has_trial: whether steps were tried. after: the loss around the weights after them, None where it was not
+    finite. trusted: that of the two by which the rate goes. lr: before it is capped. steps: of the run. rows: that were measured on.
+    """
 
     start: Landscape
-    tried: Landscape | None
+    has_trial: bool
+    after: Landscape | None
+    trusted: Landscape
     lr: float
     steps: int
     rows: int
 
     def facts(self) -> dict[str, Any]:
         """Numbers for the journal."""
-        trial = {"trial": {**self.tried.as_dict(), "steps": TRIAL_STEPS}} if self.tried is not None else {}
-        return {**self.start.as_dict(), "lr": self.lr, "steps": self.steps, "rows": self.rows, **trial}
+        facts = {**self.start.as_dict(), "lr": self.lr, "steps": self.steps, "rows": self.rows}
+        if self.has_trial:
+            facts["trial"] = {"tried_steps": TRIAL_STEPS, **(self.after.as_dict() if self.after is not None else {})}
+        return facts
+
+    def trial(self) -> str:
+        """What the trial did to the rate."""
+        steps = f"{TRIAL_STEPS} steps that were tried and taken back"
+        if not self.has_trial:
+            return ""
+        if self.after is None:
+            return f"; after {steps} the loss was not finite"
+        if self.trusted is self.after:
+            return f", after {steps}; {self.start.reach:.3g} before them"
+        return f"; {steps} did not lower the loss"
+
+
+def _trusted(found: Landscape, after: Landscape | None, rule: Rule, config: TuneConfig) -> Landscape:
+    """That after the trial; but one that did not lower the loss can lower the rate and not raise it."""
+    if after is None:
+        return found
+    return after if after.loss < found.loss else min(found, after, key=lambda one: _rate(one, rule, config, TRIAL_RUN_STEPS))
 
 
 def _rate(found: Landscape, rule: Rule, config: TuneConfig, steps: int) -> float:
     return learning_rate(found, rule, config.schedule, config.warmup, steps, config.directions, config.rows / config.directions)
 
 
-def _allowed(lr: float, config: TuneConfig) -> float:
-    if lr * config.weight_decay >= 1:
+def _refuse_decay(config: TuneConfig) -> None:
+    assert config.lr is not None
+    if _decays_all(config):
         raise ConfigError(
-            f"--weight-decay {config.weight_decay:g}: times the measured lr {lr:.3g} is not below 1; give a smaller one, or --lr"
+            f"--weight-decay {config.weight_decay:g}: times the measured lr {config.lr:.3g} is not below 1; give a smaller one, or --lr"
         )
-    return lr
 
 
-def _agreed(found: Landscape, tried: Landscape | None) -> Landscape:
-    """What the rate goes by: the landscape after the trial; one that did not lower the loss cannot raise the rate."""
-    if tried is None:
-        return found
-    return tried if tried.loss < found.loss else tried._replace(reach=min(found.reach, tried.reach))
+def _decays_all(config: TuneConfig) -> bool:
+    assert config.lr is not None
+    return config.lr * config.weight_decay >= 1
 
 
 def _after_trial(theta: Theta, config: TuneConfig, dataset: Dataset, start: Path | None) -> Landscape | None:
     """What is measured after the first steps of a run of `config` at its full rate; None where the loss is not finite then."""
-    assert config.lr is not None
-    order, records = dataset.order(), []
-    tried = theta.anew(config, start)
+    if _decays_all(config):  # the run's own rate may be below this one
+        config = config.model_copy(update={"weight_decay": 0.0})
+    lr, order, records = float(np.float32(config.lr)), dataset.order(), []
+    moved = theta.anew(config, start)
     try:
         for step in range(TRIAL_STEPS):
-            estimates = tried.measure(partial(dataset.batch, order), step, config.lr)
-            record = StepRecord(tuple(estimate.projected_grad for estimate in estimates), config.lr, 0.0)
-            tried.step(step_directions(config, step), record.projected_grads, config.lr)
+            estimates = moved.measure(partial(dataset.batch, order), step, lr)
+            loss = sum(estimate.loss for estimate in estimates) / len(estimates)
+            record = as_stored(StepRecord(tuple(estimate.projected_grad for estimate in estimates), lr, loss))
+            moved.step(step_directions(config, step), record.projected_grads, record.learning_rate)
             records.append(record)
-        tried = tried.anew(theta.config, start)  # whose grid has room for the scales
-        apply_records(config, records, tried.weights, tried.rule)
-        return _survey(_Probe(tried, dataset))
+        moved = moved.anew(theta.config, start)  # whose grid has room for the scales
+        apply_records(config, records, moved.weights, moved.rule)
+        return _survey(_Probe(moved, dataset))
     except NonFiniteLossError:
         return None
 
@@ -180,8 +211,8 @@ def _expected_steps(config: TuneConfig, row_seconds: float, dataset: Dataset, sp
 
 def _told(config: TuneConfig, resolved: TuneConfig, smooth: bool, measured: _Measured) -> list[str]:
     """What was chosen and why; what was given and does not fit."""
-    start, tried, rate, steps, rows = measured
-    found = tried if tried is not None and tried.eps < start.eps else start  # whose eps it is
+    start, after, rate, steps, rows = measured.start, measured.after, measured.lr, measured.steps, measured.rows
+    found = after if after is not None and after.eps < start.eps else start  # whose eps it is
     lines = []
     if found.change > UNRELIABLE:
         lines.append(
@@ -196,9 +227,8 @@ def _told(config: TuneConfig, resolved: TuneConfig, smooth: bool, measured: _Mea
             f"eps {resolved.eps:.3g}, measured on {rows} rows: projected gradients there and at a quarter of it differ by {100 * found.change:.0f} %"
         )
     if config.lr is None:
-        after = "" if tried is None else f", after {TRIAL_STEPS} steps that were tried and taken back; {start.reach:.3g} before them"
         lines.append(
-            f"lr {resolved.lr:.3g} ({config.rule}, {config.schedule}, about {steps} steps of {config.directions} x {config.batch} rows): random steps reach {_agreed(start, tried).reach:.3g} in all, where half of a projected gradient is left{after}"
+            f"lr {resolved.lr:.3g} ({config.rule}, {config.schedule}, about {steps} steps of {config.directions} x {config.batch} rows): random steps reach {measured.trusted.reach:.3g} in all, where half of a projected gradient is left{measured.trial()}"
         )
     elif not 1 / FAR <= config.lr / rate <= FAR:
         direction = "diverge" if config.lr > rate else "learn little"

@@ -1,21 +1,20 @@
 """Whether a run can be believed: its checksums, its files, and its scalars derived again by forward passes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgezo.errors import RunError
+from edgezo.errors import DataError, RunError
 from edgezo.runtime.corpus import sha256_data
+from edgezo.runtime.data import where
 from edgezo.runtime.dataset import read_dataset
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.replay import check_base
-from edgezo.runtime.run import DECISIVE, INIT, SUMMARY, Run, journal_header, read_run, read_summary
-from edgezo.runtime.run_directory import check_same
+from edgezo.runtime.run import DECISIVE, INIT, SUMMARY, Run, check_same, journal_header, read_run, read_summary
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions
 from edgezo.storage import JOURNAL, sha256_file
@@ -25,20 +24,26 @@ LOSS_TOLERANCE = (
 )
 
 
+class CheckedFile(NamedTuple):
+    """A file of a run: its setting ("data", "valid" or "init"), where it is looked for, and "as recorded", "changed" or "not there"."""
+
+    setting: str
+    path: str
+    state: str
+
+
 class Findings(NamedTuple):
     """What a check of a run found. `problems` is empty when all is well.
 
-    files: file to "as recorded", "changed" or "not there". missing: by path of a file that is not there the options that say where it is
-    now, "" where none does. derived: scalars derived again. largest_loss_difference: over these, of (L+ + L-) / 2 and of (L+ - L-) / 2,
-    in units of the objective.
+    files: those that the journal has hashes of. derived: scalars derived again. largest_loss_difference: over these, of (L+ + L-) / 2
+    and of (L+ - L-) / 2, in units of the objective.
     """
 
     steps: int
     evaluations: int
     torn_bytes: int
     journal_sha256: str
-    files: dict[str, str]
-    missing: dict[str, str]
+    files: list[CheckedFile]
     derived: int
     largest_loss_difference: float | None
     problems: list[str]
@@ -49,7 +54,8 @@ def check_run(
     model: EdgeModel | None = None,
     every: int | None = None,
     progress: Callable[[int], None] = lambda step: None,
-    moved: Mapping[str, str] = MappingProxyType({}),
+    data: str | None = None,
+    valid: str | None = None,
 ) -> Findings:
     """Check the checksums of a run's journal, that it has all its steps, and the hashes of its files; with `model` also its base, with `every` its scalars.
 
@@ -58,21 +64,25 @@ def check_run(
         model: the base, freshly opened; its weights are brought to the last step when `every` is given.
         every: derive the scalars of every so-manieth step again, by its forward passes at the replayed weights.
         progress: told the number of steps done.
-        moved: where the run's `data` and `valid` are now, of those that are elsewhere than the run has them.
+        data: where its training rows are now, if not where the run has them.
+        valid: where its validation rows are now.
 
     Raises:
-        RunError: the journal cannot be read or was changed, the run is of another base, or it has no such file as in `moved`.
-        DataError: the data, needed for `every`, cannot be read.
+        RunError: the journal cannot be read or was changed, the run is of another base, or was made without validation rows to look for.
+        DataError: `data` or `valid` is not there; the data, needed for `every`, cannot be read.
     """
     run = read_run(directory)
-    if unknown := [name for name in moved if run.header.get(name) is None]:
-        raise RunError(f"{directory}: the run was made without --{unknown[0]}; leave it out")
-    run = run._replace(config=run.config.model_copy(update=dict(moved)))
-    given = [(name, path) for name, path in (("data", run.config.data), ("valid", run.config.valid)) if path]
-    files = {path: _state(path, run.header.get(name)) for name, path in given}
-    if run.header.get("init") is not None:
-        files[INIT] = _state(str(directory / INIT), run.header.get("init"))
-    problems = [f"{Path(path).absolute()} is not the file the run was made with" for path, state in files.items() if state == "changed"]
+    moved = {name: path for name, path in (("data", data), ("valid", valid)) if path is not None}
+    for name, path in moved.items():
+        if run.header.get(name) is None:
+            raise RunError(f"{directory}: the run was made without --{name}; leave it out")
+        if not Path(path).exists():
+            raise DataError(f"--{name} {path}: not {where(path)}; say where the file is now")
+    run = run._replace(config=run.config.model_copy(update=moved))
+    paths = {"data": run.config.data, "valid": run.config.valid, "init": str(directory / INIT)}
+    files = [CheckedFile(name, path, _state(path, recorded)) for name, path in paths.items() if path and (recorded := run.header.get(name))]
+    changed = dict.fromkeys(file.path for file in files if file.state == "changed")
+    problems = [f"{Path(path).absolute()} is not the file the run was made with" for path in changed]
     ended, made = read_summary(directory).get("steps"), len(run.records)
     if isinstance(ended, int) and ended > made and not run.journal.undos:  # steps that were taken back may be behind it
         problems.append(
@@ -91,7 +101,6 @@ def check_run(
         run.journal.torn_bytes,
         sha256_file(directory / JOURNAL),
         files,
-        {path: " ".join(f"--{name} FILE" for name, used in given if used == path) for path, state in files.items() if state == "not there"},
         derived,
         largest,
         problems,

@@ -9,7 +9,6 @@ records   kind (1 byte), payload, CRC-32 of kind and payload continued from the 
 
 import json
 import os
-import struct
 import time
 import zlib
 from collections.abc import Sequence
@@ -21,19 +20,16 @@ from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.journal_reader import JournalContents
 from edgezo.runtime.journal_records import (
     CHECKSUM,
-    DIRECTIONS,
-    DIRECTIONS_PAYLOAD,
     LENGTH,
     MAGIC,
     SETTINGS,
-    STEP,
-    STEP_PAYLOAD,
     UNDO,
     UNDO_PAYLOAD,
     Record,
     StepRecord,
     evaluation_records,
     json_record,
+    packed_step,
     step_record,
 )
 from edgezo.storage import write_atomically
@@ -74,11 +70,7 @@ class Journal:
 
     def append(self, record: StepRecord) -> StepRecord:
         """Append one step and return it as stored: the update must use the stored values."""
-        grads, rest = record.projected_grads, (record.learning_rate, record.loss)
-        if len(grads) == 1:
-            kind, payload = STEP, STEP_PAYLOAD.pack(*grads, *rest)
-        else:
-            kind, payload = DIRECTIONS, DIRECTIONS_PAYLOAD.pack(len(grads), *rest) + struct.pack(f"<{len(grads)}f", *grads)
+        kind, payload = packed_step(record)
         self._write(kind, payload)
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()

@@ -83,6 +83,19 @@ def record_bytes(data: bytes, position: int, directions: int) -> int:
     return 0
 
 
+def packed_step(record: StepRecord) -> Record:
+    """A step as it is written."""
+    grads, rest = record.projected_grads, (record.learning_rate, record.loss)
+    if len(grads) == 1:
+        return STEP, STEP_PAYLOAD.pack(*grads, *rest)
+    return DIRECTIONS, DIRECTIONS_PAYLOAD.pack(len(grads), *rest) + struct.pack(f"<{len(grads)}f", *grads)
+
+
+def as_stored(record: StepRecord) -> StepRecord:
+    """A step with the float32 values that a journal holds: updates must use these."""
+    return step_record(*packed_step(record))
+
+
 def step_record(kind: bytes, payload: bytes) -> StepRecord:
     if kind == STEP:
         grad, *rest = STEP_PAYLOAD.unpack(payload)

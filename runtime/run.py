@@ -184,6 +184,30 @@ def is_held(directory: Path) -> bool:
         return False
 
 
+def check_same(previous: Run, config: TuneConfig, header: dict[str, Any]) -> None:
+    """Refuse to continue a run with other settings: it may get more steps or minutes; what its weights depend on must stay."""
+    made = len(previous.records)
+    if config.steps is not None and config.steps < made:
+        raise RunError(
+            f"{previous.directory}: has {made} steps, --steps {config.steps} asks for fewer; give more, or use --step {config.steps} with eval and generate"
+        )
+    files = (("data", config.data, "data"), ("valid", config.valid, "validation data"), ("tokenizer", "the edge model", "tokenizer"))
+    for name, path, shown in files:
+        found, recorded = header[name], previous.header.get(name)
+        if name == "valid" and recorded is None and found is not None:
+            raise RunError(f"{path}: the run was started without {shown}; leave it out or start a new run")
+        if found != recorded:
+            raise RunError(
+                f"{path}: is not the {shown} the run was started with (SHA-256 {str(found)[:12]}, the run has {str(recorded)[:12]}); give the same or start a new run"
+            )
+    old, new = previous.config.model_dump(), config.model_dump()
+    for name in old:
+        if name not in MAY_CHANGE and old[name] != new[name]:
+            raise RunError(
+                f"{previous.directory}: --{name.replace('_', '-')} {new[name]!r} differs from the run's {old[name]!r}; a resumed run keeps it, start a new run to change it"
+            )
+
+
 def read_summary(directory: Path) -> dict[str, Any]:
     """How the run ended when it last did; nothing where that is not known or not readable."""
     try:

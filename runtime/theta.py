@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from edgezo.runtime.passes import NumPyPasses
 from edgezo.runtime.prefix import Prefix
 from edgezo.runtime.prompt_cache import Beginning, perturbed_beginning
 from edgezo.runtime.rules import make_rule
+from edgezo.runtime.rules.rule import Rule
 from edgezo.runtime.samplers import Tunables, make_sampler
 from edgezo.runtime.samplers.layers import LayerSubset
 from edgezo.runtime.weights import MutableWeights
@@ -130,7 +131,11 @@ class Theta:
     def __init__(self, model: EdgeModel, config: TuneConfig, weights: MutableWeights, objective: Objective) -> None:
         self.model, self.config, self.weights, self.objective = model, config, weights, objective
         self.sequences = objective.sequences
-        self.rule = make_rule(config, weights.sizes)
+
+    @cached_property
+    def rule(self) -> Rule:
+        """The update rule, made at its first use: some keep arrays of the size of theta, which a theta that only measures never needs."""
+        return make_rule(self.config, self.weights.sizes)
 
     def anew(self, config: TuneConfig, start: Path | None) -> "Theta":
         """theta at the start of a run of `config`, over the same model, rows of the head and objective; this one is not to be used any more."""

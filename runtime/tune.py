@@ -21,8 +21,8 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.replay import check_base, replay
 from edgezo.runtime.reports import Reporter, StepReport, TuneResult
-from edgezo.runtime.run import INIT, journal_header
-from edgezo.runtime.run_directory import check_same, held_run, open_journal
+from edgezo.runtime.run import INIT, check_same, journal_header
+from edgezo.runtime.run_directory import held_run, open_journal
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.smoothness import smoothness_warning
 from edgezo.runtime.theta import Theta, mutable_weights, write_start

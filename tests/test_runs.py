@@ -123,7 +123,7 @@ def test_an_average_needs_one_finite_number_a_run(exported_dir: Path, run: Path,
 def test_a_good_run_is_verified_to_the_last_scalar(exported_dir: Path, run: Path) -> None:
     found = check_run(run, EdgeModel(exported_dir, threads=1), every=1)
     assert (found.steps, found.evaluations, found.torn_bytes, found.derived, found.problems) == (12, 4, 0, 12, [])
-    assert set(found.files.values()) == {"as recorded"}
+    assert [(file.setting, file.state) for file in found.files] == [("data", "as recorded"), ("valid", "as recorded")]
     assert found.largest_loss_difference is not None
     assert found.largest_loss_difference < 1e-6
 
@@ -147,8 +147,22 @@ def test_a_run_of_several_directions_is_verified_and_a_forged_one_is_found(expor
 def test_changed_data_are_found(run: Path, reviews: str) -> None:
     Path(reviews).write_text('{"text": "other", "label": 0}\n')
     assert check_run(run).problems == [f"{reviews} is not the file the run was made with"] * 1
+    moved = Path(reviews).with_name("moved.jsonl")
+    moved.write_text("")
+    assert check_run(run, data=str(moved)).problems == [
+        f"{moved} is not the file the run was made with",
+        f"{reviews} is not the file the run was made with",
+    ]
     Path(reviews).unlink()
-    assert check_run(run).files == {reviews: "not there"}
+    assert check_run(run).files == [("data", reviews, "not there"), ("valid", reviews, "not there")]
+
+
+def test_the_validation_file_in_place_of_the_training_file_is_found(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    other = tmp_path / "valid.jsonl"
+    other.write_text('{"text": "other", "label": 0}\n')
+    edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=1, **{**SETTINGS, "valid": str(other)})
+    assert check_run(tmp_path / "run").problems == []
+    assert check_run(tmp_path / "run", data=str(other)).problems == [f"{other} is not the file the run was made with"]
 
 
 def test_a_changed_journal_is_refused(run: Path) -> None:
@@ -237,11 +251,13 @@ def test_verify_shows_its_findings_and_fails_on_a_problem(command: Callable[...,
     assert out.endswith("verdict                  no fault found\n")
     Path(reviews).rename(Path(reviews).with_name("moved.jsonl"))
     _, out, _ = command("verify", run)
-    expected = f"no fault found; not checked: {reviews} (not there; say where it is: --data FILE --valid FILE), the base (--base DIR)\n"
+    missing = [f"{reviews} (not there; say where it is: --{name} PATH)" for name in ("data", "valid")]
+    expected = f"no fault found; not checked: {', '.join(missing)}, the base (--base DIR)\n"
     assert out.endswith(expected)
     moved = str(Path(reviews).with_name("moved.jsonl"))
-    found = check_run(run, EdgeModel(exported_dir, threads=1), every=5, moved={"data": moved, "valid": moved})
-    assert (found.files, found.missing, found.derived, found.problems) == ({moved: "as recorded"}, {}, 3, [])
+    found = check_run(run, EdgeModel(exported_dir, threads=1), every=5, data=moved, valid=moved)
+    assert found.files == [("data", moved, "as recorded"), ("valid", moved, "as recorded")]
+    assert (found.derived, found.problems) == (3, [])
     Path(reviews).write_text("{}\n")
     code, out, err = command("verify", run, "--json")
     assert (code, json.loads(out)["files"]) == (1, {reviews: "changed"})

@@ -1,23 +1,41 @@
 """Steps that are tried before a run and taken back: the rate is measured again after them, and the run knows nothing of them otherwise."""
 
-import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import edgezo
+from edgezo.config import TuneConfig, make_config
 from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime import calibration
-from edgezo.runtime.calibration import TRIAL_STEPS, TRIED
-from edgezo.runtime.landscape import Landscape
+from edgezo.runtime.calibration import TRIAL_RUN_STEPS, TRIAL_STEPS, calibrate, measuring_config
+from edgezo.runtime.dataset import read_dataset
+from edgezo.runtime.landscape import Landscape, learning_rate
+from edgezo.runtime.model import EdgeModel
+from edgezo.runtime.objective import Objective
+from edgezo.runtime.replay import apply_records
 from edgezo.runtime.reports import Reporter
+from edgezo.runtime.rules import make_rule
 from edgezo.runtime.run import read_run
-from edgezo.runtime.theta import Theta
+from edgezo.runtime.scoring import Sequences
+from edgezo.runtime.theta import Theta, mutable_weights
+from edgezo.runtime.tuned import write_tuned
 
 TASK: dict[str, Any] = {"template": "{text} It was", "labels": "terrible,great", "start": "none", "threads": 1}
 SHORT: dict[str, Any] = {**TASK, "valid_share": 0.0, "directions": 4, "batch": 1}
-BEFORE = Landscape(eps=0.01, reach=0.12, change=0.01, grad_rms=6.0, loss=1.0, curvature=0.0, probes=5)
+
+
+def rate_of(landscape: Landscape, config: TuneConfig, steps: int = TRIAL_RUN_STEPS) -> float:
+    """The rate of a run of so many steps, by one measurement."""
+    rows = config.rows / config.directions
+    return learning_rate(landscape, make_rule(config, {}), config.schedule, config.warmup, steps, config.directions, rows)
+
+
+def landscape_of(facts: dict[str, Any]) -> Landscape:
+    """The numbers of a journal's header as they were measured."""
+    return Landscape(**{name: facts[name] for name in Landscape._fields})
 
 
 @pytest.mark.parametrize("edge", ["exported_dir", "lora_dir", "prefix_dir"])
@@ -25,40 +43,66 @@ def test_a_run_is_that_of_the_measured_eps_and_rate_with_nothing_left_of_the_tri
     request: pytest.FixtureRequest, edge: str, reviews: str, tmp_path: Path
 ) -> None:
     directory, notices = request.getfixturevalue(edge), list[str]()
-    edgezo.tune(directory, tmp_path / "run", data=reviews, steps=TRIED, reporter=Reporter(notice=notices.append), **SHORT)
+    edgezo.tune(directory, tmp_path / "run", data=reviews, steps=TRIAL_RUN_STEPS, reporter=Reporter(notice=notices.append), **SHORT)
     run = read_run(tmp_path / "run")
-    edgezo.tune(directory, tmp_path / "given", data=reviews, steps=TRIED, eps=run.config.eps, lr=run.config.lr, **SHORT)
+    edgezo.tune(directory, tmp_path / "given", data=reviews, steps=TRIAL_RUN_STEPS, eps=run.config.eps, lr=run.config.lr, **SHORT)
     assert run.records == read_run(tmp_path / "given").records
     facts = run.header["calibration"]
-    tried = facts["trial"]
-    assert tried.keys() == {*Landscape._fields, "steps"}
-    assert tried["steps"] == TRIAL_STEPS
-    assert run.config.eps == min(facts["eps"], tried["eps"])
-    reach = tried["reach"] if tried["loss"] < facts["loss"] else min(tried["reach"], facts["reach"])
-    assert tried["loss"] != facts["loss"]
+    after = facts["trial"]
+    assert after.keys() == {*Landscape._fields, "tried_steps"}
+    assert after["tried_steps"] == TRIAL_STEPS
+    assert run.config.eps == min(facts["eps"], after["eps"])
+    assert run.config.lr == facts["lr"]
     (told,) = (line for line in notices if line.startswith("lr "))
-    expected = f"random steps reach {reach:.3g} in all, where half of a projected gradient is left, after 8 steps that were tried and taken back; {facts['reach']:.3g} before them"
-    assert told.endswith(expected)
+    end = f", after 8 steps that were tried and taken back; {facts['reach']:.3g} before them"
+    assert told.endswith(f"reach {after['reach']:.3g} in all, where half of a projected gradient is left{end}")
+
+
+@pytest.mark.parametrize(
+    ("edge", "more"), [("exported_dir", {"rule": "momentum"}), ("lora_dir", {"minutes": 60.0}), ("lora_dir", {"init": "adapter"})]
+)
+def test_what_is_measured_after_the_trial_is_the_loss_around_eight_steps_of_a_run(
+    request: pytest.FixtureRequest, edge: str, more: dict[str, Any], reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = request.getfixturevalue(edge)
+    monkeypatch.chdir(tmp_path)
+    if "init" in more:
+        edgezo.tune(directory, "first", data=reviews, steps=3, eps=1e-2, lr=1e-2, **SHORT)
+        write_tuned(directory, [Path("first")], [1.0], "last", Path("adapter"), "peft")
+    edgezo.tune(directory, "run", data=reviews, steps=TRIAL_RUN_STEPS, **SHORT, **more)
+    run = read_run("run")
+    before = landscape_of(run.header["calibration"])
+    lr = rate_of(before, run.config)
+    edgezo.tune(directory, "eight", data=reviews, steps=TRIAL_STEPS, eps=before.eps, lr=lr, **{**SHORT, **more, "schedule": "constant"})
+    eight, model = read_run("eight"), EdgeModel(directory, threads=1)
+    config = run.config.model_copy(update={"eps": None, "lr": None, "steps": 1, "minutes": None})
+    measuring = measuring_config(model, config)
+    weights = mutable_weights(model, measuring, eight.start)
+    dataset = read_dataset(model, config)
+    theta = Theta(model, measuring, weights, Objective(Sequences(model), dataset.task, config))
+    apply_records(eight.config, eight.records, theta.weights, theta.rule)
+    found = calibrate(theta, config, dataset, time.monotonic(), eight.start).facts
+    assert {"tried_steps": TRIAL_STEPS, **{name: found[name] for name in Landscape._fields}} == run.header["calibration"]["trial"]
 
 
 def test_a_run_that_goes_on_after_a_trial_tries_nothing_again(lora_dir: Path, reviews: str, tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    edgezo.tune(lora_dir, whole, data=reviews, steps=TRIED, schedule="constant", eval_every=100, **SHORT)
-    edgezo.tune(lora_dir, parts, data=reviews, steps=TRIED, schedule="constant", eval_every=100, **SHORT)
+    whole, parts, settings = tmp_path / "whole", tmp_path / "parts", {**SHORT, "schedule": "constant"}
+    edgezo.tune(lora_dir, parts, data=reviews, steps=TRIAL_RUN_STEPS, **settings)
     notices: list[str] = []
-    edgezo.tune(lora_dir, parts, resume=True, steps=TRIED + 2, threads=1, reporter=Reporter(notice=notices.append))
+    edgezo.tune(lora_dir, parts, resume=True, steps=TRIAL_RUN_STEPS + 2, threads=1, reporter=Reporter(notice=notices.append))
     assert not notices
-    assert read_run(parts).records[:TRIED] == read_run(whole).records
+    config = read_run(parts).config
+    edgezo.tune(lora_dir, whole, data=reviews, steps=TRIAL_RUN_STEPS + 2, eps=config.eps, lr=config.lr, **settings)
+    assert read_run(parts).records == read_run(whole).records
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"steps": TRIED - 1}, {"lr": 1e-3}, {"eps": 2**-8, "lr": 1e-3}, {"objective": "accuracy"}, {"start": "exact"}],
+    [{"steps": TRIAL_RUN_STEPS - 1}, {"lr": 1e-3}, {"eps": 2**-8, "lr": 1e-3}, {"objective": "accuracy"}, {"start": "exact"}],
     ids=["short", "given rate", "both given", "objective in steps", "exact start"],
 )
-def test_nothing_is_tried(settings: dict[str, Any], lora_dir: Path, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "_after_trial", lambda *given: pytest.fail("tried"))
-    given = {**TASK, "steps": TRIED, "valid_share": 0.0, "directions": 2, "batch": 1, **settings}
+def test_nothing_is_tried(settings: dict[str, Any], lora_dir: Path, reviews: str, tmp_path: Path) -> None:
+    given = {**TASK, "steps": TRIAL_RUN_STEPS, "valid_share": 0.0, "directions": 2, "batch": 1, **settings}
     edgezo.tune(lora_dir, tmp_path / "run", data=reviews, **given)
     assert "trial" not in read_run(tmp_path / "run").header.get("calibration", {})
 
@@ -74,24 +118,59 @@ def test_a_trial_that_ruins_the_loss_changes_nothing(lora_dir: Path, reviews: st
 
     monkeypatch.setattr(Theta, "measure", ruin)
     notices: list[str] = []
-    edgezo.tune(lora_dir, tmp_path / "run", data=reviews, steps=TRIED, reporter=Reporter(notice=notices.append), **SHORT)
+    edgezo.tune(lora_dir, tmp_path / "run", data=reviews, steps=TRIAL_RUN_STEPS, reporter=Reporter(notice=notices.append), **SHORT)
     facts = read_run(tmp_path / "run").header["calibration"]
     assert ruined
-    assert "trial" not in facts
+    assert facts["trial"] == {"tried_steps": TRIAL_STEPS}
     (told,) = (line for line in notices if line.startswith("lr "))
-    assert re.search(rf"random steps reach {facts['reach']:.3g} in all, where half of a projected gradient is left$", told)
-    assert read_run(tmp_path / "run").config.lr == facts["lr"]
+    end = "; after 8 steps that were tried and taken back the loss was not finite"
+    assert told.endswith(f"reach {facts['reach']:.3g} in all, where half of a projected gradient is left{end}")
+    assert read_run(tmp_path / "run").config.lr == facts["lr"] == rate_of(landscape_of(facts), read_run(tmp_path / "run").config)
 
 
-@pytest.mark.parametrize(("loss", "reach", "expected"), [(0.9, 0.05, 0.05), (0.9, 0.3, 0.3), (1.1, 0.05, 0.05), (1.1, 0.3, 0.12)])
-def test_a_trial_that_did_not_lower_the_loss_cannot_raise_the_rate(loss: float, reach: float, expected: float) -> None:
-    assert calibration._agreed(BEFORE, BEFORE._replace(loss=loss, reach=reach)).reach == expected
-    assert calibration._agreed(BEFORE, None) is BEFORE
+def test_a_trial_up_the_slope_cannot_raise_the_rate(lora_dir: Path, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = Theta.measure
+
+    def upwards(theta: Theta, batch: Any, step: int, learning_rate: float) -> Any:
+        return [found._replace(projected_grad=-found.projected_grad) for found in measure(theta, batch, step, learning_rate)]
+
+    monkeypatch.setattr(Theta, "measure", upwards)
+    edgezo.tune(lora_dir, tmp_path / "run", data=reviews, steps=TRIAL_RUN_STEPS, **SHORT)
+    run = read_run(tmp_path / "run")
+    facts = run.header["calibration"]
+    assert facts["trial"]["loss"] > facts["loss"]
+    assert facts["lr"] == min(rate_of(landscape_of(measured), run.config) for measured in (facts, facts["trial"]))
 
 
-def test_weight_decay_is_refused_before_anything_is_tried(
-    lora_dir: Path, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calibration, "_after_trial", lambda *given: pytest.fail("tried"))
+@pytest.mark.parametrize(("loss", "raised"), [(0.9, True), (1.1, False)])
+@pytest.mark.parametrize("of_trial", [{"reach": 0.3}, {"grad_rms": 0.1}], ids=["wider", "flatter"])
+def test_a_trial_that_did_not_lower_the_loss_cannot_raise_the_rate(loss: float, raised: bool, of_trial: dict[str, float]) -> None:
+    config = make_config(None, {"data": "no file", "rule": "sgd"})
+    before = Landscape(eps=0.01, reach=0.12, change=0.01, grad_rms=6.0, loss=1.0, curvature=0.0, probes=5)
+    after = before._replace(loss=loss, **of_trial)
+    assert rate_of(after, config) > rate_of(before, config)
+    trusted = calibration._trusted(before, after, make_rule(config, {}), config)
+    assert trusted is (after if raised else before)
+    measured = calibration._Measured(before, True, after, trusted, 1e-3, TRIAL_RUN_STEPS, 16)
+    assert measured.trial() == (
+        ", after 8 steps that were tried and taken back; 0.12 before them"
+        if raised
+        else "; 8 steps that were tried and taken back did not lower the loss"
+    )
+
+
+def test_weight_decay_that_only_the_rate_of_the_trial_would_not_stand_is_taken(lora_dir: Path, reviews: str, tmp_path: Path) -> None:
+    settings = {**SHORT, "steps": 4 * TRIAL_RUN_STEPS}
+    edgezo.tune(lora_dir, tmp_path / "plain", data=reviews, **settings)
+    plain = read_run(tmp_path / "plain")
+    facts = plain.header["calibration"]
+    decay = 0.9 / facts["lr"]
+    assert rate_of(landscape_of(facts), plain.config) * decay > 1
+    edgezo.tune(lora_dir, tmp_path / "run", data=reviews, weight_decay=decay, **settings)
+    assert read_run(tmp_path / "run").header["calibration"] == facts
+
+
+def test_weight_decay_that_the_run_would_not_stand_is_refused(lora_dir: Path, reviews: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^--weight-decay 1e\+06: times the measured lr"):
-        edgezo.tune(lora_dir, tmp_path / "run", data=reviews, steps=TRIED, weight_decay=1e6, **SHORT)
+        edgezo.tune(lora_dir, tmp_path / "run", data=reviews, steps=TRIAL_RUN_STEPS, weight_decay=1e6, **SHORT)
+    assert not (tmp_path / "run").exists()
