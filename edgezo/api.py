@@ -12,7 +12,7 @@ from edgezo.manifest_reader import read_manifest
 from edgezo.recipe import task_settings
 from edgezo.runtime.class_metrics import ClassCounts
 from edgezo.runtime.corpus import read_data
-from edgezo.runtime.data import Row, read_rows, where
+from edgezo.runtime.data import Row, read_rows
 from edgezo.runtime.dataset import row_limit, task_of, tokenize_data
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.examples import make_examples
@@ -23,7 +23,7 @@ from edgezo.runtime.objective import Objective, add_references
 from edgezo.runtime.predict import Prediction, task_to_predict
 from edgezo.runtime.predict import predict as predict_rows
 from edgezo.runtime.probe import ProbeResult, refuse_rare_labels, require_scikit_learn, run_probe
-from edgezo.runtime.run import StepChoice, read_run
+from edgezo.runtime.run import StepChoice, read_run, refuse_moved
 from edgezo.runtime.sampling import check_sampling, refuse_draws
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.shots import add_shots, draw_shots
@@ -111,22 +111,12 @@ def tune(
         if task is not None:
             raise ConfigError(f"--resume continues with the run's own settings; leave --task {task} out")
         recorded = read_run(str(run)).config
-        _refuse_moved(run, recorded, given)
+        refuse_moved(str(run), recorded, {"data", "valid"} - given.keys())
         given = {**recorded.model_dump(), **given}
     recipe = task_settings(task)
     model = EdgeModel(directory, threads=threads, device=device)
     resolved = make_config(config, given, model.manifest.adapter.kind if model.manifest.adapter is not None else None, recipe)
     return tune_model(model, resolved, str(run), resume=resume, memory=limit, reporter=reporter)
-
-
-def _refuse_moved(run: PathLike, recorded: TuneConfig, given: Mapping[str, Any]) -> None:
-    """Refuse to resume where the run's data files are not found: moved, or recorded relative to another folder."""
-    paths = {name: getattr(recorded, name) for name in ("data", "valid") if name not in given}
-    missing = {name: path for name, path in paths.items() if path is not None and not Path(path).exists()}
-    if missing:
-        found = " and ".join(f"--{name} {path} (not {where(path)})" for name, path in missing.items())
-        say = " ".join(f"--{name} PATH" for name in missing)
-        raise DataError(f"{run}: the run's data was not found: {found}; go to the folder it was last tuned in, or say where it is: {say}")
 
 
 def evaluate(

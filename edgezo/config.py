@@ -138,7 +138,9 @@ class TuneConfig(BaseModel):
         if self.objective is not None and self.objective not in OBJECTIVES and not re.fullmatch(r"[\w.]+:\w+", self.objective):
             raise ValueError(f"--objective {self.objective}: give {', '.join(OBJECTIVES)}, or package.module:function")
         if self.lr is not None and self.lr * self.weight_decay >= 1:
-            raise ValueError("lr * weight_decay must be below 1")
+            raise ValueError(
+                f"--lr {self.lr:g} times --weight-decay {self.weight_decay:g} is {self.lr * self.weight_decay:g}, and must be below 1; lower one of them"
+            )
         if self.rule == "fzoo" and self.directions < 2:
             raise ValueError("--rule fzoo: divides by the spread over the directions, and there is one; give --directions 2 or more")
         if self.noise != "rademacher" and self.sampler in ("lozo", "subzero", "tezo"):

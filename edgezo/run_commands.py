@@ -12,7 +12,6 @@ from edgezo.storage import sha256_file
 
 if TYPE_CHECKING:
     from edgezo.manifest import Tuned
-    from edgezo.runtime.check import CheckedFile
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory made by `edgezo tune`.")]
 
@@ -74,6 +73,7 @@ def verify_command(
 ) -> None:
     """Check a run: checksums of its journal, hashes of its data and base, and on request its scalars."""
     from edgezo.runtime.check import check_run
+    from edgezo.runtime.data import where
     from edgezo.runtime.model import EdgeModel
 
     if every is not None and base is None:
@@ -94,7 +94,7 @@ def verify_command(
         "steps_derived_again": found.derived,
         "largest_loss_difference": found.largest_loss_difference,
     }
-    left = [f"{file.path} ({_mend(file)})" for file in found.files if file.state == "not there"]
+    left = [f"{file.path} (not {where(file.path)}; {file.mend})" for file in found.files if file.state == "not there"]
     left += ["the base (--base DIR)"] if base is None else [] if every else ["the scalars of steps (--every K)"]
     parts = [f"not checked: {', '.join(left)}"] if left else []
     parts += [f"{found.torn_bytes} torn bytes at the end, which a resume cuts off"] if found.torn_bytes else []
@@ -119,14 +119,6 @@ def diff_command(
     if not as_json and facts["settings"]:
         facts |= {f"--{name.replace('_', '-')}": terminal.changed_text(name, *pair) for name, pair in facts.pop("settings").items()}
     terminal.print_facts(facts, as_json)
-
-
-def _mend(file: "CheckedFile") -> str:
-    """What to do about a file that is not there."""
-    from edgezo.runtime.data import where
-
-    how = "restore it from a copy" if file.setting == "init" else f"say where it is: --{file.setting} PATH"
-    return f"not {where(file.path)}; {how}"
 
 
 def _written(output: Path, runs: list[Path], tuned: "list[Tuned]", as_json: bool) -> None:

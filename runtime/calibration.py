@@ -112,16 +112,18 @@ class _Measured(NamedTuple):
             facts["trial"] = {"tried_steps": TRIAL_STEPS, **(self.after.as_dict() if self.after is not None else {})}
         return facts
 
-    def trial(self) -> str:
-        """What the trial did to the rate."""
-        steps = f"{TRIAL_STEPS} steps that were tried and taken back"
+    def trial(self) -> list[str]:
+        """What the trial found, in a line; none where there was none."""
         if not self.has_trial:
-            return ""
+            return []
+        tried = f"{TRIAL_STEPS} steps were tried and taken back"
         if self.after is None:
-            return f"; after {steps} the loss was not finite"
-        if self.trusted is self.after:
-            return f", after {steps}; {self.start.reach:.3g} before them"
-        return f"; {steps} did not lower the loss"
+            return [f"{tried}: the loss was not finite after them, so what was measured before them holds"]
+        if self.trusted is self.start:
+            return [f"{tried}: they did not lower the loss, so what was measured before them holds"]
+        return [
+            f"{tried}, and the loss around them measured: random steps reached {self.start.reach:.3g} before, {self.after.reach:.3g} after"
+        ]
 
 
 def _trusted(found: Landscape, after: Landscape | None, rule: Rule, config: TuneConfig) -> Landscape:
@@ -139,7 +141,7 @@ def _refuse_decay(config: TuneConfig) -> None:
     assert config.lr is not None
     if _decays_all(config):
         raise ConfigError(
-            f"--weight-decay {config.weight_decay:g}: times the measured lr {config.lr:.3g} is not below 1; give a smaller one, or --lr"
+            f"--weight-decay {config.weight_decay:g}: times the measured lr {config.lr:.3g} is not below 1; give a smaller one, or a smaller --lr"
         )
 
 
@@ -227,8 +229,9 @@ def _told(config: TuneConfig, resolved: TuneConfig, smooth: bool, measured: _Mea
             f"eps {resolved.eps:.3g}, measured on {rows} rows: projected gradients there and at a quarter of it differ by {100 * found.change:.0f} %"
         )
     if config.lr is None:
+        lines += measured.trial()
         lines.append(
-            f"lr {resolved.lr:.3g} ({config.rule}, {config.schedule}, about {steps} steps of {config.directions} x {config.batch} rows): random steps reach {measured.trusted.reach:.3g} in all, where half of a projected gradient is left{measured.trial()}"
+            f"lr {resolved.lr:.3g} ({config.rule}, {config.schedule}, about {steps} steps of {config.directions} x {config.batch} rows): random steps reach {measured.trusted.reach:.3g} in all, where half of a projected gradient is left"
         )
     elif not 1 / FAR <= config.lr / rate <= FAR:
         direction = "diverge" if config.lr > rate else "learn little"

@@ -14,7 +14,7 @@ from edgezo.runtime.dataset import read_dataset
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.replay import check_base
-from edgezo.runtime.run import DECISIVE, INIT, SUMMARY, Run, check_same, journal_header, read_run, read_summary
+from edgezo.runtime.run import DECISIVE, INIT, SUMMARY, Run, check_same, journal_header, read_run, read_summary, refuse_moved
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions
 from edgezo.storage import JOURNAL, sha256_file
@@ -30,6 +30,11 @@ class CheckedFile(NamedTuple):
     setting: str
     path: str
     state: str
+
+    @property
+    def mend(self) -> str:
+        """What to do about a file that is changed or not there."""
+        return "restore it from a copy" if self.setting == "init" else f"say where that is: --{self.setting} PATH"
 
 
 class Findings(NamedTuple):
@@ -77,12 +82,17 @@ def check_run(
         if run.header.get(name) is None:
             raise RunError(f"{directory}: the run was made without --{name}; leave it out")
         if not Path(path).exists():
-            raise DataError(f"--{name} {path}: not {where(path)}; say where the file is now")
+            raise DataError(
+                f"--{name} {path}: no such file{'' if Path(path).is_absolute() else f' {where(path)}'}; give the place where it is now"
+            )
     run = run._replace(config=run.config.model_copy(update=moved))
+    if every is not None:
+        refuse_moved(directory, run.config)
     paths = {"data": run.config.data, "valid": run.config.valid, "init": str(directory / INIT)}
     files = [CheckedFile(name, path, _state(path, recorded)) for name, path in paths.items() if path and (recorded := run.header.get(name))]
-    changed = dict.fromkeys(file.path for file in files if file.state == "changed")
-    problems = [f"{Path(path).absolute()} is not the file the run was made with" for path in changed]
+    problems = [
+        f"{Path(file.path).absolute()} is not the file the run was made with, {file.mend}" for file in files if file.state == "changed"
+    ]
     ended, made = read_summary(directory).get("steps"), len(run.records)
     if isinstance(ended, int) and ended > made and not run.journal.undos:  # steps that were taken back may be behind it
         problems.append(

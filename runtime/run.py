@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,10 +12,11 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from edgezo.config import TuneConfig, describe
-from edgezo.errors import RunError
+from edgezo.errors import DataError, RunError
 from edgezo.manifest import MANIFEST_NAME, Manifest
 from edgezo.runtime import noise
 from edgezo.runtime.corpus import sha256_data
+from edgezo.runtime.data import where
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.journal_reader import JournalContents, read_journal
 from edgezo.runtime.journal_records import StepRecord
@@ -182,6 +184,22 @@ def is_held(directory: Path) -> bool:
         return True
     except OSError:
         return False
+
+
+def refuse_moved(directory: str | os.PathLike[str], config: TuneConfig, settings: Collection[str] = ("data", "valid")) -> None:
+    """Refuse to work on a run's data where these files are not found: moved, or recorded relative to another folder.
+
+    Raises:
+        DataError: which, and how to say where they are.
+    """
+    paths = {name: getattr(config, name) for name in ("data", "valid") if name in settings}
+    missing = {name: path for name, path in paths.items() if path is not None and not Path(path).exists()}
+    if missing:
+        found = " and ".join(f"--{name} {path} (not {where(path)})" for name, path in missing.items())
+        say = " ".join(f"--{name} PATH" for name in missing)
+        raise DataError(
+            f"{directory}: the run's data was not found: {found}; go to the folder it was last tuned in, or say where it is: {say}"
+        )
 
 
 def check_same(previous: Run, config: TuneConfig, header: dict[str, Any]) -> None:

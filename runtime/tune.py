@@ -67,6 +67,8 @@ def tune(
         dataset = read_dataset(model, config, reporter.notice)
         if previous is None:
             dataset = resolve_start(model, dataset, reporter.notice)
+            if dataset.config.total_steps == 0 and dataset.config.start == "none":
+                reporter.notice("--steps 0 without an exact start: nothing is tuned, the run holds what it started from; give --steps N")
         config = dataset.config
         header = journal_header(model.manifest, config, start)
         if previous is not None:

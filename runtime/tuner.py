@@ -90,8 +90,6 @@ class Tuner:
         step = len(self.records)
         if self.config.total_steps != 0 and self._progress(step, self.spent_seconds) >= 1:
             self.reporter.notice(self._nothing_left(step))
-        elif self.config.total_steps == 0 and self.config.start == "none":
-            self.reporter.notice("--steps 0 without an exact start: nothing is tuned, the run holds what it started from; give --steps N")
         with stop_signals() as stopping, append_lines(self.directory / METRICS) as metrics:
             opened = {"opening_seconds": opening_seconds, "forward_rows": self.forward_rows, "seconds": self.spent_seconds}
             metrics.write(json.dumps({name: round(value, 3) for name, value in opened.items()}) + "\n")

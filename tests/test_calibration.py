@@ -237,7 +237,7 @@ def test_what_is_given_is_kept_and_told_when_it_is_far_off(lora_dir: Path, revie
 
 def test_a_weight_decay_that_undoes_every_step_is_refused(lora_dir: Path, reviews: str, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"^--weight-decay 1e\+06: times the measured lr [0-9.e-]+ is not below 1; give a smaller one, or --lr$"
+        ConfigError, match=r"^--weight-decay 1e\+06: times the measured lr [0-9.e-]+ is not below 1; give a smaller one, or a smaller --lr$"
     ):
         edgezo.tune(lora_dir, tmp_path / "run", data=reviews, steps=2, weight_decay=1e6, **TASK)
     assert not (tmp_path / "run").exists()

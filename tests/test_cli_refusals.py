@@ -195,13 +195,14 @@ def test_resuming_from_another_folder(
     assert refusal(*again) == f"{begun}--data {here}) and --valid {here}){end}--data PATH --valid PATH"
     data = str(tmp_path / "rows.jsonl")
     assert refusal(*again, "--data", data) == f"{begun}--valid {here}){end}--valid PATH"
-    expected = f"not checked: {here}; say where it is: --data PATH), {here}; say where it is: --valid PATH), the base (--base DIR)\n"
+    expected = f"not checked: {here}; say where that is: --data PATH), {here}; say where that is: --valid PATH), the base (--base DIR)\n"
     assert command("verify", str(tmp_path / run)).out.endswith(expected)
     assert command("verify", str(tmp_path / run), "--data", data, "--valid", data).out.endswith(
         "no fault found; not checked: the base (--base DIR)\n"
     )
     Path("rows.jsonl").write_text("{}\n")
-    problem = f"{elsewhere / 'rows.jsonl'} is not the file the run was made with"
+    wrong = f"{elsewhere / 'rows.jsonl'} is not the file the run was made with, say where that is: "
+    problem = f"{wrong}--data PATH; {wrong}--valid PATH"
     assert command("verify", str(tmp_path / run)).err == f"error: {tmp_path / run}: {problem}\n"
     assert command(*again, "--data", data, "--valid", data).code == 0
 
@@ -210,11 +211,14 @@ def test_resuming_when_the_data_is_gone(refusal: Callable[..., str], command: Co
     data = tmp_path / "gone.jsonl"
     data.write_bytes((tmp_path / "rows.jsonl").read_bytes())
     assert command("tune", "edge", "-o", "run", *TASK, "--data", str(data), "--steps", "1", "--lr", "1e-4", "--start", "none").code == 0
-    assert refusal("verify", "run", "--data", "lost.jsonl") == f"--data lost.jsonl: not in {tmp_path}; say where the file is now"
+    assert (
+        refusal("verify", "run", "--data", "lost.jsonl") == f"--data lost.jsonl: no such file in {tmp_path}; give the place where it is now"
+    )
     assert refusal("verify", "run", "--valid", "rows.jsonl") == "run: the run was made without --valid; leave it out"
     data.unlink()
     expected = f"run: the run's data was not found: --data {data} (not there); go to the folder it was last tuned in, or say where it is: --data PATH"
     assert refusal("tune", "edge", "-o", "run", "--resume") == expected
+    assert refusal("verify", "run", "--base", "edge", "--every", "1") == expected
 
 
 @pytest.mark.parametrize("name", ["eval", "generate", "tune"])

@@ -233,7 +233,9 @@ def test_an_option_out_of_range_is_not_blamed_on_the_file(write: Write) -> None:
 
 
 def test_a_decay_of_a_whole_weight_a_step_is_refused() -> None:
-    assert refusal(None, data="x", lr=0.5, weight_decay=2.0) == "lr * weight_decay must be below 1"
+    assert (
+        refusal(None, data="x", lr=0.5, weight_decay=2.0) == "--lr 0.5 times --weight-decay 2 is 1, and must be below 1; lower one of them"
+    )
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "data_file", "eval-every"])

@@ -144,14 +144,19 @@ def test_a_run_of_several_directions_is_verified_and_a_forged_one_is_found(expor
     assert problem.startswith("losses derived again differ by ")
 
 
+def wrong(path: str | Path, setting: str) -> str:
+    """The problem of a file that is another one."""
+    return f"{path} is not the file the run was made with, say where that is: --{setting} PATH"
+
+
 def test_changed_data_are_found(run: Path, reviews: str) -> None:
     Path(reviews).write_text('{"text": "other", "label": 0}\n')
-    assert check_run(run).problems == [f"{reviews} is not the file the run was made with"] * 1
+    assert check_run(run).problems == [wrong(reviews, "data"), wrong(reviews, "valid")]
     moved = Path(reviews).with_name("moved.jsonl")
     moved.write_text("")
     assert check_run(run, data=str(moved)).problems == [
-        f"{moved} is not the file the run was made with",
-        f"{reviews} is not the file the run was made with",
+        wrong(moved, "data"),
+        wrong(reviews, "valid"),
     ]
     Path(reviews).unlink()
     assert check_run(run).files == [("data", reviews, "not there"), ("valid", reviews, "not there")]
@@ -162,7 +167,7 @@ def test_the_validation_file_in_place_of_the_training_file_is_found(exported_dir
     other.write_text('{"text": "other", "label": 0}\n')
     edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=1, **{**SETTINGS, "valid": str(other)})
     assert check_run(tmp_path / "run").problems == []
-    assert check_run(tmp_path / "run", data=str(other)).problems == [f"{other} is not the file the run was made with"]
+    assert check_run(tmp_path / "run", data=str(other)).problems == [wrong(other, "data")]
 
 
 def test_a_changed_journal_is_refused(run: Path) -> None:
@@ -251,7 +256,7 @@ def test_verify_shows_its_findings_and_fails_on_a_problem(command: Callable[...,
     assert out.endswith("verdict                  no fault found\n")
     Path(reviews).rename(Path(reviews).with_name("moved.jsonl"))
     _, out, _ = command("verify", run)
-    missing = [f"{reviews} (not there; say where it is: --{name} PATH)" for name in ("data", "valid")]
+    missing = [f"{reviews} (not there; say where that is: --{name} PATH)" for name in ("data", "valid")]
     expected = f"no fault found; not checked: {', '.join(missing)}, the base (--base DIR)\n"
     assert out.endswith(expected)
     moved = str(Path(reviews).with_name("moved.jsonl"))
@@ -261,7 +266,7 @@ def test_verify_shows_its_findings_and_fails_on_a_problem(command: Callable[...,
     Path(reviews).write_text("{}\n")
     code, out, err = command("verify", run, "--json")
     assert (code, json.loads(out)["files"]) == (1, {reviews: "changed"})
-    assert err == f"error: {run}: {reviews} is not the file the run was made with\n"
+    assert err == f"error: {run}: {wrong(reviews, 'data')}; {wrong(reviews, 'valid')}\n"
     code, _, err = command("verify", run, "--every", 5)
     assert (code, err) == (1, "error: --every 5: needs the weights; add --base DIR\n")
 

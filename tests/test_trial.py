@@ -54,8 +54,9 @@ def test_a_run_is_that_of_the_measured_eps_and_rate_with_nothing_left_of_the_tri
     assert run.config.eps == min(facts["eps"], after["eps"])
     assert run.config.lr == facts["lr"]
     (told,) = (line for line in notices if line.startswith("lr "))
-    end = f", after 8 steps that were tried and taken back; {facts['reach']:.3g} before them"
-    assert told.endswith(f"reach {after['reach']:.3g} in all, where half of a projected gradient is left{end}")
+    assert told.endswith(f"random steps reach {after['reach']:.3g} in all, where half of a projected gradient is left")
+    tried = "8 steps were tried and taken back, and the loss around them measured: random steps reached"
+    assert notices[notices.index(told) - 1] == f"{tried} {facts['reach']:.3g} before, {after['reach']:.3g} after"
 
 
 @pytest.mark.parametrize(
@@ -123,8 +124,9 @@ def test_a_trial_that_ruins_the_loss_changes_nothing(lora_dir: Path, reviews: st
     assert ruined
     assert facts["trial"] == {"tried_steps": TRIAL_STEPS}
     (told,) = (line for line in notices if line.startswith("lr "))
-    end = "; after 8 steps that were tried and taken back the loss was not finite"
-    assert told.endswith(f"reach {facts['reach']:.3g} in all, where half of a projected gradient is left{end}")
+    assert told.endswith(f"random steps reach {facts['reach']:.3g} in all, where half of a projected gradient is left")
+    tried = "8 steps were tried and taken back: the loss was not finite after them, so what was measured before them holds"
+    assert notices[notices.index(told) - 1] == tried
     assert read_run(tmp_path / "run").config.lr == facts["lr"] == rate_of(landscape_of(facts), read_run(tmp_path / "run").config)
 
 
@@ -152,11 +154,8 @@ def test_a_trial_that_did_not_lower_the_loss_cannot_raise_the_rate(loss: float, 
     trusted = calibration._trusted(before, after, make_rule(config, {}), config)
     assert trusted is (after if raised else before)
     measured = calibration._Measured(before, True, after, trusted, 1e-3, TRIAL_RUN_STEPS, 16)
-    assert measured.trial() == (
-        ", after 8 steps that were tried and taken back; 0.12 before them"
-        if raised
-        else "; 8 steps that were tried and taken back did not lower the loss"
-    )
+    told = ", and the loss around them measured: random steps reached 0.12 before, " if raised else ": they did not lower the loss, so "
+    assert measured.trial()[0].startswith(f"8 steps were tried and taken back{told}")
 
 
 def test_weight_decay_that_only_the_rate_of_the_trial_would_not_stand_is_taken(lora_dir: Path, reviews: str, tmp_path: Path) -> None:

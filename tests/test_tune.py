@@ -184,7 +184,7 @@ def test_a_run_without_steps_and_without_an_exact_start_says_that_nothing_is_tun
 ) -> None:
     notices: list[str] = []
     edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=0, **SETTINGS, reporter=Reporter(notice=notices.append))
-    assert notices[-1] == "--steps 0 without an exact start: nothing is tuned, the run holds what it started from; give --steps N"
+    assert notices[0] == "--steps 0 without an exact start: nothing is tuned, the run holds what it started from; give --steps N"
 
 
 def test_a_signal_finishes_the_step_and_the_run_goes_on_later(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
