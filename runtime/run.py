@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -139,6 +139,13 @@ def journal_header(manifest: Manifest, config: TuneConfig, start: Path | None = 
         "noise": noise.SPECIFICATION_VERSION,
         "order": ORDER,
     }
+
+
+def measured_lr(header: Mapping[str, Any]) -> float | None:
+    """The learning rate that was measured before the run; None where none was, or a stranger wrote something else there."""
+    facts = header.get("calibration")
+    found = facts.get("lr") if isinstance(facts, dict) else None
+    return found if isinstance(found, float) and math.isfinite(found) and found > 0 else None
 
 
 def read_run(directory: str | os.PathLike[str]) -> Run:

@@ -21,7 +21,7 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.replay import check_base, replay
 from edgezo.runtime.reports import Reporter, StepReport, TuneResult
-from edgezo.runtime.run import INIT, check_same, journal_header
+from edgezo.runtime.run import INIT, check_same, journal_header, measured_lr
 from edgezo.runtime.run_directory import held_run, open_journal
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.smoothness import smoothness_warning
@@ -103,8 +103,7 @@ def tune(
         with open_journal(output, config, header, previous, exact.records) as journal:
             tuner = Tuner(model, config, output, dataset, theta, journal, reporter, start)
             tuner.untuned = exact.untuned
-            facts = header if previous is None else previous.header
-            tuner.settles = config.schedule == "constant" and facts.get("calibration", {}).get("lr") == config.lr
+            tuner.measured_lr = measured_lr(header if previous is None else previous.header)
             if previous is not None:
                 reporter.stage(f"rebuilding step {len(previous.records)} from the journal")
                 replay(previous, model, theta.weights, len(previous.records), theta.rule)

@@ -58,7 +58,7 @@ class Tuner:
     untuned: Evaluation | None = None  # before an exact start
     lr_scale: float = 1.0
     undos: int = 0
-    settles: bool = False  # a measured rate that no schedule lowers
+    measured_lr: float | None = None  # what a rate that was given is lowered to at once when it proves too large
     quiet_until: int = 0  # after a rise that was the rows' alone
     start_loss: float | None = None  # of the guarded rows
     pending: bytes = b""  # kind of the record after which the process before this one ended
@@ -139,7 +139,7 @@ class Tuner:
             waited = sum(number > best and number % config.eval_every == 0 for number in scheduled)
             if 0 < config.allowed_patience <= waited and pending != EVALUATION:  # a run that is gone on with goes on
                 return "no longer better"
-            if self.settles and step % config.eval_every == 0 and waited and waited % SETTLE_EVALUATIONS == 0:
+            if self._settles and step % config.eval_every == 0 and waited and waited % SETTLE_EVALUATIONS == 0:
                 self._settle(step)
         if progress >= 1:
             return "finished" if step == config.total_steps else "out of time"
@@ -192,6 +192,11 @@ class Tuner:
         self.reporter.notice(
             f"warning: in {steps} no direction changed the objective, so nothing was learned; give more rows (--batch), a larger --eps or a smoother --objective"
         )
+
+    @property
+    def _settles(self) -> bool:
+        """Whether the rate is a measured one that no schedule lowers."""
+        return self.config.schedule == "constant" and self.measured_lr == self.config.lr
 
     def _settle(self, step: int) -> None:
         """Half the learning rate from here on: at this one the noise of the steps undoes what they learn."""
@@ -253,7 +258,10 @@ class Tuner:
         """
         assert self.config.lr is not None
         self.undos += 1
-        self.lr_scale = self.journal.undo(step, self.lr_scale * SMALLER)
+        smaller, lower = self.lr_scale * SMALLER, "a quarter of the learning rate"
+        if self.measured_lr is not None and self.measured_lr < self.config.lr * smaller:
+            smaller, lower = self.measured_lr / self.config.lr, "the learning rate that was measured"
+        self.lr_scale = self.journal.undo(step, smaller)
         del self.records[step:]
         self.evaluations = {number: found for number, found in self.evaluations.items() if number <= step}
         metrics.write(json.dumps({"undone_to": step, "lr_scale": self.lr_scale, "seconds": round(time.monotonic() - started, 3)}) + "\n")
@@ -263,7 +271,7 @@ class Tuner:
                 f"{self.directory}: diverged {self.undos} times, the last time: {why}; stopped at step {step}, the last good one, start a new run without --lr and --eps, or with a --lr below {lr:.3g}"
             )
         self._rebuild(step)
-        self.reporter.notice(f"{why}; back to step {step}, on from there with a quarter of the learning rate, {lr:.3g}")
+        self.reporter.notice(f"{why}; back to step {step}, on from there with {lower}, {lr:.3g}")
 
     @property
     def forward_rows(self) -> int:

@@ -12,12 +12,13 @@ import pytest
 
 import edgezo
 from edgezo.config import make_config
-from edgezo.errors import DivergenceError
+from edgezo.errors import DivergenceError, NonFiniteLossError
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.reports import Reporter, StepReport
-from edgezo.runtime.run import read_run
+from edgezo.runtime.run import measured_lr, read_run
+from edgezo.runtime.theta import Theta
 from edgezo.runtime.tune import tune
 from edgezo.runtime.tuner import MOST_UNDOS, SMALLER
 from edgezo.runtime.watch import LEVEL_STEPS, find_rise, lowest_level, worse_than_start
@@ -105,6 +106,42 @@ def test_a_rate_far_too_large_recovers_and_the_run_is_its_journal(
     assert result.best is not None
     assert result.best.score() >= result.before.score()
     assert digest(EdgeModel(directory, run=tmp_path / "run", step="last", threads=1)) == digest(model)
+
+
+def test_a_rate_far_too_large_is_lowered_to_the_measured_one_and_then_by_quarters(lora_dir: Path, reviews: str, tmp_path: Path) -> None:
+    notices: list[str] = []
+    edgezo.tune(lora_dir, tmp_path / "run", data=reviews, lr=3.0, steps=12, threads=1, reporter=Reporter(notice=notices.append), **TASK)
+    run = read_run(tmp_path / "run")
+    measured = run.header["calibration"]["lr"]
+    assert 0 < measured < 3 * SMALLER
+    told = [line for line in notices if "back to step" in line]
+    assert told[0].endswith(f"on from there with the learning rate that was measured, {measured:.3g}")
+    assert all("with a quarter of the learning rate" in line for line in told[1:])
+    assert run.journal.lr_scale == pytest.approx(measured / 3 * SMALLER ** (len(told) - 1))
+    assert run.records[-1].learning_rate <= measured
+
+
+def test_a_measured_rate_is_quartered_itself(lora_dir: Path, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notices: list[str] = []
+    ruined = [NonFiniteLossError("the loss is not finite")]
+    edgezo.tune(lora_dir, tmp_path / "run", data=reviews, steps=2, threads=1, **TASK)
+    measure = Theta.measure
+
+    def ruin(theta: Theta, batch: Any, step: int, learning_rate: float) -> Any:
+        if ruined:
+            raise ruined.pop()
+        return measure(theta, batch, step, learning_rate)
+
+    monkeypatch.setattr(Theta, "measure", ruin)
+    edgezo.tune(lora_dir, tmp_path / "run", resume=True, steps=4, threads=1, reporter=Reporter(notice=notices.append))
+    assert any("with a quarter of the learning rate" in line for line in notices)
+    assert read_run(tmp_path / "run").journal.lr_scale == SMALLER
+
+
+@pytest.mark.parametrize("facts", [None, [], {}, {"lr": "1"}, {"lr": float("nan")}, {"lr": -1.0}, {"lr": True}])
+def test_a_header_without_a_measured_rate_that_is_one(facts: Any) -> None:
+    assert measured_lr({"calibration": facts}) is None
+    assert measured_lr({"calibration": {"lr": 0.5}}) == 0.5
 
 
 def test_a_run_that_was_stopped_after_an_undo_goes_on_with_its_rate(lora_dir: Path, reviews: str, tmp_path: Path) -> None:
