@@ -263,7 +263,7 @@ def test_a_run_goes_on_with_the_same_text_alone(exported_dir: Path, notes: Path,
         "give the same or start a new run"
     )
     assert (run / "journal.bin").read_bytes() == before
-    assert check_run(run).files == {str(notes): "changed"}
+    assert check_run(run).files == [(name, str(notes), "changed") for name in ("data", "valid")]
 
 
 def test_a_resumed_run_is_the_run_that_was_not_stopped(exported_dir: Path, notes: Path, run: Path, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(exported_dir: Path, notes
     assert read_run(tmp_path / "half").records == read_run(tmp_path / "whole").records
     found = check_run(run, EdgeModel(exported_dir, threads=1), every=1)
     assert (found.steps, found.derived, found.problems) == (4, 4, [])
-    assert found.files == {str(notes): "as recorded"}
+    assert found.files == [(name, str(notes), "as recorded") for name in ("data", "valid")]
 
 
 def test_a_replayed_run_is_the_tuned_model(exported_dir: Path, run: Path, tmp_path: Path) -> None:
