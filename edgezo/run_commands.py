@@ -89,7 +89,9 @@ def verify_command(
         "evaluations": found.evaluations,
         "journal_sha256": found.journal_sha256,
         "torn_bytes": found.torn_bytes,
-        "files": {file.path: file.state for file in sorted(found.files, key=lambda file: file.state == "changed")},
+        "files": {file.setting: {"path": file.path, "state": file.state} for file in found.files}
+        if as_json
+        else [" ".join(file) for file in found.files],
         "base": "not checked" if base is None else f"{base}, as recorded",
         "steps_derived_again": found.derived,
         "largest_loss_difference": found.largest_loss_difference,

@@ -18,6 +18,7 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.replay import apply_records
+from edgezo.runtime.rules import make_rule
 from edgezo.runtime.rules.rule import Rule
 from edgezo.runtime.smoothness import PROBE_STEP
 from edgezo.runtime.theta import Theta, step_directions
@@ -75,16 +76,17 @@ def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset, opened: float,
     # of the 64 rows of a step none changed in 7 of 9 steps at a quarter of the reach; at the reach 1 to 5 did in 12 of 14 (`edgezo tune
     # --objective accuracy --start none --batch 4`, SST-2, SmolLM2-135M, LoRA)
     eps = config.eps or (found.eps if theta.objective.smooth else found.reach)
+    rule = make_rule(config, {})  # for its rate alone
     has_trial = steps >= TRIAL_RUN_STEPS and config.lr is None and theta.objective.smooth and not len(theta.model.head.tokens)
     after = None
     if has_trial:
-        lr = min(_rate(found, theta.rule, config, TRIAL_RUN_STEPS), LARGEST_LR)
+        lr = min(_rate(found, rule, config, TRIAL_RUN_STEPS), LARGEST_LR)
         after = _after_trial(theta, config.model_copy(update={"eps": eps, "lr": lr}), dataset, start)
         steps = _expected_steps(config, probe.row_seconds, dataset, time.monotonic() - opened)
     if after is not None and config.eps is None:
         eps = min(eps, after.eps)
-    trusted = _trusted(found, after, theta.rule, config)
-    measured = _Measured(found, has_trial, after, trusted, _rate(trusted, theta.rule, config, steps), steps, probe.rows)
+    trusted = _trusted(found, after, rule, config)
+    measured = _Measured(found, has_trial, after, trusted, _rate(trusted, rule, config, steps), steps, probe.rows)
     resolved = config.model_copy(update={"eps": eps, "lr": config.lr or min(measured.lr, LARGEST_LR)})
     _refuse_decay(resolved)
     return Calibration(resolved, _told(config, resolved, theta.objective.smooth, measured), measured.facts())
@@ -118,9 +120,10 @@ class _Measured(NamedTuple):
             return []
         tried = f"{TRIAL_STEPS} steps were tried and taken back"
         if self.after is None:
-            return [f"{tried}: the loss was not finite after them, so what was measured before them holds"]
-        if self.trusted is self.start:
-            return [f"{tried}: they did not lower the loss, so what was measured before them holds"]
+            return [f"{tried}: the loss was not finite after them, so the rate measured before them holds"]
+        if self.after.loss >= self.start.loss:
+            held = "before them holds" if self.trusted is self.start else "after them holds, which is smaller"
+            return [f"{tried}: they did not lower the loss, so the rate measured {held}"]
         return [
             f"{tried}, and the loss around them measured: random steps reached {self.start.reach:.3g} before, {self.after.reach:.3g} after"
         ]

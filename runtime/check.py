@@ -81,9 +81,9 @@ def check_run(
     for name, path in moved.items():
         if run.header.get(name) is None:
             raise RunError(f"{directory}: the run was made without --{name}; leave it out")
-        if not Path(path).exists():
+        if not _is_there(path):
             raise DataError(
-                f"--{name} {path}: no such file{'' if Path(path).is_absolute() else f' {where(path)}'}; give the place where it is now"
+                f"--{name} {path}: no such file or folder{'' if Path(path).is_absolute() else f' {where(path)}'}; give the place where it is now"
             )
     run = run._replace(config=run.config.model_copy(update=moved))
     if every is not None:
@@ -101,7 +101,7 @@ def check_run(
     derived, largest = 0, None
     if model is not None:
         check_base(run, model)
-        if every is not None:
+        if every is not None and all(file.state == "as recorded" for file in files):
             derived, largest = _derive_again(run, model, every, progress)
             if not largest <= LOSS_TOLERANCE:
                 problems.append(f"losses derived again differ by {largest:.1e} from those recorded, allowed are {LOSS_TOLERANCE:.0e}")
@@ -180,7 +180,12 @@ def _best(run: Run) -> dict[str, float | int] | None:
     return evaluation.as_dict() if evaluation is not None else None
 
 
+def _is_there(path: str) -> bool:
+    """A file, or a folder of texts; a pipe is read only once."""
+    return Path(path).is_file() or Path(path).is_dir()
+
+
 def _state(path: str, recorded: object) -> str:
-    if not (Path(path).is_file() or Path(path).is_dir()):
+    if not _is_there(path):
         return "not there"
     return "as recorded" if sha256_data(path) == recorded else "changed"

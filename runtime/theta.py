@@ -140,6 +140,7 @@ class Theta:
     def anew(self, config: TuneConfig, start: Path | None) -> "Theta":
         """theta at the start of a run of `config`, over the same model, rows of the head and objective; this one is not to be used any more."""
         head = self.model.head
+        self.__dict__.pop("rule", None)  # its arrays, whoever still holds this theta
         self.model.reset()
         self.model.head = head
         return Theta(self.model, config, mutable_weights(self.model, config, start), self.objective)

@@ -265,8 +265,9 @@ def test_verify_shows_its_findings_and_fails_on_a_problem(command: Callable[...,
     assert (found.derived, found.problems) == (3, [])
     Path(reviews).write_text("{}\n")
     code, out, err = command("verify", run, "--json")
-    assert (code, json.loads(out)["files"]) == (1, {reviews: "changed"})
+    assert (code, json.loads(out)["files"]) == (1, {name: {"path": reviews, "state": "changed"} for name in ("data", "valid")})
     assert err == f"error: {run}: {wrong(reviews, 'data')}; {wrong(reviews, 'valid')}\n"
+    assert command("verify", run, "--base", exported_dir, "--every", 5)[2].endswith(err)
     code, _, err = command("verify", run, "--every", 5)
     assert (code, err) == (1, "error: --every 5: needs the weights; add --base DIR\n")
 

@@ -1,5 +1,6 @@
 """Steps that are tried before a run and taken back: the rate is measured again after them, and the run knows nothing of them otherwise."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,12 @@ def test_a_run_is_that_of_the_measured_eps_and_rate_with_nothing_left_of_the_tri
     assert run.config.eps == min(facts["eps"], after["eps"])
     assert run.config.lr == facts["lr"]
     (told,) = (line for line in notices if line.startswith("lr "))
-    assert told.endswith(f"random steps reach {after['reach']:.3g} in all, where half of a projected gradient is left")
-    tried = "8 steps were tried and taken back, and the loss around them measured: random steps reached"
-    assert notices[notices.index(told) - 1] == f"{tried} {facts['reach']:.3g} before, {after['reach']:.3g} after"
+    lowered = after["loss"] < facts["loss"]
+    trusted = min((after, facts), key=lambda one: math.inf if one is facts and lowered else rate_of(landscape_of(one), run.config))
+    assert told.endswith(f"random steps reach {trusted['reach']:.3g} in all, where half of a projected gradient is left")
+    found = f", and the loss around them measured: random steps reached {facts['reach']:.3g} before, {after['reach']:.3g} after"
+    held = f": they did not lower the loss, so the rate measured {'after them holds, which is smaller' if trusted is after else 'before them holds'}"
+    assert notices[notices.index(told) - 1] == f"8 steps were tried and taken back{found if lowered else held}"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,7 @@ def test_a_trial_that_ruins_the_loss_changes_nothing(lora_dir: Path, reviews: st
     assert facts["trial"] == {"tried_steps": TRIAL_STEPS}
     (told,) = (line for line in notices if line.startswith("lr "))
     assert told.endswith(f"random steps reach {facts['reach']:.3g} in all, where half of a projected gradient is left")
-    tried = "8 steps were tried and taken back: the loss was not finite after them, so what was measured before them holds"
+    tried = "8 steps were tried and taken back: the loss was not finite after them, so the rate measured before them holds"
     assert notices[notices.index(told) - 1] == tried
     assert read_run(tmp_path / "run").config.lr == facts["lr"] == rate_of(landscape_of(facts), read_run(tmp_path / "run").config)
 
@@ -144,17 +148,27 @@ def test_a_trial_up_the_slope_cannot_raise_the_rate(lora_dir: Path, reviews: str
     assert facts["lr"] == min(rate_of(landscape_of(measured), run.config) for measured in (facts, facts["trial"]))
 
 
-@pytest.mark.parametrize(("loss", "raised"), [(0.9, True), (1.1, False)])
-@pytest.mark.parametrize("of_trial", [{"reach": 0.3}, {"grad_rms": 0.1}], ids=["wider", "flatter"])
-def test_a_trial_that_did_not_lower_the_loss_cannot_raise_the_rate(loss: float, raised: bool, of_trial: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    ("of_trial", "raises"),
+    [({"reach": 0.3}, True), ({"grad_rms": 0.1}, True), ({"reach": 0.05}, False), ({"grad_rms": 20.0, "reach": 0.13}, False)],
+    ids=["wider", "flatter", "narrower", "steeper"],
+)
+@pytest.mark.parametrize("loss", [0.9, 1.1])
+def test_a_trial_that_did_not_lower_the_loss_can_lower_the_rate_and_not_raise_it(
+    loss: float, of_trial: dict[str, float], raises: bool
+) -> None:
     config = make_config(None, {"data": "no file", "rule": "sgd"})
     before = Landscape(eps=0.01, reach=0.12, change=0.01, grad_rms=6.0, loss=1.0, curvature=0.0, probes=5)
     after = before._replace(loss=loss, **of_trial)
-    assert rate_of(after, config) > rate_of(before, config)
+    assert (rate_of(after, config) > rate_of(before, config)) is raises
     trusted = calibration._trusted(before, after, make_rule(config, {}), config)
-    assert trusted is (after if raised else before)
+    assert trusted is (before if loss > 1 and raises else after)
     measured = calibration._Measured(before, True, after, trusted, 1e-3, TRIAL_RUN_STEPS, 16)
-    told = ", and the loss around them measured: random steps reached 0.12 before, " if raised else ": they did not lower the loss, so "
+    told = ", and the loss around them measured: random steps reached 0.12 before, "
+    if loss > 1:
+        told = (
+            f": they did not lower the loss, so the rate measured {'before them holds' if raises else 'after them holds, which is smaller'}"
+        )
     assert measured.trial()[0].startswith(f"8 steps were tried and taken back{told}")
 
 

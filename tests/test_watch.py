@@ -118,13 +118,18 @@ def test_a_rate_far_too_large_is_lowered_to_the_measured_one_and_then_by_quarter
     assert told[0].endswith(f"on from there with the learning rate that was measured, {measured:.3g}")
     assert all("with a quarter of the learning rate" in line for line in told[1:])
     assert run.journal.lr_scale == pytest.approx(measured / 3 * SMALLER ** (len(told) - 1))
-    assert run.records[-1].learning_rate <= measured
+    assert told[-1].split("back to step ")[1].startswith("0,")
+    assert max(record.learning_rate for record in run.records) <= measured * (1 + 1e-6)
 
 
-def test_a_measured_rate_is_quartered_itself(lora_dir: Path, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lr", [None, 0.5])
+def test_after_resume_a_measured_rate_is_quartered_and_a_given_one_lowered_to_the_measured(
+    lora_dir: Path, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lr: float | None
+) -> None:
     notices: list[str] = []
     ruined = [NonFiniteLossError("the loss is not finite")]
-    edgezo.tune(lora_dir, tmp_path / "run", data=reviews, steps=2, threads=1, **TASK)
+    edgezo.tune(lora_dir, tmp_path / "run", data=reviews, steps=1, lr=lr, threads=1, **TASK)
+    measured = read_run(tmp_path / "run").header["calibration"]["lr"]
     measure = Theta.measure
 
     def ruin(theta: Theta, batch: Any, step: int, learning_rate: float) -> Any:
@@ -134,8 +139,11 @@ def test_a_measured_rate_is_quartered_itself(lora_dir: Path, reviews: str, tmp_p
 
     monkeypatch.setattr(Theta, "measure", ruin)
     edgezo.tune(lora_dir, tmp_path / "run", resume=True, steps=4, threads=1, reporter=Reporter(notice=notices.append))
-    assert any("with a quarter of the learning rate" in line for line in notices)
-    assert read_run(tmp_path / "run").journal.lr_scale == SMALLER
+    (told,) = (line for line in notices if "back to step" in line)
+    assert told.endswith(
+        f"{'a quarter of the learning rate' if lr is None else 'the learning rate that was measured'}, {(lr or SMALLER) * measured / (lr or 1.0):.3g}"
+    )
+    assert read_run(tmp_path / "run").journal.lr_scale == pytest.approx(SMALLER if lr is None else measured / lr)
 
 
 @pytest.mark.parametrize("facts", [None, [], {}, {"lr": "1"}, {"lr": float("nan")}, {"lr": -1.0}, {"lr": True}])

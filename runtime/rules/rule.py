@@ -104,7 +104,7 @@ class DenseRule(Rule):
     """
 
     def __init__(self, sizes: Mapping[str, int], count: int) -> None:
-        # written once, so that the memory is taken now and not at the first step
+        # written once, so that all of the memory is taken now and not page by page
         self.moments = [{name: np.full(size, 0, np.float32) for name, size in sizes.items()} for _ in range(count)]
         self.state_bytes = 4 * count * sum(sizes.values())
 
