@@ -212,7 +212,8 @@ def test_resuming_when_the_data_is_gone(refusal: Callable[..., str], command: Co
     data.write_bytes((tmp_path / "rows.jsonl").read_bytes())
     assert command("tune", "edge", "-o", "run", *TASK, "--data", str(data), "--steps", "1", "--lr", "1e-4", "--start", "none").code == 0
     assert (
-        refusal("verify", "run", "--data", "lost.jsonl") == f"--data lost.jsonl: no such file or folder in {tmp_path}; give the place where it is now"
+        refusal("verify", "run", "--data", "lost.jsonl")
+        == f"--data lost.jsonl: no such file or folder in {tmp_path}; give the place where it is now"
     )
     assert refusal("verify", "run", "--valid", "rows.jsonl") == "run: the run was made without --valid; leave it out"
     data.unlink()

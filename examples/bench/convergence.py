@@ -27,6 +27,7 @@ from edgezo.runtime.dataset import task_of, tokenize_data
 from edgezo.runtime.masked import ModelFacts
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
+from edgezo.runtime.reports import TuneResult
 from edgezo.runtime.run import METRICS, read_run
 from edgezo.runtime.scoring import Sequences
 
@@ -107,7 +108,7 @@ def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folde
             points[forwards] = accuracy
         return {"points": points, "seconds": seconds}
     steps = max(1, options.rows // STEP_ROWS)
-    result = edgezo.tune(
+    result = _tune_whole(
         edge, run, data=str(files.train), valid=str(files.valid), seed=seed, steps=steps, eval_every=max(1, steps // 4),
         eval_rows=options.valid_rows,
         **files.settings, **method.settings,
@@ -134,11 +135,19 @@ def _learn_once(
     if name == "linear probe":
         found = edgezo.probe(edge, files.train, files.test, rows=rows, **files.settings)
         return rows, float(found.evaluation.accuracy or 0.0), time.monotonic() - begun
-    result = edgezo.tune(
+    result = _tune_whole(
         edge, folder, data=str(files.train), valid=str(files.valid), seed=seed, start_rows=rows,
         eval_rows=options.valid_rows, **files.settings, **METHODS[name].settings,
     )  # fmt: skip
     return result.forward_rows, measure(edge, folder, files, {0})[0], result.seconds
+
+
+def _tune_whole(edge: Path, run: Path, **settings: Any) -> TuneResult:
+    """A run that a signal ended is no measurement."""
+    result = edgezo.tune(edge, run, **settings)
+    if result.ended == "interrupted":
+        raise SystemExit(f"{run}: interrupted after {result.steps} steps; call again to measure this cell")
+    return result
 
 
 def _first(path: Path, rows: int, folder: Path) -> Path:
