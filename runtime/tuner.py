@@ -58,9 +58,7 @@ class Tuner:
     untuned: Evaluation | None = None  # before an exact start
     lr_scale: float = 1.0
     undos: int = 0
-    measured_lr: float | None = (
-        None  # at once lowered to when a larger one was given and proves too large; itself settles where no schedule lowers it
-    )
+    measured_lr: float | None = None  # what a given rate that proves too large falls to
     quiet_until: int = 0  # after a rise that was the rows' alone
     start_loss: float | None = None  # of the guarded rows
     pending: bytes = b""  # kind of the record after which the process before this one ended
