@@ -28,7 +28,7 @@ FIRST = {"lora": -6, "prefix": -4, None: -10}  # where to begin: near what model
 LEAST = -20
 IN_PLACE_DIRECTIONS = 8  # one after the other, of two rows each
 FAR = 10.0  # times the measured rate: told when a given one is so far from it
-TRIAL_STEPS = 8  # tried and taken back; neither number was searched for
+TRIAL_STEPS = 8  # tried and taken back
 TRIAL_RUN_STEPS = 40  # the rate they take is that of a run of so many; shorter runs have no trial
 
 
