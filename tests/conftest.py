@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 import torch
-from command_line import TASK
+from command_line import TASK, contents
 from exact_starts import ROWS
 
 from edgezo import cli
@@ -154,6 +154,23 @@ def command(monkeypatch: pytest.MonkeyPatch, invoke: Command, edge_dir: Path, re
     assert (edge_dir, reviews) == (tmp_path / "edge", str(tmp_path / "rows.jsonl"))
     monkeypatch.chdir(tmp_path)
     return invoke
+
+
+@pytest.fixture
+def refusal(command: Command, tmp_path: Path) -> Callable[..., str]:
+    """Run a command that must fail: code 1, nothing on standard output, one line of error, no file made or changed."""
+
+    def call(*arguments: str) -> str:
+        before = contents(tmp_path)
+        code, out, err = command(*arguments)
+        problems = [line for line in err.splitlines() if not line.startswith("  ")]  # progress is indented
+        assert (code, out, len(problems)) == (1, "", 1), err
+        assert problems[0].startswith("error: ")
+        assert err.endswith(problems[0] + "\n")
+        assert contents(tmp_path) == before
+        return problems[0].removeprefix("error: ")
+
+    return call
 
 
 @pytest.fixture

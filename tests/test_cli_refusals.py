@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import TASK, contents
+from command_line import TASK
 from conftest import Command
 from filelock import FileLock
 
@@ -21,23 +21,6 @@ from edgezo.runtime.journal_records import EVALUATION_BYTES, STEP_BYTES
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.run import read_run
 from edgezo.storage import sha256_file
-
-
-@pytest.fixture
-def refusal(command: Command, tmp_path: Path) -> Callable[..., str]:
-    """Run a command that must fail: code 1, nothing on standard output, one line of error, no file made or changed."""
-
-    def call(*arguments: str) -> str:
-        before = contents(tmp_path)
-        code, out, err = command(*arguments)
-        problems = [line for line in err.splitlines() if not line.startswith("  ")]  # progress is indented
-        assert (code, out, len(problems)) == (1, "", 1), err
-        assert problems[0].startswith("error: ")
-        assert err.endswith(problems[0] + "\n")
-        assert contents(tmp_path) == before
-        return problems[0].removeprefix("error: ")
-
-    return call
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -181,45 +164,6 @@ def test_a_run_where_an_edge_model_is_asked_for(refusal: Callable[..., str], run
 def test_resuming_with_a_configuration_file(refusal: Callable[..., str], run: str) -> None:
     message = refusal("tune", "edge", "-o", run, "--resume", "--config", "run/config.json")
     assert message == "--resume continues with the run's own settings; leave --config out and give what shall change as options"
-
-
-def test_resuming_from_another_folder(
-    refusal: Callable[..., str], command: Command, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
-    again = ["tune", str(tmp_path / "edge"), "-o", str(tmp_path / run), "--resume"]
-    here = f"rows.jsonl (not in {elsewhere}"
-    begun, end = f"{tmp_path / run}: the run's data was not found: ", "; go to the folder it was last tuned in, or say where it is: "
-    assert refusal(*again) == f"{begun}--data {here}) and --valid {here}){end}--data PATH --valid PATH"
-    data = str(tmp_path / "rows.jsonl")
-    assert refusal(*again, "--data", data) == f"{begun}--valid {here}){end}--valid PATH"
-    expected = f"not checked: {here}; say where that is: --data PATH), {here}; say where that is: --valid PATH), the base (--base DIR)\n"
-    assert command("verify", str(tmp_path / run)).out.endswith(expected)
-    assert command("verify", str(tmp_path / run), "--data", data, "--valid", data).out.endswith(
-        "no fault found; not checked: the base (--base DIR)\n"
-    )
-    Path("rows.jsonl").write_text("{}\n")
-    wrong = f"{elsewhere / 'rows.jsonl'} is not the file the run was made with, say where that is: "
-    problem = f"{wrong}--data PATH; {wrong}--valid PATH"
-    assert command("verify", str(tmp_path / run)).err == f"error: {tmp_path / run}: {problem}\n"
-    assert command(*again, "--data", data, "--valid", data).code == 0
-
-
-def test_resuming_when_the_data_is_gone(refusal: Callable[..., str], command: Command, tmp_path: Path) -> None:
-    data = tmp_path / "gone.jsonl"
-    data.write_bytes((tmp_path / "rows.jsonl").read_bytes())
-    assert command("tune", "edge", "-o", "run", *TASK, "--data", str(data), "--steps", "1", "--lr", "1e-4", "--start", "none").code == 0
-    assert (
-        refusal("verify", "run", "--data", "lost.jsonl")
-        == f"--data lost.jsonl: no such file or folder in {tmp_path}; give the place where it is now"
-    )
-    assert refusal("verify", "run", "--valid", "rows.jsonl") == "run: the run was made without --valid; leave it out"
-    data.unlink()
-    expected = f"run: the run's data was not found: --data {data} (not there); go to the folder it was last tuned in, or say where it is: --data PATH"
-    assert refusal("tune", "edge", "-o", "run", "--resume") == expected
-    assert refusal("verify", "run", "--base", "edge", "--every", "1") == expected
 
 
 @pytest.mark.parametrize("name", ["eval", "generate", "tune"])
