@@ -83,13 +83,17 @@ def check_run(
             raise RunError(f"{directory}: the run was made without --{name}; leave it out")
         if not _is_there(path):
             raise DataError(
-                f"--{name} {path}: no such file or folder{'' if Path(path).is_absolute() else f' {where(path)}'}; give the place where it is now"
+                f"--{name} {path!r}: no such file or folder{'' if Path(path).is_absolute() else f' {where(path)}'}; give the place where it is now"
             )
     run = run._replace(config=run.config.model_copy(update=moved))
     if every is not None:
         refuse_moved(directory, run.config)
     paths = {"data": run.config.data, "valid": run.config.valid, "init": str(directory / INIT)}
-    files = [CheckedFile(name, path, _state(path, recorded)) for name, path in paths.items() if path and (recorded := run.header.get(name))]
+    files = [
+        CheckedFile(name, path, _state(path, recorded))
+        for name, path in paths.items()
+        if path is not None and (recorded := run.header.get(name))
+    ]
     problems = [
         f"{Path(file.path).absolute()} is not the file the run was made with, {file.mend}" for file in files if file.state == "changed"
     ]
@@ -182,7 +186,7 @@ def _best(run: Run) -> dict[str, float | int] | None:
 
 def _is_there(path: str) -> bool:
     """A file, or a folder of texts; a pipe is read only once."""
-    return Path(path).is_file() or Path(path).is_dir()
+    return path != "" and (Path(path).is_file() or Path(path).is_dir())  # "" would be the working directory
 
 
 def _state(path: str, recorded: object) -> str:
