@@ -229,9 +229,12 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
     use = "predict DIR --run RUN --text '...'" if config.labels is not None else "generate DIR --run RUN --prompt '...'"
     if config.choices is not None or config.answer_field is not None:
         use = "predict DIR --run RUN --data ROWS"
-    more = {"interrupted": "", "finished": " --steps MORE", "out of time": " --minutes MORE", "no longer better": " --patience 0"}[
-        result.ended
-    ]
+    more = {
+        "interrupted": "",
+        "finished": f" --steps {2 * result.steps or DEFAULT_STEPS}",
+        "out of time": f" --minutes {2 * (config.minutes or 0.0):g}",
+        "no longer better": " --patience 0",
+    }[result.ended]
     unseen = result.best is not None and result.start is None and result.steps and not max(run.evaluations)  # the best is the base
     chosen = f"{output}{' --step last' if unseen else ''}"
     rows.append(("use it", f"edgezo {use}".replace("DIR", str(directory)).replace("RUN", chosen)))

@@ -104,7 +104,7 @@ def _run(path: Path) -> dict[str, Any]:
         "base": run.header.get("base"),
     }
     if run.journal.undos:
-        facts["times_gone_back"], facts["lr_scale"] = run.journal.undos, run.journal.lr_scale
+        facts["times_gone_back"] = run.journal.undos
     facts["journal_bytes"] = run.journal.whole_bytes
     if (head := run.journal.head_at(0)) is not None:
         probe = f", and a probe of the attention of {len(head.probe)} layers" if head.probe.size else ""
@@ -116,7 +116,11 @@ def _run(path: Path) -> dict[str, Any]:
             facts[f"valid_at_step_{step}"] = run.evaluations[step].as_dict()
     if run.records:
         facts["last_loss"] = run.records[-1].loss
-    return {**facts, **{{"steps": "steps_asked"}.get(name, name): value for name, value in settings.items()}}
+    for name, value in settings.items():
+        facts["steps_asked" if name == "steps" else name] = value
+        if name == "lr" and run.journal.undos:
+            facts["lr_scale"] = run.journal.lr_scale
+    return facts
 
 
 def _ended(run: "Run", summary: dict[str, Any]) -> Any:

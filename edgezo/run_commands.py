@@ -93,9 +93,9 @@ def verify_command(
         if as_json
         else [" ".join(file) for file in found.files],
         "base": "not checked" if base is None else f"{base}, as recorded",
-        "steps_derived_again": found.derived,
-        "largest_loss_difference": found.largest_loss_difference,
     }
+    if every is not None or as_json:
+        facts |= {"steps_derived_again": found.derived, "largest_loss_difference": found.largest_loss_difference}
     left = [f"{file.path} (not {where(file.path)}; {file.mend})" for file in found.files if file.state == "not there"]
     left += ["the base (--base DIR)"] if base is None else [] if every else ["the scalars of steps (--every K)"]
     parts = [f"not checked: {', '.join(left)}"] if left else []

@@ -102,10 +102,11 @@ def evaluation_text(evaluation: "Evaluation") -> str:
     return f"{', '.join(parts)} ({evaluation.rows} rows)"
 
 
-def prediction_text(prediction: "Prediction") -> str:
-    """A prediction in one line: labels or choices, the likeliest first, or the answer."""
+def prediction_text(prediction: "Prediction", alone: bool) -> str:
+    """Labels or choices, the likeliest first, or the answer: in one line unless it is `alone`."""
     if not prediction.probabilities:
-        return " ".join((prediction.text or "").split())
+        answer = (prediction.text or "").strip()
+        return answer if alone else " ".join(answer.split())
     ranked = sorted(prediction.probabilities.items(), key=lambda pair: -pair[1])
     return "  ".join(f"{label} {100 * probability:.1f} %" for label, probability in ranked)
 
@@ -141,7 +142,7 @@ def tuning() -> Iterator["Reporter"]:
         say = (progress.console if live else console).print
         total: int | None = None
         shown = 0.0
-        smooth, seen = 0.0, 0  # a mean at first, then one that forgets
+        loss, pace, seen = 0.0, 0.0, 0  # means at first, then such that forget
         first_step, first_seconds = 0, 0.0  # before the steps that are shown: a start takes time and makes none
 
         def begin(step: int, total_steps: int | None) -> None:
@@ -154,12 +155,14 @@ def tuning() -> Iterator["Reporter"]:
                 say(f"  {text}")
 
         def step(report: "StepReport") -> None:
-            nonlocal shown, smooth, seen, first_step, first_seconds
+            nonlocal shown, loss, pace, seen, first_step, first_seconds
             if not seen:
                 first_step, first_seconds = report.step - 1, report.seconds - report.step_seconds
             seen += 1
-            smooth += (report.loss - smooth) * max(1 / seen, 0.05)
-            note = f"training loss {smooth:.4f}  {report.step_seconds:.2f} s/step"
+            share = max(1 / seen, 0.05)
+            loss += (report.loss - loss) * share
+            pace += (report.step_seconds - pace) * share
+            note = f"training loss {loss:.4f}  {pace:.2f} s/step"
             count = f"{report.step}/{total}" if total else f"step {report.step}"
             progress.update(task, description="tuning", completed=report.progress, count=count, note=note)
             if not live and (report.progress - shown >= 1 / LINES_PER_RUN or report.progress >= 1):

@@ -211,7 +211,7 @@ def predict_command(
         terminal.print_json({"predictions": [prediction.as_dict() for prediction in found]})
         return
     for prediction in found:
-        sys.stdout.write(f"{terminal.prediction_text(prediction)}\n")
+        sys.stdout.write(f"{terminal.prediction_text(prediction, alone=text is not None)}\n")
 
 
 def generate_command(

@@ -1,6 +1,7 @@
 """What a run that was given no eps or no lr takes instead: measured before its first step, told in a few lines, and kept in its journal."""
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ FIRST = {"lora": -6, "prefix": -4, None: -10}  # where to begin: near what model
 LEAST = -20
 IN_PLACE_DIRECTIONS = 8  # one after the other, of two rows each
 FAR = 10.0  # times the measured rate: told when a given one is so far from it
+MUCH_DECAY = 0.01  # of a weight in a step, of which a person is told
 TRIAL_STEPS = 8  # tried and taken back
 TRIAL_RUN_STEPS = 40  # the rate they take is that of a run of so many; shorter runs have no trial
 
@@ -52,7 +54,9 @@ def first_scale(model: EdgeModel) -> float:
     return float(2.0 ** FIRST[_kind(model)])
 
 
-def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset, opened: float, start: Path | None) -> Calibration:
+def calibrate(
+    theta: Theta, config: TuneConfig, dataset: Dataset, opened: float, start: Path | None, stage: Callable[[str], None] = lambda text: None
+) -> Calibration:
     """Measure what `config` leaves open; a given eps or lr is kept.
 
     Without rows of the head the first steps may change the loss around theta as no later ones do (labels out of balance): lr is then measured again
@@ -64,11 +68,13 @@ def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset, opened: float,
         dataset: rows to measure on.
         opened: when the run's minutes began, by `time.monotonic`.
         start: tensors that the run starts from, as of `mutable_weights`.
+        stage: told what is being measured.
 
     Raises:
         NonFiniteLossError: the loss is not finite near the start.
         ConfigError: weight decay at the measured lr would undo every step.
     """
+    stage("measuring the loss around the start")
     probe = _Probe(theta, dataset)
     found = _survey(probe)
     theta.weights.flush()
@@ -81,6 +87,7 @@ def calibrate(theta: Theta, config: TuneConfig, dataset: Dataset, opened: float,
     after = None
     if has_trial:
         lr = min(_rate(found, rule, config, TRIAL_RUN_STEPS), LARGEST_LR)
+        stage(f"measuring it again after {TRIAL_STEPS} steps, which are taken back")
         after = _after_trial(theta, config.model_copy(update={"eps": eps, "lr": lr}), dataset, start)
         steps = _expected_steps(config, probe.row_seconds, dataset, time.monotonic() - opened)
     if after is not None and config.eps is None:
@@ -146,6 +153,15 @@ def _refuse_decay(config: TuneConfig) -> None:
         raise ConfigError(
             f"--weight-decay {config.weight_decay:g}: times the measured lr {config.lr:.3g} is not below 1; give a smaller one, or a smaller --lr"
         )
+
+
+def decay_warning(config: TuneConfig) -> str | None:
+    """What speaks against the weight decay of a configuration with lr."""
+    assert config.lr is not None
+    taken = config.lr * config.weight_decay
+    if taken < MUCH_DECAY:
+        return None
+    return f"--weight-decay {config.weight_decay:g} times lr {config.lr:.3g} takes {100 * taken:.0f} % off the matrices that are tuned at every step; give a smaller one"
 
 
 def _decays_all(config: TuneConfig) -> bool:

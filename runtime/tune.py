@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from edgezo.config import TuneConfig, describe
 from edgezo.errors import AdapterError, ConfigError, RunError
 from edgezo.runtime.adapter_files import read_adapter
-from edgezo.runtime.calibration import calibrate, first_scale, measuring_config
+from edgezo.runtime.calibration import calibrate, decay_warning, first_scale, measuring_config
 from edgezo.runtime.corpus import WARNING
 from edgezo.runtime.data_summary import data_summary
 from edgezo.runtime.dataset import Dataset, read_dataset, weak_validation
@@ -90,15 +90,16 @@ def tune(
             exact = start_exactly(model, theta.objective, dataset, reporter)
         dataset = dataset.with_offsets(exact.offsets if previous is None else previous.journal.offsets)
         if theta.config is not config:
-            reporter.stage("measuring the loss around the start")
-            measured = calibrate(theta, config, dataset, opened, start)
+            measured = calibrate(theta, config, dataset, opened, start, reporter.stage)
             config, theta = measured.config, theta.anew(measured.config, start)
             header = {**header, "config": config.model_dump(), "calibration": measured.facts}
             for line in measured.told:
                 reporter.notice(line)
             if theta.objective.name == "dpo":  # by the grid of the run's own eps, as when it goes on
                 dataset = _with_references(theta, dataset, memory)
-        if previous is None and given_eps and theta.objective.smooth and (warning := smoothness_warning(theta, dataset.train.examples)):
+        if previous is None and given_eps and theta.objective.smooth and (rough := smoothness_warning(theta, dataset.train.examples)):
+            reporter.notice(f"warning: {rough}")
+        if previous is None and (warning := decay_warning(config)):
             reporter.notice(f"warning: {warning}")
         with open_journal(output, config, header, previous, exact.records) as journal:
             tuner = Tuner(model, config, output, dataset, theta, journal, reporter, start)

@@ -243,6 +243,21 @@ def test_a_weight_decay_that_undoes_every_step_is_refused(lora_dir: Path, review
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("lr", "decay", "taken"), [(1e-2, 8.0, "8 %"), (1e-2, 0.9, None), (None, None, "50 %")])
+def test_a_weight_decay_that_takes_much_is_told(
+    lora_dir: Path, reviews: str, tmp_path: Path, lr: float | None, decay: float | None, taken: str | None
+) -> None:
+    settings = {"data": reviews, "steps": 2, "eps": 2**-8, "lr": lr, **TASK}
+    if decay is None:
+        edgezo.tune(lora_dir, tmp_path / "measured", **settings)
+        decay = 0.5 / (read_run(tmp_path / "measured").config.lr or 0.0)
+    notices: list[str] = []
+    edgezo.tune(lora_dir, tmp_path / "run", weight_decay=decay, reporter=Reporter(notice=notices.append), **settings)
+    rate = read_run(tmp_path / "run").config.lr
+    told = f"warning: --weight-decay {decay:g} times lr {rate:.3g} takes {taken} off the matrices that are tuned at every step; give a smaller one"
+    assert [line for line in notices if "--weight-decay" in line] == ([told] if taken else [])
+
+
 def test_an_objective_that_changes_in_steps_is_measured_by_its_smooth_one(lora_dir: Path, reviews: str, tmp_path: Path) -> None:
     edgezo.tune(lora_dir, tmp_path / "smooth", data=reviews, steps=2, **TASK)
     notices: list[str] = []

@@ -33,7 +33,7 @@ def test_tune_tells_before_after_and_what_to_do_next(command: Command) -> None:
         rf"before  {MEASURED}\n"
         rf"step \d  {MEASURED}, kept as best\n"
         r"use it  edgezo predict edge --run run --text '\.\.\.'\n"
-        r"go on   edgezo tune edge -o run --resume --steps MORE\n",
+        r"go on   edgezo tune edge -o run --resume --steps 8\n",
         found.out,
     )
     assert found.code == 0
@@ -81,6 +81,24 @@ def test_tune_says_when_no_later_step_was_evaluated(command: Command, exported_d
     assert rows["best"] == "step 0, the start: no later step was evaluated; --step last uses step 1"
     assert rows["run"].startswith("run, 1 step, interrupted, ")
     assert rows["use it"] == f"edgezo predict {exported_dir} --run run --step last --text '...'"
+
+
+@pytest.mark.parametrize(
+    ("budget", "ended", "more"),
+    [
+        ({"steps": 0}, "finished", "--steps 500"),
+        ({"steps": 3}, "finished", "--steps 6"),
+        ({"minutes": 0.001}, "out of time", "--minutes 0.002"),
+    ],
+)
+def test_what_goes_on_is_twice_as_long(command: Command, exported_dir: Path, budget: dict[str, Any], ended: str, more: str) -> None:
+    settings = {"template": "{text} It was", "labels": "terrible,great", "start": "none", "eps": 1e-3, "lr": 1e-4}
+    result = edgezo.tune(exported_dir, "run", data="rows.jsonl", threads=1, **budget, **settings)
+    assert result.ended == ended
+    told = f"edgezo tune {exported_dir} -o run --resume {more}"
+    assert dict(tune_rows(exported_dir, Path("run"), result))["go on"] == told
+    if result.steps:  # 500 steps take ten seconds
+        assert command(*told.split()[1:], "--threads", "1").code == 0
 
 
 def test_tune_as_json_is_one_object(command: Command) -> None:

@@ -206,3 +206,13 @@ def test_inspect_does_not_tell_the_end_before_a_resume_that_was_cut_off(
     assert command("tune", "edge", "-o", run, "--resume", "--steps", "9").code == 130
     found = one_object(command("inspect", run, "--json").out)
     assert (found["steps"], found["steps_asked"], found["ended"]) == (4, 9, None)
+
+
+def test_inspect_tells_the_scale_of_a_lowered_rate_beside_it(command: Command, lora_dir: Path, reviews: str) -> None:
+    settings = {"data": reviews, "lr": 3.0, "eps": 2**-8, "schedule": "constant", "start": "none", "threads": 1}
+    edgezo.tune(lora_dir, "run", steps=12, template="{text} It was", labels="terrible,great", **settings)
+    journal, found = read_run("run").journal, facts(command("inspect", "run").out)
+    assert journal.undos > 0
+    assert ("times gone back", str(journal.undos)) in found
+    place = found.index(("lr", "3"))
+    assert found[place + 1] == ("lr scale", f"{journal.lr_scale:.6g}")

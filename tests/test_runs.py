@@ -256,6 +256,7 @@ def test_verify_shows_its_findings_and_fails_on_a_problem(command: Callable[...,
     assert out.endswith("verdict                  no fault found\n")
     Path(reviews).rename(Path(reviews).with_name("moved.jsonl"))
     _, out, _ = command("verify", run)
+    assert [line.split("  ")[0] for line in out.splitlines()] == [*expected[:7], "verdict"]
     missing = [f"{reviews} (not there; say where that is: --{name} PATH)" for name in ("data", "valid")]
     expected = f"no fault found; not checked: {', '.join(missing)}, the base (--base DIR)\n"
     assert out.endswith(expected)

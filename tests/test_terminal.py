@@ -5,6 +5,7 @@ import re
 import pytest
 
 from edgezo import terminal
+from edgezo.runtime.predict import Prediction
 from edgezo.runtime.reports import StepReport
 
 
@@ -18,3 +19,18 @@ def test_time_left_is_that_of_steps_not_of_what_came_before_them(capsys: pytest.
                 progress = max(step / 10, (seconds - 100) / (60 * minutes - 100) if minutes else 0.0)
                 reporter.step(StepReport(step, 1.0, (0.5,), 1e-3, 4.0, seconds, 100.0, progress, 32 * step))
         assert re.findall(r"(\d+:\d\d) left", capsys.readouterr().err) == expected
+
+
+def test_seconds_of_a_step_are_a_mean_as_its_loss_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal.tuning() as reporter:
+        reporter.begin(0, 3)
+        for step, (loss, step_seconds) in enumerate([(1.0, 9.0), (2.0, 1.0), (3.0, 2.0)], 1):
+            reporter.step(StepReport(step, loss, (0.5,), 1e-3, step_seconds, 10.0 * step, 0.0, step / 3, 32 * step))
+    expected = ["training loss 1.0000  9.00 s/step", "training loss 1.5000  5.00 s/step", "training loss 2.0000  4.00 s/step"]
+    assert re.findall(r"training loss \S+  \S+ s/step", capsys.readouterr().err) == expected
+
+
+def test_an_answer_alone_keeps_its_lines() -> None:
+    answer = Prediction(text=" the first\n  and the second\n")
+    assert terminal.prediction_text(answer, alone=True) == "the first\n  and the second"
+    assert terminal.prediction_text(answer, alone=False) == "the first and the second"

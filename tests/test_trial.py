@@ -43,8 +43,11 @@ def landscape_of(facts: dict[str, Any]) -> Landscape:
 def test_a_run_is_that_of_the_measured_eps_and_rate_with_nothing_left_of_the_trial(
     request: pytest.FixtureRequest, edge: str, reviews: str, tmp_path: Path
 ) -> None:
-    directory, notices = request.getfixturevalue(edge), list[str]()
-    edgezo.tune(directory, tmp_path / "run", data=reviews, steps=TRIAL_RUN_STEPS, reporter=Reporter(notice=notices.append), **SHORT)
+    directory, notices, stages = request.getfixturevalue(edge), list[str](), list[str]()
+    reporter = Reporter(notice=notices.append, stage=stages.append)
+    edgezo.tune(directory, tmp_path / "run", data=reviews, steps=TRIAL_RUN_STEPS, reporter=reporter, **SHORT)
+    measuring = [stage for stage in stages if stage.startswith("measuring")]
+    assert measuring == ["measuring the loss around the start", "measuring it again after 8 steps, which are taken back"]
     run = read_run(tmp_path / "run")
     edgezo.tune(directory, tmp_path / "given", data=reviews, steps=TRIAL_RUN_STEPS, eps=run.config.eps, lr=run.config.lr, **SHORT)
     assert run.records == read_run(tmp_path / "given").records
