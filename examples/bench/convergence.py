@@ -2,9 +2,10 @@
 
     python -m examples.bench.convergence RESULTS.jsonl --lora EDGE --full EDGE --source MODEL --data DATA --tasks sst2,trec
     python -m examples.bench.convergence RESULTS.jsonl --lora EDGE            # the demo's own notes
+    python -m examples.bench.convergence RESULTS.jsonl --lora EDGE --full EDGE --data DATA --tasks sst2 --group variants      # estimators, samplers and rules
     python -m examples.bench.convergence docs/convergence.jsonl --plot docs/convergence.png      # the measured cells again as table and plot
 
-Methods without their model (--full, --source) are left out. The data folder has TASK/train.jsonl, TASK/validation.jsonl and TASK/test.jsonl. Settings are those of the methods, and
+Methods without their model (--full, --source) are left out. The data folder has TASK/train.jsonl, TASK/validation.jsonl and TASK/test.jsonl. Settings are those of the methods (examples/bench/methods.py), and
 of a grid of rates each is a method of its own. A cell whose line is in RESULTS.jsonl is not run again, so that the bench can be stopped and go on. Rows of forward are those that learning takes,
 calibration and exact start with it, one for each forward of a row; backpropagation counts three for each row, since a backward pass costs about two forwards. Evaluations are not counted. Seconds are those of the last point: of backpropagation without validation, of the linear probe with its test rows.
 """
@@ -24,48 +25,25 @@ import edgezo
 from edgezo.recipe import recipe_names, task_settings
 from edgezo.runtime.corpus import read_data
 from edgezo.runtime.dataset import task_of, tokenize_data
+from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.masked import ModelFacts
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.reports import TuneResult
 from edgezo.runtime.run import METRICS, read_run
 from edgezo.runtime.scoring import Sequences
+from examples.bench.methods import GROUPS, METHODS
 
 OWN = Path(__file__).parent
 NOTES: dict[str, Any] = {
     "template": "Note: {text}\nTopic:",
     "labels": ",".join(f"{w}={w}" for w in ("family", "health", "money", "travel", "work")),
 }
-STEP_ROWS = 32  # of forward, of every method
 SEED_ROWS = 1.1  # a start's rows differ a little from seed to seed
 LEAST_RANGE = 20  # per cent that a panel shows: a row of test rows is no cliff
 
 
 Cell = dict[str, Any]  # task, method, seed, test_rows, valid_rows (at most), points: test accuracy by rows of forward, seconds of the run
-
-
-class Method(NamedTuple):
-    """Which model a method tunes, and its settings; `each_budget`: a run of its own for every number of training rows; `choices`: learns rows of choices."""
-
-    edge: str
-    settings: dict[str, Any]
-    each_budget: bool = False
-    choices: bool = True
-
-
-PLAIN: dict[str, Any] = {"start": "none", "rule": "sgd", "directions": 1, "batch": 16, "schedule": "constant"}
-METHODS = {
-    "edgezo": Method("lora", {}),
-    # eps and lr given, since nothing but the start is to be counted
-    "exact start alone": Method("lora", {"steps": 0, "eps": 1e-3, "lr": 1e-3}, each_budget=True),
-    "linear probe": Method("lora", {}, each_budget=True, choices=False),
-    "edgezo without exact start": Method("lora", {"start": "none"}),
-    "MeZO LoRA, published": Method("lora", {**PLAIN, "eps": 1e-2, "lr": 1e-4, "tune_a": True}),
-    **{f"MeZO LoRA, lr {lr:g}": Method("lora", {**PLAIN, "eps": 1e-2, "lr": lr, "tune_a": True}) for lr in (1e-3, 1e-2)},
-    "MeZO, published": Method("full", {**PLAIN, "eps": 1e-3, "lr": 1e-6}),
-    **{f"MeZO, lr {lr:g}": Method("full", {**PLAIN, "eps": 1e-3, "lr": lr}) for lr in (5e-6, 2e-5, 8e-5)},
-    "backpropagation, LoRA, AdamW": Method("source", {}),
-}
 
 
 class Files(NamedTuple):
@@ -107,7 +85,7 @@ def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folde
             forwards, accuracy, seconds = _learn_once(options, edge, name, files, rows, folder / f"{rows}", seed)
             points[forwards] = accuracy
         return {"points": points, "seconds": seconds}
-    steps = max(1, options.rows // STEP_ROWS)
+    steps = max(1, int(options.rows / method.step_rows))
     result = _tune_whole(
         edge, run, data=str(files.train), valid=str(files.valid), seed=seed, steps=steps, eval_every=max(1, steps // 4),
         eval_rows=options.valid_rows,
@@ -117,11 +95,13 @@ def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folde
     places = {rows: max((step for step, spent in rows_at.items() if spent <= rows), default=None) for rows in budgets(options.rows, 4)}
     chosen = {rows: step for rows, step in places.items() if step is not None}
     measured = measure(edge, run, files, {*chosen.values(), result.best_step, result.steps})
-    points = {**{rows: measured[step] for rows, step in chosen.items()}, max(rows_at.values()): measured[result.steps]}
+    last = measured[result.steps]
+    points = {**{rows: accuracy_of(measured[step]) for rows, step in chosen.items()}, max(rows_at.values()): accuracy_of(last)}
     return {
         "points": points,
-        "best": measured[result.best_step],
-        "last": measured[result.steps],
+        "best": accuracy_of(measured[result.best_step]),
+        "last": accuracy_of(last),
+        "last_loss": last.loss,
         "rows": max(rows_at.values()),
         "seconds": result.seconds,
     }
@@ -134,12 +114,12 @@ def _learn_once(
     begun = time.monotonic()
     if name == "linear probe":
         found = edgezo.probe(edge, files.train, files.test, rows=rows, **files.settings)
-        return rows, float(found.evaluation.accuracy or 0.0), time.monotonic() - begun
+        return rows, accuracy_of(found.evaluation), time.monotonic() - begun
     result = _tune_whole(
         edge, folder, data=str(files.train), valid=str(files.valid), seed=seed, start_rows=rows,
         eval_rows=options.valid_rows, **files.settings, **METHODS[name].settings,
     )  # fmt: skip
-    return result.forward_rows, measure(edge, folder, files, {0})[0], result.seconds
+    return result.forward_rows, accuracy_of(measure(edge, folder, files, {0})[0]), result.seconds
 
 
 def _tune_whole(edge: Path, run: Path, **settings: Any) -> TuneResult:
@@ -165,8 +145,13 @@ def rows_by_step(folder: Path) -> dict[int, int]:
     return {line["step"]: line["forward_rows"] for line in lines if {"step", "forward_rows"} <= line.keys()}
 
 
-def measure(edge: Path, run: Path, files: Files, steps: Iterable[int]) -> dict[int, float]:
-    """Test accuracy of steps of a run."""
+def accuracy_of(evaluation: Evaluation) -> float:
+    """As a number."""
+    return float(evaluation.accuracy or 0.0)
+
+
+def measure(edge: Path, run: Path, files: Files, steps: Iterable[int]) -> dict[int, Evaluation]:
+    """What steps of a run make of the test rows."""
     model, config = EdgeModel(edge), read_run(run).config
     rows = read_data(str(files.test))
     task = task_of(rows, config, ModelFacts.of(model.manifest))
@@ -174,19 +159,21 @@ def measure(edge: Path, run: Path, files: Files, steps: Iterable[int]) -> dict[i
     objective, found = Objective(Sequences(model), task, config), {}
     for step in sorted(set(steps)):
         model.use(run=run, step=step)
-        found[step] = float(objective.evaluate(examples).accuracy or 0.0)
+        found[step] = objective.evaluate(examples)
     return found
 
 
 def table(cells: list[Cell]) -> str:
     """A row for every task and method, mean over seeds."""
-    lines = ["| task | method | seeds | test accuracy, % (rows of forward) | seconds |", "|---|---|---|---|---|"]
+    lines = ["| task | method | seeds | test accuracy, % (rows of forward) | test loss at the end | seconds |", "|---|---|---|---|---|---|"]
     for task in dict.fromkeys(cell["task"] for cell in cells):
         for name in METHODS:
             own = [cell for cell in cells if (cell["task"], cell["method"]) == (task, name)]
             if own:
                 points = ", ".join(f"{found:.1f} ({rows:,})" for rows, found in _means(own))
-                lines.append(f"| {task} | {name} | {len(own)} | {points} | {sum(c['seconds'] for c in own) / len(own):,.0f} |")
+                losses = [cell["last_loss"] for cell in own if "last_loss" in cell]
+                loss = f"{sum(losses) / len(losses):.3f}" if len(losses) == len(own) else ""  # older cells have none
+                lines.append(f"| {task} | {name} | {len(own)} | {points} | {loss} | {sum(c['seconds'] for c in own) / len(own):,.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -210,6 +197,7 @@ def plot(cells: list[Cell], path: Path) -> None:
     from matplotlib import pyplot, ticker
 
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    names = [name for name in METHODS if any(cell["method"] == name for cell in cells)]
     colors = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
     columns_wide = min(len(tasks), 2)
     lines_high = -(-len(tasks) // columns_wide)
@@ -218,14 +206,13 @@ def plot(cells: list[Cell], path: Path) -> None:
     for panel in grid.flat[len(tasks) :]:
         panel.set_axis_off()
     for panel, task in zip(panels, tasks, strict=True):
-        for number, name in enumerate(METHODS):
+        for number, name in enumerate(names):
             own = [cell for cell in cells if (cell["task"], cell["method"]) == (task, name)]
+            color, line = colors[number % len(colors)], "o-" if number < len(colors) else "o--"
             for cell in own if len(own) > 1 else []:
-                panel.plot(
-                    *zip(*((rows, 100 * found) for rows, found in cell["points"].items()), strict=True), color=colors[number], alpha=0.25
-                )
+                panel.plot(*zip(*((rows, 100 * found) for rows, found in cell["points"].items()), strict=True), color=color, alpha=0.25)
             if own:
-                panel.plot(*zip(*_means(own), strict=True), "o-", color=colors[number], label=name, markersize=3)
+                panel.plot(*zip(*_means(own), strict=True), line, color=color, label=name, markersize=3)
         panel.set(title=task, xscale="log", xlabel="rows of forward", ylabel="test accuracy, %")
         low, high = panel.get_ylim()
         panel.set_ylim(min(low, high - LEAST_RANGE), high + 1)
@@ -260,7 +247,10 @@ def main() -> None:
     parser.add_argument("--source", type=Path, help="what they were exported from, for backpropagation")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--tasks", default="notes")
-    parser.add_argument("--methods", help="names separated by semicolons; all when left out")
+    parser.add_argument(
+        "--group", choices=list(GROUPS), default="ways", help="whole ways to learn, or edgezo's estimators, samplers and rules"
+    )
+    parser.add_argument("--methods", help="names separated by semicolons; all of the group when left out")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--rows", type=int, default=4096, help="of forward, at most")
     parser.add_argument("--test-rows", type=int, default=1000)
@@ -292,7 +282,7 @@ def main() -> None:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     done = {(cell["task"], cell["method"], cell["seed"]) for cell in read_cells(options.results)}
     for task in options.tasks.split(","):
-        for name in options.methods.split(";") if options.methods else METHODS:
+        for name in options.methods.split(";") if options.methods else GROUPS[options.group]:
             able = None not in {options.lora, getattr(options, METHODS[name].edge)}
             able = able and (METHODS[name].choices or "choices" not in files_of(options, task).settings)
             for seed in options.seeds.split(",") if able else []:
