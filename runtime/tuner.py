@@ -63,6 +63,8 @@ class Tuner:
     start_loss: float | None = None  # of the guarded rows
     pending: bytes = b""  # kind of the record after which the process before this one ended
     still: int = 0  # steps in a row that changed nothing
+    started: float = field(init=False)  # when the run would have begun had one process done all of it, by `time.monotonic`
+    metrics: TextIO = field(init=False)
 
     def __post_init__(self) -> None:
         self.order = self.dataset.order()
@@ -86,29 +88,29 @@ class Tuner:
         """
         self.spent_seconds += opening_seconds
         self.opening_seconds += opening_seconds
-        started = time.monotonic() - self.spent_seconds
+        self.started = time.monotonic() - self.spent_seconds
         step = len(self.records)
         if self.config.total_steps != 0 and self._progress(step, self.spent_seconds) >= 1:
             self.reporter.notice(self._nothing_left(step))
-        with stop_signals() as stopping, append_lines(self.directory / METRICS) as metrics:
+        with stop_signals() as stopping, append_lines(self.directory / METRICS) as self.metrics:
             opened = {"opening_seconds": opening_seconds, "forward_rows": self.forward_rows, "seconds": self.spent_seconds}
-            metrics.write(json.dumps({name: round(value, 3) for name, value in opened.items()}) + "\n")
+            self._write({name: round(value, 3) for name, value in opened.items()})
             self.reporter.begin(step, self.config.total_steps)
             ended = None
             while ended is None:
                 try:
-                    ended = self._turn(stopping, metrics, started)
+                    ended = self._turn(stopping)
                 except NonFiniteLossError as error:
                     if not self.records:
                         raise
                     _, good_step, _ = lowest_level([record.loss for record in self.records])
-                    self._go_back(good_step, str(error), metrics, started)
+                    self._go_back(good_step, str(error))
         self.theta.weights.flush()
         step = len(self.records)
         if self.still == step and 0 < step < STILL_STEPS:
             self._tell_still()
         self.model.step, self.model.changed = step, True
-        return self._finish(step, ended, time.monotonic() - started)
+        return self._finish(step, ended)
 
     def _nothing_left(self, step: int) -> str:
         steps, minutes = self.config.total_steps, self.config.minutes
@@ -118,23 +120,23 @@ class Tuner:
         before = "another" if step else "the first"
         return f"no step: --minutes {minutes:g} in all were over before {before}, {self.spent_seconds:.0f} s are spent; give more --minutes"
 
-    def _turn(self, stopping: threading.Event, metrics: TextIO, started: float) -> str | None:
+    def _turn(self, stopping: threading.Event) -> str | None:
         """An evaluation where one is due, then a step, or the reason why there is none."""
         if stopping.is_set():  # what is due after the last step is made up for by --resume
             return "interrupted"
         step, config, pending, self.pending = len(self.records), self.config, self.pending, b""
         if pending in (STEP, DIRECTIONS):  # what follows a step was left undone, or is the same the second time
-            self._look(metrics, started)
+            self._look()
             return None
-        progress = self._progress(step, time.monotonic() - started)
+        progress = self._progress(step, self.seconds)
         due = step not in self.evaluations and (step % config.eval_every == 0 or progress >= 1)
-        if (due and self._evaluate(step, metrics, started)) or (pending == EVALUATION and step % config.eval_every == 0):
+        if (due and self._evaluate(step)) or (pending == EVALUATION and step % config.eval_every == 0):
             # evaluations where an earlier call ended do not count: a run that goes on is the run that never stopped
             scheduled = {number: found for number, found in self.evaluations.items() if number % config.eval_every == 0 or number == step}
             start, found, best = scheduled[min(scheduled)], scheduled[step], best_step(scheduled, step)
             if worse_than_start(start, found):
                 why = f"the validation loss rose from {start.loss:.4g} to {found.loss:.4g}"
-                self._go_back(best, f"step {step}: {why}", metrics, started)
+                self._go_back(best, f"step {step}: {why}")
                 return None
             waited = sum(number > best and number % config.eval_every == 0 for number in scheduled)
             if 0 < config.allowed_patience <= waited and pending != EVALUATION:  # a run that is gone on with goes on
@@ -143,20 +145,20 @@ class Tuner:
                 self._settle(step)
         if progress >= 1:
             return "finished" if step == config.total_steps else "out of time"
-        self._step(step, progress, metrics, started)
+        self._step(step, progress)
         if not stopping.is_set():
-            self._look(metrics, started)
+            self._look()
         return None
 
-    def _look(self, metrics: TextIO, started: float) -> None:
+    def _look(self) -> None:
         """After a step: whether the loss rises, or weights are worse than at the start."""
         rise = find_rise([record.loss for record in self.records], self.config.rows) if self.theta.objective.smooth else None
         if rise is not None and len(self.records) > self.quiet_until:
-            self._look_back(rise, metrics, started)
+            self._look_back(rise)
         elif self.theta.objective.smooth and len(self.records) in GUARD_STEPS:
-            self._look_at_start(metrics, started)
+            self._look_at_start()
 
-    def _step(self, step: int, progress: float, metrics: TextIO, started: float) -> None:
+    def _step(self, step: int, progress: float) -> None:
         config, begun = self.config, time.monotonic()
         directions = step_directions(config, step)
         assert config.lr is not None  # given, or measured before the run began
@@ -168,20 +170,19 @@ class Tuner:
         record = self.journal.append(StepRecord(tuple(estimate.projected_grad for estimate in estimates), lr, loss))
         self.records.append(record)
         self.theta.step(directions, record.projected_grads, record.learning_rate)
-        now = time.monotonic()
-        done = self._progress(step + 1, now - started)
+        step_seconds, seconds = time.monotonic() - begun, self.seconds
         report = StepReport(
             step + 1,
             loss,
             record.projected_grads,
             record.learning_rate,
-            now - begun,
-            now - started,
+            step_seconds,
+            seconds,
             self.opening_seconds,
-            done,
+            self._progress(step + 1, seconds),
             self.forward_rows,
         )
-        write_step(metrics, report)
+        write_step(self.metrics, report)
         self.reporter.step(report)
         self.still = 0 if any(record.projected_grads) or self.theta.rule.rests else self.still + 1
         if self.still == STILL_STEPS:
@@ -205,7 +206,7 @@ class Tuner:
         lr = self.config.lr * self.lr_scale
         self.reporter.notice(f"step {step}: {SETTLE_EVALUATIONS} evaluations without a new best; on with half the learning rate, {lr:.3g}")
 
-    def _look_back(self, rise: Rise, metrics: TextIO, started: float) -> None:
+    def _look_back(self, rise: Rise) -> None:
         """Score the rows of the last steps now, at the last good step and at the best evaluated one: rows may differ more than weights do."""
         step = len(self.records)
         rows = [example for number in range(max(0, step - LAST_BATCHES), step) for example in self.dataset.batch(self.order, number)]
@@ -213,13 +214,13 @@ class Tuner:
         good = min(losses, key=lambda place: losses[place])
         if losses[step] > losses[good] + CLEARLY * abs(losses[good]):
             why = f"step {step}: the loss of the last rows is {losses[step]:.4g} and was {losses[good]:.4g} at step {good}"
-            self._go_back(good, why, metrics, started)
+            self._go_back(good, why)
         else:
             self._rebuild(step)
             self.journal.undo(step, self.lr_scale)  # nothing is taken back: a run that goes on is quiet as long
             self.quiet_until = step + LEVEL_STEPS
 
-    def _look_at_start(self, metrics: TextIO, started: float) -> None:
+    def _look_at_start(self) -> None:
         """Score the same few rows as at the start: weights that know nothing any more may have a loss like that of a hard batch."""
         step, rows = len(self.records), self._guard_rows()
         if self.start_loss is None:
@@ -228,7 +229,7 @@ class Tuner:
         now = self._loss(rows)
         if now > self.start_loss + RUINED * abs(self.start_loss):
             why = f"step {step}: the loss of {len(rows)} training rows is {now:.4g} and was {self.start_loss:.4g} at the start"
-            self._go_back(0, why, metrics, started)
+            self._go_back(0, why)
 
     def _guard_rows(self) -> list[Example]:
         examples = self.dataset.train.examples
@@ -250,7 +251,7 @@ class Tuner:
         self.theta = self.theta.anew(self.config, self.start)
         apply_records(self.config, self.records[:step], self.theta.weights, self.theta.rule)
 
-    def _go_back(self, step: int, why: str, metrics: TextIO, started: float) -> None:
+    def _go_back(self, step: int, why: str) -> None:
         """Take back the steps after the first `step`, and go on from there with a smaller learning rate.
 
         Raises:
@@ -264,7 +265,7 @@ class Tuner:
         self.lr_scale = self.journal.undo(step, smaller)
         del self.records[step:]
         self.evaluations = {number: found for number, found in self.evaluations.items() if number <= step}
-        metrics.write(json.dumps({"undone_to": step, "lr_scale": self.lr_scale, "seconds": round(time.monotonic() - started, 3)}) + "\n")
+        self._write({"undone_to": step, "lr_scale": self.lr_scale, "seconds": round(self.seconds, 3)})
         lr = self.config.lr * self.lr_scale
         if self.undos >= MOST_UNDOS:
             raise DivergenceError(
@@ -272,6 +273,14 @@ class Tuner:
             )
         self._rebuild(step)
         self.reporter.notice(f"{why}; back to step {step}, on from there with {lower}, {lr:.3g}")
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.metrics.write(json.dumps(line) + "\n")
+
+    @property
+    def seconds(self) -> float:
+        """Of the run so far, all its processes."""
+        return time.monotonic() - self.started
 
     @property
     def forward_rows(self) -> int:
@@ -286,7 +295,7 @@ class Tuner:
         of_minutes = (seconds - self.opening_seconds) / (60 * minutes - self.opening_seconds) if minutes else 0.0
         return max(step / total if total else 0.0, of_minutes)
 
-    def _evaluate(self, step: int, metrics: TextIO, started: float) -> bool:
+    def _evaluate(self, step: int) -> bool:
         """Whether there are rows to evaluate on; what was found is kept."""
         if self.dataset.valid is None:
             return False
@@ -296,13 +305,13 @@ class Tuner:
         self.evaluations[step] = found
         best = best_step(self.evaluations, step) == step
         self.journal.mark(step, found, best)
-        spent = {"forward_rows": self.forward_rows, "seconds": round(time.monotonic() - started, 3)}
-        metrics.write(json.dumps({"step": step, "valid": found.as_dict(), **spent}) + "\n")
+        spent = {"forward_rows": self.forward_rows, "seconds": round(self.seconds, 3)}
+        self._write({"step": step, "valid": found.as_dict(), **spent})
         self.reporter.evaluation(step, found, best)
         return True
 
-    def _finish(self, step: int, ended: str, seconds: float) -> TuneResult:
-        best = best_step(self.evaluations, step)
+    def _finish(self, step: int, ended: str) -> TuneResult:
+        best, seconds = best_step(self.evaluations, step), self.seconds
         first = self.evaluations.get(0)
         before, start = (first, None) if self.untuned is None else (self.untuned, first)
         result = TuneResult(
