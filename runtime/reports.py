@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from edgezo.runtime.evaluation import Evaluation
 
@@ -42,6 +42,14 @@ class TuneResult(NamedTuple):
     forward_rows: int
     seconds: float
     peak_bytes: int | None
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds."""
+        names = ("steps", "ended", "best_step", "seconds", "forward_rows", "peak_bytes")
+        facts = {name: getattr(self, name) for name in names}
+        evaluations = {"before": self.before, "start": self.start, "best": self.best}
+        found = {name: evaluation.as_dict() for name, evaluation in evaluations.items() if evaluation is not None}
+        return {**facts, "seconds": round(self.seconds, 1), **found}
 
 
 @dataclass

@@ -317,16 +317,5 @@ class Tuner:
         result = TuneResult(
             self.directory, step, ended, best, before, start, self.evaluations.get(best), self.forward_rows, seconds, peak_bytes()
         )
-        summary: dict[str, Any] = {
-            "steps": step,
-            "ended": ended,
-            "best_step": best,
-            "seconds": round(seconds, 1),
-            "forward_rows": result.forward_rows,
-            "peak_bytes": result.peak_bytes,
-        }
-        for name, evaluation in (("before", result.before), ("start", result.start), ("best", result.best)):
-            if evaluation is not None:
-                summary[name] = evaluation.as_dict()
-        write_summary(self.directory, summary)
+        write_summary(self.directory, result.summary())
         return result
