@@ -1,7 +1,9 @@
 """The command line. Defaults come from the configuration; every expected failure is one line and exit code 1."""
 
 import io
+import math
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -226,19 +228,19 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
         start = f"step 0, the {'exact ' if result.start is not None else ''}start"
         rows.append(("best", f"{start}: {why}; --step last uses step {result.steps}"))
     config = run.config
-    use = "predict DIR --run RUN --text '...'" if config.labels is not None else "generate DIR --run RUN --prompt '...'"
+    command, given = ("predict", "--text '...'") if config.labels is not None else ("generate", "--prompt '...'")
     if config.choices is not None or config.answer_field is not None:
-        use = "predict DIR --run RUN --data ROWS"
+        command, given = "predict", "--data ROWS"
     more = {
         "interrupted": "",
         "finished": f" --steps {2 * result.steps or DEFAULT_STEPS}",
-        "out of time": f" --minutes {2 * (config.minutes or 0.0):g}",
+        "out of time": f" --minutes {math.ceil(20 * max(config.minutes or 0.0, result.seconds / 60)) / 10:g}",
         "no longer better": " --patience 0",
     }[result.ended]
     unseen = result.best is not None and result.start is None and result.steps and not max(run.evaluations)  # the best is the base
-    chosen = f"{output}{' --step last' if unseen else ''}"
-    rows.append(("use it", f"edgezo {use}".replace("DIR", str(directory)).replace("RUN", chosen)))
-    rows.append(("go on", f"edgezo tune {directory} -o {output} --resume{more}"))
+    edge, made = shlex.quote(str(directory)), shlex.quote(str(output))
+    rows.append(("use it", f"edgezo {command} {edge} --run {made}{' --step last' if unseen else ''} {given}"))
+    rows.append(("go on", f"edgezo tune {edge} -o {made} --resume{more}"))
     return rows
 
 

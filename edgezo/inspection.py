@@ -118,7 +118,7 @@ def _run(path: Path) -> dict[str, Any]:
         facts["last_loss"] = run.records[-1].loss
     for name, value in settings.items():
         facts["steps_asked" if name == "steps" else name] = value
-        if name == "lr" and run.journal.undos:
+        if name == "lr" and run.journal.lr_scale != 1.0:
             facts["lr_scale"] = run.journal.lr_scale
     return facts
 

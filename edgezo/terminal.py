@@ -142,8 +142,8 @@ def tuning() -> Iterator["Reporter"]:
         say = (progress.console if live else console).print
         total: int | None = None
         shown = 0.0
-        loss, pace, seen = 0.0, 0.0, 0  # means at first, then such that forget
-        first_step, first_seconds = 0, 0.0  # before the steps that are shown: a start takes time and makes none
+        loss, pace, seen = 0.0, 0.0, 0  # of all steps at first, of some twenty later
+        first_step, first_seconds, last_step = 0, 0.0, 0  # before the steps that are shown: a start takes time and makes none
 
         def begin(step: int, total_steps: int | None) -> None:
             nonlocal total
@@ -155,9 +155,11 @@ def tuning() -> Iterator["Reporter"]:
                 say(f"  {text}")
 
         def step(report: "StepReport") -> None:
-            nonlocal shown, loss, pace, seen, first_step, first_seconds
-            if not seen:
+            nonlocal shown, loss, pace, seen, first_step, first_seconds, last_step
+            if not seen or report.step <= last_step:  # begun, or gone back
                 first_step, first_seconds = report.step - 1, report.seconds - report.step_seconds
+                shown = min(shown, report.progress)
+            last_step = report.step
             seen += 1
             share = max(1 / seen, 0.05)
             loss += (report.loss - loss) * share

@@ -161,7 +161,7 @@ def decay_warning(config: TuneConfig) -> str | None:
     taken = config.lr * config.weight_decay
     if taken < MUCH_DECAY:
         return None
-    return f"--weight-decay {config.weight_decay:g} times lr {config.lr:.3g} takes {100 * taken:.0f} % off the matrices that are tuned at every step; give a smaller one"
+    return f"--weight-decay {config.weight_decay:g} times lr {config.lr:.3g} takes {100 * taken:.0f} % at every step off the matrices that are tuned; give a smaller one"
 
 
 def _decays_all(config: TuneConfig) -> bool:
@@ -178,8 +178,7 @@ def _after_trial(theta: Theta, config: TuneConfig, dataset: Dataset, start: Path
     try:
         for step in range(TRIAL_STEPS):
             estimates = moved.measure(partial(dataset.batch, order), step, lr)
-            loss = sum(estimate.loss for estimate in estimates) / len(estimates)
-            record = as_stored(StepRecord(tuple(estimate.projected_grad for estimate in estimates), lr, loss))
+            record = as_stored(StepRecord.of(estimates, lr))
             moved.step(step_directions(config, step), record.projected_grads, record.learning_rate)
             records.append(record)
         moved = moved.anew(theta.config, start)  # whose grid has room for the scales
@@ -216,6 +215,12 @@ class _Probe:
         return Scale(np.array([estimate.projected_grad for estimate in estimates]), np.array([estimate.loss for estimate in estimates]))
 
 
+def forward_rows(config: TuneConfig) -> float:
+    """Rows of forward that a step of a run takes on average, evaluations left out."""
+    estimate = ESTIMATORS[config.estimator].forwards(config.directions) * config.batch
+    return make_rule(config, {}).forward_rows(estimate, config.rows)
+
+
 def _expected_steps(config: TuneConfig, row_seconds: float, dataset: Dataset, spent: float) -> int:
     """Steps of the whole run, by the time of a row where minutes alone end it."""
     steps = config.total_steps or (
@@ -223,8 +228,7 @@ def _expected_steps(config: TuneConfig, row_seconds: float, dataset: Dataset, sp
     )  # of an exact start alone: for those that may follow
     if config.minutes is not None:
         evaluated = len(dataset.valid.examples) / config.eval_every if dataset.valid is not None else 0.0
-        step_rows = ESTIMATORS[config.estimator].forwards(config.directions) * config.batch + evaluated
-        fitting = max(1, round((60 * config.minutes - spent) / (row_seconds * step_rows)))
+        fitting = max(1, round((60 * config.minutes - spent) / (row_seconds * (forward_rows(config) + evaluated))))
         steps = min(steps or fitting, fitting)
     assert steps is not None
     return steps
@@ -237,20 +241,23 @@ def _told(config: TuneConfig, resolved: TuneConfig, smooth: bool, measured: _Mea
     lines = []
     if found.change > UNRELIABLE:
         lines.append(
-            f"warning: projected gradients change by {100 * found.change:.0f} % between eps {found.eps / 4:.3g} and {found.eps:.3g}, and more elsewhere: rounding or curvature drowns the slope; the run will learn little"
+            f"warning: projected gradients change by {100 * found.change:.0f} % between eps {found.smooth / 4:.3g} and {found.smooth:.3g}, and more elsewhere: rounding or curvature drowns the slope; the run will learn little"
         )
     if config.eps is None and not smooth:
         lines.append(
             f"eps {resolved.eps:.3g}, the reach measured on {rows} rows: by less an objective that changes in steps changes for hardly any row"
         )
     elif config.eps is None:
+        at = "there" if found.smooth == resolved.eps else f"at {found.smooth:.3g}"
         lines.append(
-            f"eps {resolved.eps:.3g}, measured on {rows} rows: projected gradients there and at a quarter of it differ by {100 * found.change:.0f} %"
+            f"eps {resolved.eps:.3g}, measured on {rows} rows: projected gradients {at} and at a quarter of it differ by {100 * found.change:.0f} %"
         )
     if config.lr is None:
         lines += measured.trial()
+        step_rows = f"{config.batch} shared" if config.shares_rows else f"{config.directions} x {config.batch}"
+        ending = "the loss is up by a tenth" if measured.trusted.rises else "half of a projected gradient is left"
         lines.append(
-            f"lr {resolved.lr:.3g} ({config.rule}, {config.schedule}, about {steps} steps of {config.directions} x {config.batch} rows): random steps reach {measured.trusted.reach:.3g} in all, where half of a projected gradient is left"
+            f"lr {resolved.lr:.3g} ({config.rule}, {config.schedule}, about {steps} steps of {step_rows} rows): random steps reach {measured.trusted.reach:.3g} in all, where {ending}"
         )
     elif not 1 / FAR <= config.lr / rate <= FAR:
         direction = "diverge" if config.lr > rate else "learn little"

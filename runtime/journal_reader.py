@@ -132,7 +132,8 @@ def _directions(path: Path, header: dict[str, Any]) -> int:
 def _with_record(path: Path, contents: JournalContents, record: bytes, end: int, checksum: int) -> JournalContents:
     """`contents` with one more record, whose checksum was right."""
     kind, payload = record[:1], record[1:]
-    contents = contents._replace(whole_bytes=end, checksum=checksum, last_kind=kind)
+    last = contents.last_kind if kind == SETTINGS else kind  # what was due after a step is due after a change of settings, too
+    contents = contents._replace(whole_bytes=end, checksum=checksum, last_kind=last)
     if kind in (STEP, DIRECTIONS):
         contents = contents._replace(others={})  # of an evaluation that was cut
         record_read = step_record(kind, payload)
@@ -179,5 +180,5 @@ def _undone(path: Path, contents: JournalContents, step: int, lr_scale: float) -
         others={},
         lr_scale=lr_scale,
         undos=contents.undos + (step < made),
-        quiet_step=step if step == made and lr_scale == contents.lr_scale else contents.quiet_step,
+        quiet_step=None if step < made else made if lr_scale == contents.lr_scale else contents.quiet_step,
     )

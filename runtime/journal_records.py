@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from edgezo.errors import RunError
 from edgezo.runtime.attention_probe import NO_PROBE
+from edgezo.runtime.estimators.estimator import Estimate
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.examples import Offsets
 from edgezo.runtime.head_rows import HeadRows
@@ -43,11 +45,17 @@ Record = tuple[bytes, bytes]  # kind and payload
 
 
 class StepRecord(NamedTuple):
-    """The scalars of one step, exactly as stored (float32 values); one projected gradient a direction."""
+    """The scalars of one step, as stored (float32 values) or about to be; one projected gradient a direction."""
 
     projected_grads: tuple[float, ...]
     learning_rate: float
     loss: float
+
+    @classmethod
+    def of(cls, estimates: Sequence[Estimate], learning_rate: float) -> "StepRecord":
+        """Not yet rounded as stored; the loss is the mean of theirs."""
+        loss = sum(estimate.loss for estimate in estimates) / len(estimates)
+        return cls(tuple(estimate.projected_grad for estimate in estimates), learning_rate, loss)
 
 
 def record_bytes(data: bytes, position: int, directions: int) -> int:

@@ -44,9 +44,9 @@ class Features(NamedTuple):
 def first_tokens(examples: Sequence[Example], candidates: int) -> list[int] | None:
     """The token that every candidate begins with, the same in all rows and another for each candidate; None where there is no such."""
     found = {tuple(_target(pair) for pair in example.pairs[:candidates]) for example in examples}
-    states = all(len({_place(pair) for pair in example.pairs[:candidates]}) == 1 for example in examples)
+    one_state = all(len({_place(pair) for pair in example.pairs[:candidates]}) == 1 for example in examples)
     tokens = next(iter(found), ())
-    return list(tokens) if len(found) == 1 and states and len(set(tokens)) == len(tokens) else None
+    return list(tokens) if len(found) == 1 and one_state and len(set(tokens)) == len(tokens) else None
 
 
 def label_fits(objective: Objective, examples: Sequence[Example], features: Features) -> Iterator[HeadFit]:

@@ -3,8 +3,9 @@
     c(s) = (L(theta + s z) - L(theta - s z)) / (2 s)          along a few directions z, at scales s = 2^k
     change(s, r) = rms(c(s) - c(r)) / max(rms c(s), rms c(r))
 
-eps is the largest s with change(s, s / 4) <= AGREES: below it rounding may drown the difference of losses, above it the loss curves. The reach R is
-where half of a projected gradient is lost, median_i |c_i(R) - c_i(eps)| / |c_i(eps)| = 1/2 over the directions i. T normalized steps along noise alone displace every weight by
+s0 is the largest s with change(s, s / 4) <= AGREES: below it rounding may drown the difference of losses, above it the loss curves. The reach R is
+where half of a projected gradient is lost, median_i |c_i(R) - c_i(s0)| / |c_i(s0)| = 1/2 over the directions i, or less, where random steps of R raise the loss by WORSENS.
+eps is s0, and at most a quarter of R. T normalized steps along noise alone displace every weight by
 lr sqrt(sum f_t^2) in root mean square, f_t the schedule's factors, and most of what a step adds is noise; so
 
     lr = R sqrt(min(1, rows / FULL_ROWS)) / sqrt(sum f_t^2)
@@ -41,12 +42,15 @@ class Scale(NamedTuple):
 class Landscape(NamedTuple):
     """What was measured of the loss around a start.
 
-    eps, reach: see above. change: of c between eps / 4 and eps. grad_rms: of c at eps. loss: there. curvature: the mean of (L+ - 2 L0 + L-) / s^2
-    at the scale next to the reach, an estimate of the trace of the Hessian. probes: scales measured.
+    eps, smooth (s0), reach: see above. rises: whether the reach ends where the loss rises. change: of c between s0 / 4 and s0. grad_rms: of c at s0.
+    loss: at the smallest scale. curvature: the mean of (L+ - 2 L0 + L-) / s^2 at the scale next to the reach, an estimate of the trace of the
+    Hessian. probes: scales measured.
     """
 
     eps: float
+    smooth: float
     reach: float
+    rises: bool
     change: float
     grad_rms: float
     loss: float
@@ -90,10 +94,11 @@ def survey(probe: Probe, start: int, least: int, most: int) -> Landscape:
     loss = float(np.mean(next(iter(finite.values())).losses))
     farthest = max(k for k in finite if lost(k) < LOST or k == smooth)
     curvature = 2 * (float(np.mean(finite[farthest].losses)) - loss) / 4.0**farthest
-    if curvature * reach**2 / 2 > WORSENS * abs(loss) > 0:
+    rises = curvature * reach**2 / 2 > WORSENS * abs(loss) > 0
+    if rises:
         reach = math.sqrt(2 * WORSENS * abs(loss) / curvature)
     eps = min(2.0**smooth, 2.0 ** math.floor(math.log2(reach / 4)))
-    return Landscape(eps, reach, ladder.change(smooth), _rms(base.grads), loss, curvature, len(ladder.found))
+    return Landscape(eps, 2.0**smooth, reach, rises, ladder.change(smooth), rms(base.grads), loss, curvature, len(ladder.found))
 
 
 class _Ladder:
@@ -117,8 +122,7 @@ class _Ladder:
         large, small = self.at(k), self.at(k - 2)
         if large is None or small is None:
             return math.inf
-        size = max(_rms(large.grads), _rms(small.grads))
-        return _rms(large.grads - small.grads) / size if size else 1.0
+        return change_between(small.grads, large.grads)
 
 
 def _smooth_scale(ladder: _Ladder, start: int, least: int, most: int) -> int:
@@ -176,5 +180,12 @@ def _lost(large: Scale | None, base: Scale) -> float:
         return float(np.median(moved[telling] / size[telling])) if telling.any() else math.inf
 
 
-def _rms(values: Floats) -> float:
+def change_between(small: Floats, large: Floats) -> float:
+    """Root mean square of the difference against that of the larger; 1 where neither changes the loss."""
+    size = max(rms(small), rms(large))
+    return rms(small - large) / size if size else 1.0
+
+
+def rms(values: Floats) -> float:
+    """Root mean square."""
     return float(np.sqrt(np.mean(values**2)))

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from edgezo.errors import NonFiniteLossError
 from edgezo.runtime.examples import Example
+from edgezo.runtime.landscape import change_between, rms
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.theta import Theta
 
@@ -39,28 +40,19 @@ def smoothness_warning(theta: Theta, examples: Sequence[Example]) -> str | None:
     try:
         few = min(FIRST, count)
         half, double = grads(0.5, end=few), grads(2.0, end=few)
-        if few < count and _change(half, double) > CLEAR:
+        if few < count and change_between(half, double) > CLEAR:
             half, double = np.append(half, grads(0.5, few)), np.append(double, grads(2.0, few))
     except NonFiniteLossError:
         theta.weights.flush()
         return f"the loss is not finite at eps {eps:g} / 2 or at twice {eps:g}; try a smaller --eps"
-    change = _change(half, double)
+    change = change_between(half, double)
     if change <= TOLERANCE:
         return None
     # where the loss curves, smaller steps agree; where rounding drowns, they disagree more
-    curves = eps >= LARGE or _change(grads(1 / 1024), grads(1 / 256)) <= TOLERANCE
+    curves = eps >= LARGE or change_between(grads(1 / 1024), grads(1 / 256)) <= TOLERANCE
     cause, advice = ("the loss curves", "smaller") if curves else ("rounding drowns the difference of losses", "larger")
-    at_half, at_double = _rms(half), _rms(double)
+    at_half, at_double = rms(half), rms(double)
     return (
         f"the loss is not smooth at eps {eps:g}: projected gradients of {count} directions are {at_half:.3g} at eps / 2 and {at_double:.3g} at 2 eps"
         f" (root mean square) and differ by {100 * change:.0f} %; {cause}, try a {advice} --eps"
     )
-
-
-def _change(small: npt.NDArray[np.float64], large: npt.NDArray[np.float64]) -> float:
-    """Root mean square of the difference against that of the larger; 1 where neither changes the loss."""
-    return _rms(small - large) / max(_rms(small), _rms(large)) if small.any() or large.any() else 1.0
-
-
-def _rms(values: npt.NDArray[np.float64]) -> float:
-    return float(np.sqrt(np.mean(values**2)))

@@ -97,9 +97,7 @@ def _refuse_on_device(model: EdgeModel, config: TuneConfig) -> None:
     if config.noise == "sphere":
         raise ConfigError(f"--noise sphere: runs on the CPU alone; leave it or --device {model.device.name} out")
     if config.rule in ("momentum", "adam", "conservative", "svrg"):
-        raise ConfigError(
-            f"--rule {config.rule}: keeps arrays of the weights' size, on the CPU alone; leave it or --device {model.device.name} out"
-        )
+        raise ConfigError(f"--rule {config.rule}: runs on the CPU alone; leave it or --device {model.device.name} out")
 
 
 def _read_start(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, npt.NDArray[np.float32]]:

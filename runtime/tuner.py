@@ -31,7 +31,7 @@ from edgezo.runtime.theta import Theta, step_directions
 from edgezo.runtime.watch import LEVEL_STEPS, Rise, find_rise, lowest_level, worse_than_start
 
 LAST_BATCHES, MOST_ROWS, CLEARLY = 8, 32, 0.1  # rows that decide whether weights are worse, and by how much of their loss
-GUARD_STEPS, RUINED = (2, 4, 8, 16, 32, 64), 0.5  # when the loss of a few rows is compared with that at the start; evaluations tell later
+GUARD_STEPS, RUINED = (2, 4, 8, 16, 32, 64), 0.5  # when the loss of a few rows is compared with that at the start; evaluations do later
 SMALLER, MOST_UNDOS = 1 / 4, 8  # after a divergence; 4^8 is 65,536
 
 SETTLE_EVALUATIONS = 2  # in a row without a new best
@@ -139,7 +139,7 @@ class Tuner:
                 self._go_back(best, f"step {step}: {why}")
                 return None
             waited = sum(number > best and number % config.eval_every == 0 for number in scheduled)
-            if 0 < config.allowed_patience <= waited and pending != EVALUATION:  # a run that is gone on with goes on
+            if progress < 1 and 0 < config.allowed_patience <= waited and pending != EVALUATION:  # a run that is gone on with goes on
                 return "no longer better"
             if self._settles and step % config.eval_every == 0 and waited and waited % SETTLE_EVALUATIONS == 0:
                 self._settle(step)
@@ -152,10 +152,12 @@ class Tuner:
 
     def _look(self) -> None:
         """After a step: whether the loss rises, or weights are worse than at the start."""
-        rise = find_rise([record.loss for record in self.records], self.config.rows) if self.theta.objective.smooth else None
+        if not self.theta.objective.smooth:
+            return
+        rise = find_rise([record.loss for record in self.records], self.config.rows)
         if rise is not None and len(self.records) > self.quiet_until:
             self._look_back(rise)
-        elif self.theta.objective.smooth and len(self.records) in GUARD_STEPS:
+        elif len(self.records) in GUARD_STEPS:
             self._look_at_start()
 
     def _step(self, step: int, progress: float) -> None:
@@ -166,14 +168,14 @@ class Tuner:
             np.float32(config.lr * self.lr_scale * schedule_factor(config.schedule, progress, config.warmup))
         )  # as the journal holds it
         estimates = self.theta.measure(partial(self.dataset.batch, self.order), step, lr)
-        loss = sum(estimate.loss for estimate in estimates) / len(estimates)
-        record = self.journal.append(StepRecord(tuple(estimate.projected_grad for estimate in estimates), lr, loss))
+        unrounded = StepRecord.of(estimates, lr)
+        record = self.journal.append(unrounded)
         self.records.append(record)
         self.theta.step(directions, record.projected_grads, record.learning_rate)
         step_seconds, seconds = time.monotonic() - begun, self.seconds
         report = StepReport(
             step + 1,
-            loss,
+            unrounded.loss,
             record.projected_grads,
             record.learning_rate,
             step_seconds,
@@ -263,6 +265,8 @@ class Tuner:
         if self.measured_lr is not None and self.measured_lr < self.config.lr * smaller:
             smaller, lower = self.measured_lr / self.config.lr, "the learning rate that was measured"
         self.lr_scale = self.journal.undo(step, smaller)
+        if step < len(self.records):
+            self.quiet_until = 0  # other steps come
         del self.records[step:]
         self.evaluations = {number: found for number, found in self.evaluations.items() if number <= step}
         self._write({"undone_to": step, "lr_scale": self.lr_scale, "seconds": round(self.seconds, 3)})

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from edgezo.runtime.evaluation import Evaluation
 
@@ -53,7 +54,7 @@ def find_rise(losses: Sequence[float], rows: int) -> Rise | None:
     return None
 
 
-def lowest_level(losses: Sequence[float] | np.typing.NDArray[np.float64]) -> tuple[float, int, int]:
+def lowest_level(losses: Sequence[float] | npt.NDArray[np.float64]) -> tuple[float, int, int]:
     """The lowest mean of LEVEL_STEPS losses in a row, the index of the last of these, and how many they are."""
     count = min(LEVEL_STEPS, len(losses))
     means = np.convolve(losses, np.full(count, 1 / count), mode="valid")
@@ -66,7 +67,7 @@ def worse_than_start(start: Evaluation, found: Evaluation) -> bool:
     return found.score() <= start.score() and found.loss > WORSE * start.loss
 
 
-def _noise(losses: np.typing.NDArray[np.float64], rows: int) -> float:
+def _noise(losses: npt.NDArray[np.float64], rows: int) -> float:
     """Standard deviation of a step's loss, from differences of neighbours, which a trend hardly touches."""
     prior = max(abs(float(losses[0])), LEAST_SPREAD) ** 2 / rows
     changes = np.diff(losses)

@@ -120,7 +120,7 @@ def test_a_loss_that_is_finite_nowhere_is_refused() -> None:
         survey(probe_of(lambda x: math.nan, np.zeros(SIZE)), -8, -20, 4)
 
 
-LANDSCAPE = Landscape(eps=0.01, reach=0.12, change=0.01, grad_rms=6.0, loss=1.0, curvature=0.0, probes=5)
+LANDSCAPE = Landscape(eps=0.01, smooth=0.01, reach=0.12, rises=False, change=0.01, grad_rms=6.0, loss=1.0, curvature=0.0, probes=5)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -254,7 +254,7 @@ def test_a_weight_decay_that_takes_much_is_told(
     notices: list[str] = []
     edgezo.tune(lora_dir, tmp_path / "run", weight_decay=decay, reporter=Reporter(notice=notices.append), **settings)
     rate = read_run(tmp_path / "run").config.lr
-    told = f"warning: --weight-decay {decay:g} times lr {rate:.3g} takes {taken} off the matrices that are tuned at every step; give a smaller one"
+    told = f"warning: --weight-decay {decay:g} times lr {rate:.3g} takes {taken} at every step off the matrices that are tuned; give a smaller one"
     assert [line for line in notices if "--weight-decay" in line] == ([told] if taken else [])
 
 

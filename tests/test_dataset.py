@@ -158,6 +158,7 @@ def test_patience_ends_a_run_that_gets_no_better_and_resume_goes_on(exported_dir
     assert edgezo.tune(exported_dir, tmp_path / "run", resume=True, threads=1).steps == 8
     result = edgezo.tune(exported_dir, tmp_path / "run", resume=True, patience=0, threads=1)
     assert (result.steps, result.ended) == (20, "finished")
+    assert edgezo.tune(exported_dir, tmp_path / "all", steps=6, patience=3, **settings).ended == "finished"  # with its last step
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ import edgezo
 from edgezo.config import TuneConfig, make_config
 from edgezo.inspection import unused_settings
 from edgezo.manifest_reader import read_manifest
+from edgezo.runtime.journal import Journal
+from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.journal_records import EVALUATION_BYTES, STEP_BYTES
 from edgezo.runtime.run import read_run
 from edgezo.runtime.run_directory import held_run
@@ -216,3 +218,11 @@ def test_inspect_tells_the_scale_of_a_lowered_rate_beside_it(command: Command, l
     assert ("times gone back", str(journal.undos)) in found
     place = found.index(("lr", "3"))
     assert found[place + 1] == ("lr scale", f"{journal.lr_scale:.6g}")
+
+
+def test_inspect_tells_the_scale_of_a_rate_that_was_halved(command: Command, run: str) -> None:
+    with Journal.reopen(Path(run) / "journal.bin", read_journal(Path(run) / "journal.bin")) as journal:
+        journal.undo(4, 0.5)  # as the loop does where nothing gets better
+    found = facts(command("inspect", run).out)
+    assert ("lr scale", "0.5") in found
+    assert not any(name == "times gone back" for name, _ in found)

@@ -96,6 +96,31 @@ def test_an_undo_takes_back_steps_and_what_was_found_of_them(tmp_path: Path) -> 
     assert (contents.best_step, contents.lr_scale, contents.undos) == (2, 0.25, 1)
 
 
+def test_steps_that_come_in_place_of_others_are_watched(tmp_path: Path) -> None:
+    """A rise that was the rows' alone is quiet for some steps, through a lower rate at the same step, but not through going back."""
+
+    def quiet_after(*undos: tuple[int, float]) -> int | None:
+        with Journal.create(tmp_path / "j", HEADER) as journal:
+            for _ in range(5):
+                journal.append(StepRecord((1.0,), 1.0, 1.0))
+            for step, lr_scale in undos:
+                journal.undo(step, lr_scale)
+        found = read_journal(tmp_path / "j").quiet_step
+        (tmp_path / "j").unlink()
+        return found
+
+    assert quiet_after() is None
+    assert quiet_after((5, 1.0)) == quiet_after((5, 1.0), (5, 0.5)) == 5
+    assert quiet_after((5, 1.0), (2, 0.25)) is None
+
+
+def test_what_is_due_after_a_step_is_due_after_a_change_of_settings(tmp_path: Path) -> None:
+    with Journal.create(tmp_path / "j", HEADER) as journal:
+        journal.append(StepRecord((1.0,), 1.0, 1.0))
+        journal.change({"steps": 9})
+    assert read_journal(tmp_path / "j").last_kind == b"S"
+
+
 @pytest.mark.parametrize(("step", "lr_scale"), [(3, 0.5), (1, 0.0), (1, math.nan), (1, -1.0), (1, math.inf)])
 def test_an_undo_that_no_run_writes_is_refused(tmp_path: Path, step: int, lr_scale: float) -> None:
     write(tmp_path / "j", 2)

@@ -2,6 +2,8 @@
 
 import hashlib
 import itertools
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,16 @@ import edgezo
 from edgezo.config import SHARING, choices_of
 from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime import passes as passes_module
+from edgezo.runtime.calibration import forward_rows
 from edgezo.runtime.check import check_run
 from edgezo.runtime.estimators import ESTIMATORS
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import BLOCK, Direction
 from edgezo.runtime.optimizer import zo_step
 from edgezo.runtime.rules import RULES
+from edgezo.runtime.run import read_run
 from edgezo.runtime.samplers import SAMPLERS, Tunables, make_sampler
+from edgezo.runtime.tuner import Tuner
 from edgezo.runtime.weights import MutableWeights
 
 DOCS = Path(__file__).parent.parent / "docs" / "methods.md"
@@ -280,3 +285,19 @@ def test_eps_of_the_quadratic_is_on_every_grid() -> None:
 
 def test_the_configuration_knows_which_estimators_share_rows() -> None:
     assert set(SHARING) == {name for name, estimator in ESTIMATORS.items() if estimator.shared}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_step_takes_the_rows_of_forward_that_are_said(
+    lora_dir: Path, write_rows: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str, estimator: str
+) -> None:
+    """Five steps, so that one of svrg in five is an anchor; rows that are scored between steps do not count."""
+    monkeypatch.setattr(Tuner, "_look", lambda tuner: None)
+    data = write_rows([{"prompt": f"{number} films", "completion": " are great"} for number in range(64)])
+    methods: dict[str, Any] = {"rule": rule, "estimator": estimator, "directions": 2, "batch": 2, "start": "none", "valid_share": 0.0}
+    edgezo.tune(lora_dir, tmp_path / "run", data=data, steps=5, eps=2**-6, lr=1e-3, threads=1, **methods)
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    rows = [line["forward_rows"] for line in lines]  # before the first step and after each
+    assert len(rows) == 6
+    assert rows[-1] - rows[0] == 5 * forward_rows(read_run(tmp_path / "run").config)

@@ -34,3 +34,16 @@ def test_an_answer_alone_keeps_its_lines() -> None:
     answer = Prediction(text=" the first\n  and the second\n")
     assert terminal.prediction_text(answer, alone=True) == "the first\n  and the second"
     assert terminal.prediction_text(answer, alone=False) == "the first and the second"
+
+
+def test_a_run_that_goes_back_goes_on_to_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """A process that goes on at step 101, goes back to 90 after two steps of a second, and has minutes beside its steps."""
+    with terminal.tuning() as reporter:
+        reporter.begin(100, 200)
+        for second, step in enumerate([101, 102, *range(91, 131)], 1):
+            progress = max(step / 200, (100 + second) / 600)
+            reporter.step(StepReport(step, 1.0, (0.5,), 1e-3, 1.0, 100.0 + second, 0.0, progress, 32 * step))
+    shown = re.findall(r"step (\d+) .* (-?\d+:\d\d) left", capsys.readouterr().err)
+    assert [step for step, _ in shown][:2] == ["101", "91"]
+    assert ("110", "1:30") in shown
+    assert all(not left.startswith("-") for _, left in shown)

@@ -161,7 +161,7 @@ def test_a_trial_that_did_not_lower_the_loss_can_lower_the_rate_and_not_raise_it
     loss: float, of_trial: dict[str, float], raises: bool
 ) -> None:
     config = make_config(None, {"data": "no file", "rule": "sgd"})
-    before = Landscape(eps=0.01, reach=0.12, change=0.01, grad_rms=6.0, loss=1.0, curvature=0.0, probes=5)
+    before = Landscape(eps=0.01, smooth=0.01, reach=0.12, rises=False, change=0.01, grad_rms=6.0, loss=1.0, curvature=0.0, probes=5)
     after = before._replace(loss=loss, **of_trial)
     assert (rate_of(after, config) > rate_of(before, config)) is raises
     trusted = calibration._trusted(before, after, make_rule(config, {}), config)

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import edgezo
+from edgezo.config import make_config
 from edgezo.recipe import recipe_names, task_settings
+from edgezo.runtime.calibration import forward_rows
 from edgezo.runtime.corpus import read_data
 from edgezo.runtime.dataset import task_of, tokenize_data
 from edgezo.runtime.evaluation import Evaluation
@@ -43,7 +45,9 @@ SEED_ROWS = 1.1  # a start's rows differ a little from seed to seed
 LEAST_RANGE = 20  # per cent that a panel shows: a row of test rows is no cliff
 
 
-Cell = dict[str, Any]  # task, method, seed, test_rows, valid_rows (at most), points: test accuracy by rows of forward, seconds of the run
+# task, method, seed, test_rows, valid_rows (at most), points: test accuracy by rows of forward, seconds of the run; of steps also
+# best, last: accuracy at the best and the last step, last_loss, rows: of forward
+Cell = dict[str, Any]
 
 
 class Files(NamedTuple):
@@ -85,7 +89,8 @@ def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folde
             forwards, accuracy, seconds = _learn_once(options, edge, name, files, rows, folder / f"{rows}", seed)
             points[forwards] = accuracy
         return {"points": points, "seconds": seconds}
-    steps = max(1, int(options.rows / method.step_rows))
+    config = make_config(None, method.settings, "lora" if method.edge == "lora" else None, files.settings)
+    steps = max(1, int(options.rows / forward_rows(config)))
     result = _tune_whole(
         edge, run, data=str(files.train), valid=str(files.valid), seed=seed, steps=steps, eval_every=max(1, steps // 4),
         eval_rows=options.valid_rows,
@@ -172,7 +177,7 @@ def table(cells: list[Cell]) -> str:
             if own:
                 points = ", ".join(f"{found:.1f} ({rows:,})" for rows, found in _means(own))
                 losses = [cell["last_loss"] for cell in own if "last_loss" in cell]
-                loss = f"{sum(losses) / len(losses):.3f}" if len(losses) == len(own) else ""  # older cells have none
+                loss = f"{sum(losses) / len(losses):.3f}" if len(losses) == len(own) else ""  # of steps alone, and not in the first cells
                 lines.append(f"| {task} | {name} | {len(own)} | {points} | {loss} | {sum(c['seconds'] for c in own) / len(own):,.0f} |")
     return "\n".join(lines) + "\n"
 
@@ -280,10 +285,16 @@ def main() -> None:
     if options.results.is_dir():
         parser.error(f"{options.results} is a folder; give a file")
     options.results.parent.mkdir(parents=True, exist_ok=True)
+    names = options.methods.split(";") if options.methods else list(GROUPS[options.group])
+    if unknown := [name for name in names if name not in METHODS]:
+        parser.error(f"--methods {';'.join(unknown)}: not known, there are {'; '.join(METHODS)}")
     done = {(cell["task"], cell["method"], cell["seed"]) for cell in read_cells(options.results)}
     for task in options.tasks.split(","):
-        for name in options.methods.split(";") if options.methods else GROUPS[options.group]:
-            able = None not in {options.lora, getattr(options, METHODS[name].edge)}
+        for name in names:
+            edges = {METHODS[name].edge} | (
+                {"lora"} if METHODS[name].edge == "source" else set()
+            )  # backpropagation reads rows as an export does
+            able = all(getattr(options, edge) is not None for edge in edges)
             able = able and (METHODS[name].choices or "choices" not in files_of(options, task).settings)
             for seed in options.seeds.split(",") if able else []:
                 if (task, name, int(seed)) not in done:

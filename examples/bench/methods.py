@@ -2,18 +2,14 @@
 
 from typing import Any, NamedTuple
 
-STEP_ROWS = 32  # of forward
-
 
 class Method(NamedTuple):
-    """Which model a method tunes, and its settings; `each_budget`: a run of its own for every number of training rows; `choices`: learns rows of
-    choices; `step_rows`: of forward that a step takes on average."""
+    """Which model a method tunes, and its settings; `each_budget`: a run of its own for every number of training rows; `choices`: learns rows of choices."""
 
     edge: str
     settings: dict[str, Any]
     each_budget: bool = False
     choices: bool = True
-    step_rows: float = STEP_ROWS
 
 
 PLAIN: dict[str, Any] = {"start": "none", "rule": "sgd", "directions": 1, "batch": 16, "schedule": "constant"}
@@ -30,21 +26,18 @@ WAYS = {
     "backpropagation, LoRA, AdamW": Method("source", {}),
 }
 
-# 16 directions of a row each but where said; directions that share rows are fewer, so that a step takes about as many
+# directions that share rows are fewer, so that a step takes about as many rows of forward: 32 and 30
 SHARED: dict[str, dict[str, Any]] = {
     "one-sided": {"estimator": "one-sided", "directions": 7, "batch": 4},
     "curvature": {"estimator": "curvature", "directions": 7, "batch": 2},
 }
-SVRG_ROWS = STEP_ROWS * (1 * 8 + 4 * 2) / 5  # by its defaults: every fifth step of 8 batches, the others of two
 VARIANTS = {
-    "LoRA: normalized, two-sided, 16 directions": Method("lora", {"start": "none"}),
+    "edgezo without exact start": WAYS["edgezo without exact start"],  # 16 directions of a row, normalized, two-sided
     "LoRA, one direction of 16 rows": Method("lora", {"start": "none", "directions": 1, "batch": 16}),
     **{
         f"LoRA, rule {rule}": Method("lora", {"start": "none", "rule": rule})
-        for rule in ("sgd", "sign", "fzoo", "meazo", "momentum", "adam")
+        for rule in ("sgd", "sign", "fzoo", "meazo", "momentum", "adam", "conservative", "svrg")
     },
-    "LoRA, rule conservative": Method("lora", {"start": "none", "rule": "conservative"}, step_rows=STEP_ROWS + 3 * 16),
-    "LoRA, rule svrg": Method("lora", {"start": "none", "rule": "svrg"}, step_rows=SVRG_ROWS),
     **{f"LoRA, estimator {name}": Method("lora", {"start": "none", **settings}) for name, settings in SHARED.items()},
     "LoRA, rule fzoo, estimator one-sided": Method("lora", {"start": "none", "rule": "fzoo", **SHARED["one-sided"]}),
     "LoRA, sampler layers": Method("lora", {"start": "none", "sampler": "layers"}),

@@ -22,6 +22,10 @@ class Conservative(Sgd):
 
     rests = True
 
+    def forward_rows(self, estimate: int, rows: int) -> float:
+        """As `Rule`."""
+        return estimate + len(CHOICES) * rows
+
     def measure(self, problem: Problem, directions: Sequence[Direction], lr: float) -> list[Estimate]:
         """As `Rule`."""
         estimates = problem.estimates()

@@ -69,6 +69,15 @@ class Rule(ABC):
         """The scalars of a step, as the journal will hold them; needs forward passes, so a replay never calls it."""
         return problem.estimates()
 
+    def forward_rows(self, estimate: int, rows: int) -> float:
+        """Rows of forward that a step takes on average.
+
+        Args:
+            estimate: those of one estimate along all directions.
+            rows: of a step.
+        """
+        return estimate
+
     def rate(self, move: float, grad_rms: float, directions: int) -> float:
         """The learning rate whose updates walk like steps that move every weight by `move` in root mean square.
 

@@ -40,6 +40,10 @@ class Svrg(Sgd):
         else:
             parameters.update([*directions, *self.anchors], scales + self.scales(self.anchor_grads, lr), decay)
 
+    def forward_rows(self, estimate: int, rows: int) -> float:
+        """As `Rule`."""
+        return estimate * (self.batches + 2 * (self.every - 1)) / self.every
+
     def measure(self, problem: Problem, directions: Sequence[Direction], lr: float) -> list[Estimate]:
         """As `Rule`."""
         if self._anchors(directions):
