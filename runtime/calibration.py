@@ -14,7 +14,7 @@ from edgezo.runtime import noise
 from edgezo.runtime.dataset import Dataset
 from edgezo.runtime.estimators import ESTIMATORS
 from edgezo.runtime.journal_records import StepRecord, as_stored
-from edgezo.runtime.landscape import FULL_ROWS, UNRELIABLE, Landscape, Scale, learning_rate, survey
+from edgezo.runtime.landscape import FULL_ROWS, UNRELIABLE, Landscape, Scale, learning_rate, rms, survey
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.objective import Objective
@@ -170,7 +170,8 @@ def _decays_all(config: TuneConfig) -> bool:
 
 
 def _after_trial(theta: Theta, config: TuneConfig, dataset: Dataset, start: Path | None) -> Landscape | None:
-    """What is measured after the first steps of a run of `config` at its full rate; None where the loss is not finite then."""
+    """What is measured after the first steps of a run of `config` at its full rate, grad_rms that of these steps, since the rows of a direction are
+    theirs; None where the loss is not finite then."""
     if _decays_all(config):  # the run's own rate may be below this one
         config = config.model_copy(update={"weight_decay": 0.0})
     lr, order, records = float(np.float32(config.lr)), dataset.order(), []
@@ -183,9 +184,14 @@ def _after_trial(theta: Theta, config: TuneConfig, dataset: Dataset, start: Path
             records.append(record)
         moved = moved.anew(theta.config, start)  # whose grid has room for the scales
         apply_records(config, records, moved.weights, moved.rule)
-        return _survey(_Probe(moved, dataset))
+        found = _survey(_Probe(moved, dataset))
     except NonFiniteLossError:
         return None
+    grads = np.array([grad for record in records for grad in record.projected_grads])
+    grads = grads[grads != 0]  # of conservative, whose steps may be left out
+    if config.rule == "svrg" or not len(grads):  # whose scalars are differences
+        return found
+    return found._replace(grad_rms=rms(grads))
 
 
 def _survey(probe: "_Probe") -> Landscape:

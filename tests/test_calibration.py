@@ -185,16 +185,17 @@ def test_a_run_without_eps_and_lr_measures_them_tells_them_and_keeps_them(
     config, header = read_run(tmp_path / "run").config, read_run(tmp_path / "run").header
     assert config.eps is not None
     assert config.lr is not None
-    rows = f"{config.directions} x {config.batch} rows"
+    rows, kept = f"{config.directions} x {config.batch} rows", header["calibration"]
+    at = "there" if kept["smooth"] == config.eps else f"at {kept['smooth']:.3g}"
+    ending = "the loss is up by a tenth" if kept["rises"] else "half of a projected gradient is left"
     expected = [
-        rf"eps {config.eps:.3g}, measured on 16 rows: projected gradients there and at a quarter of it differ by [0-9]+ %",
-        rf"lr {config.lr:.3g} \({config.rule}, {config.schedule}, about 30 steps of {rows}\): random steps reach [0-9.e-]+ in all, where half of a projected gradient is left",
+        rf"eps {config.eps:.3g}, measured on 16 rows: projected gradients {at} and at a quarter of it differ by [0-9]+ %",
+        rf"lr {config.lr:.3g} \({config.rule}, {config.schedule}, about 30 steps of {rows}\): random steps reach {kept['reach']:.3g} in all, where {ending}",
     ]
     assert notices[0].startswith("16 rows of kind classification (")
     assert notices[2].startswith(f"warning: --valid {reviews} has the rows that are learned")
     for line, pattern in zip(notices[3:], expected, strict=True):
         assert re.fullmatch(pattern, line)
-    kept = header["calibration"]
     assert kept.keys() == {*Landscape._fields, "lr", "steps", "rows"}
     assert (kept["eps"], kept["lr"], kept["steps"]) == (config.eps, config.lr, 30)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == config.lr

@@ -39,6 +39,12 @@ def landscape_of(facts: dict[str, Any]) -> Landscape:
     return Landscape(**{name: facts[name] for name in Landscape._fields})
 
 
+def reach_of(facts: dict[str, Any]) -> str:
+    """How the reach is told."""
+    ending = "the loss is up by a tenth" if facts["rises"] else "half of a projected gradient is left"
+    return f": random steps reach {facts['reach']:.3g} in all, where {ending}"
+
+
 @pytest.mark.parametrize("edge", ["exported_dir", "lora_dir", "prefix_dir"])
 def test_a_run_is_that_of_the_measured_eps_and_rate_with_nothing_left_of_the_trial(
     request: pytest.FixtureRequest, edge: str, reviews: str, tmp_path: Path
@@ -60,7 +66,7 @@ def test_a_run_is_that_of_the_measured_eps_and_rate_with_nothing_left_of_the_tri
     (told,) = (line for line in notices if line.startswith("lr "))
     lowered = after["loss"] < facts["loss"]
     trusted = min((after, facts), key=lambda one: math.inf if one is facts and lowered else rate_of(landscape_of(one), run.config))
-    assert told.endswith(f"random steps reach {trusted['reach']:.3g} in all, where half of a projected gradient is left")
+    assert told.endswith(reach_of(trusted))
     found = f", and the loss around them measured: random steps reached {facts['reach']:.3g} before, {after['reach']:.3g} after"
     held = f": they did not lower the loss, so the rate measured {'after them holds, which is smaller' if trusted is after else 'before them holds'}"
     assert notices[notices.index(told) - 1] == f"8 steps were tried and taken back{found if lowered else held}"
@@ -90,6 +96,8 @@ def test_what_is_measured_after_the_trial_is_the_loss_around_eight_steps_of_a_ru
     theta = Theta(model, measuring, weights, Objective(Sequences(model), dataset.task, config))
     apply_records(eight.config, eight.records, theta.weights, theta.rule)
     found = calibrate(theta, config, dataset, time.monotonic(), eight.start).facts
+    grads = [grad for record in eight.records for grad in record.projected_grads]
+    found["grad_rms"] = pytest.approx(math.sqrt(sum(grad**2 for grad in grads) / len(grads)))  # of the steps' own rows
     assert {"tried_steps": TRIAL_STEPS, **{name: found[name] for name in Landscape._fields}} == run.header["calibration"]["trial"]
 
 
@@ -131,7 +139,7 @@ def test_a_trial_that_ruins_the_loss_changes_nothing(lora_dir: Path, reviews: st
     assert ruined
     assert facts["trial"] == {"tried_steps": TRIAL_STEPS}
     (told,) = (line for line in notices if line.startswith("lr "))
-    assert told.endswith(f"random steps reach {facts['reach']:.3g} in all, where half of a projected gradient is left")
+    assert told.endswith(reach_of(facts))
     tried = "8 steps were tried and taken back: the loss was not finite after them, so the rate measured before them holds"
     assert notices[notices.index(told) - 1] == tried
     assert read_run(tmp_path / "run").config.lr == facts["lr"] == rate_of(landscape_of(facts), read_run(tmp_path / "run").config)

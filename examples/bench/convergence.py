@@ -89,7 +89,8 @@ def run_cell(options: argparse.Namespace, task: str, name: str, seed: int, folde
             forwards, accuracy, seconds = _learn_once(options, edge, name, files, rows, folder / f"{rows}", seed)
             points[forwards] = accuracy
         return {"points": points, "seconds": seconds}
-    config = make_config(None, method.settings, "lora" if method.edge == "lora" else None, files.settings)
+    given = {"data": str(files.train), **method.settings}
+    config = make_config(None, given, "lora" if method.edge == "lora" else None, files.settings)
     steps = max(1, int(options.rows / forward_rows(config)))
     result = _tune_whole(
         edge, run, data=str(files.train), valid=str(files.valid), seed=seed, steps=steps, eval_every=max(1, steps // 4),
