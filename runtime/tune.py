@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -21,7 +22,7 @@ from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
 from edgezo.runtime.replay import check_base, replay
 from edgezo.runtime.reports import Reporter, StepReport, TuneResult
-from edgezo.runtime.run import INIT, check_same, journal_header, measured_lr
+from edgezo.runtime.run import INIT, Run, check_same, journal_header, measured_lr
 from edgezo.runtime.run_directory import held_run, open_journal
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.smoothness import smoothness_warning
@@ -57,38 +58,60 @@ def tune(
     opened, reporter, output = time.monotonic(), reporter or Reporter(), Path(output)
     _refuse_unfit(model, output, memory)
     with held_run(output, resume) as previous, model.one_session():
-        start = previous.start if previous is not None else None
-        if previous is not None:
-            config = _with_measured(config, previous.config)
-        if previous is None and config.init is not None:
-            config, start = _start_from(model, config, output)  # gives the model the adapter's rows of the head, too
+        opening = _Opening(model, output, memory, reporter)
+        run = opening.begin(config, opened) if previous is None else opening.go_on(config, previous)
+        with open_journal(output, run.config, run.header, previous, run.exact.records) as journal:
+            tuner = Tuner(model, run.config, output, run.dataset, run.theta, journal, reporter, run.start)
+            tuner.untuned = run.exact.untuned
+            tuner.measured_lr = measured_lr(run.header if previous is None else previous.header)
+            if previous is not None:
+                reporter.stage(f"rebuilding step {len(previous.records)} from the journal")
+                replay(previous, model, run.theta.weights, len(previous.records), run.theta.rule)
+                tuner.go_on_from(previous)
+            return tuner.loop(time.monotonic() - opened)
+
+
+class _Opened(NamedTuple):
+    """What the loop works with. start: tensors that the run starts from. exact: what the journal begins with."""
+
+    config: TuneConfig
+    dataset: Dataset
+    theta: Theta
+    header: dict[str, Any]
+    start: Path | None
+    exact: ExactStart
+
+
+class _Opening(NamedTuple):
+    """Everything before the first step."""
+
+    model: EdgeModel
+    output: Path
+    memory: int | None
+    reporter: Reporter
+
+    def begin(self, config: TuneConfig, opened: float) -> _Opened:
+        """A new run: rows understood and told, tensors proven live, an exact start, what is not given measured.
+
+        Args:
+            opened: when its minutes began.
+        """
+        model, reporter, start = self.model, self.reporter, None
+        if config.init is not None:
+            config, start = _start_from(model, config, self.output)  # gives the model the adapter's rows of the head, too
         given_eps = config.eps is not None
         reporter.stage("reading data")
-        dataset = read_dataset(model, config, reporter.notice)
-        if previous is None:
-            dataset = resolve_start(model, dataset, reporter.notice)
-            if dataset.config.total_steps == 0 and dataset.config.start == "none":
-                reporter.notice("--steps 0 without an exact start: nothing is tuned, the run holds what it started from; give --steps N")
+        dataset = resolve_start(model, read_dataset(model, config, reporter.notice), reporter.notice)
         config = dataset.config
+        if config.total_steps == 0 and config.start == "none":
+            reporter.notice("--steps 0 without an exact start: nothing is tuned, the run holds what it started from; give --steps N")
         header = journal_header(model.manifest, config, start)
-        if previous is not None:
-            check_base(previous, model)
-            check_same(previous, config, header)
-        if previous is None:
-            _tell_rows(dataset, model, reporter)
-        theta = _proven_theta(model, config, dataset, start, reporter)
-        if theta.objective.name == "dpo":
-            reporter.stage("scoring the rows at the start of the run")
-            dataset = _with_references(theta, dataset, memory)
-        if memory is not None:
-            reporter.stage("measuring what a forward takes")
-            everything = [*dataset.train.examples, *(dataset.valid.examples if dataset.valid is not None else [])]
-            reporter.notice(f"forwards of at most {fit_batches(theta, everything, memory)} tokens keep to {memory / 1e6:.0f} MB")
-        given = [head_record(model.head)] if previous is None and config.init is not None and len(model.head.tokens) else []
-        exact = ExactStart(given)
-        if previous is None and config.start != "none":
+        _tell_rows(dataset, model, reporter)
+        theta, dataset = self._ready(config, dataset, start)
+        exact = ExactStart([head_record(model.head)] if config.init is not None and len(model.head.tokens) else [])
+        if config.start != "none":
             exact = start_exactly(model, theta.objective, dataset, reporter)
-        dataset = dataset.with_offsets(exact.offsets if previous is None else previous.journal.offsets)
+        dataset = dataset.with_offsets(exact.offsets)
         if theta.config is not config:
             measured = calibrate(theta, config, dataset, opened, start, reporter.stage)
             config, theta = measured.config, theta.anew(measured.config, start)
@@ -96,20 +119,38 @@ def tune(
             for line in measured.told:
                 reporter.notice(line)
             if theta.objective.name == "dpo":  # by the grid of the run's own eps, as when it goes on
-                dataset = _with_references(theta, dataset, memory)
-        if previous is None and given_eps and theta.objective.smooth and (rough := smoothness_warning(theta, dataset.train.examples)):
-            reporter.notice(f"warning: {rough}")
-        if previous is None and (warning := decay_warning(config)):
+                dataset = _with_references(theta, dataset, self.memory)
+        rough = smoothness_warning(theta, dataset.train.examples) if given_eps and theta.objective.smooth else None
+        for warning in filter(None, (rough, decay_warning(config))):
             reporter.notice(f"warning: {warning}")
-        with open_journal(output, config, header, previous, exact.records) as journal:
-            tuner = Tuner(model, config, output, dataset, theta, journal, reporter, start)
-            tuner.untuned = exact.untuned
-            tuner.measured_lr = measured_lr(header if previous is None else previous.header)
-            if previous is not None:
-                reporter.stage(f"rebuilding step {len(previous.records)} from the journal")
-                replay(previous, model, theta.weights, len(previous.records), theta.rule)
-                tuner.go_on_from(previous)
-            return tuner.loop(time.monotonic() - opened)
+        return _Opened(config, dataset, theta, header, start, exact)
+
+    def go_on(self, config: TuneConfig, previous: Run) -> _Opened:
+        """A run that stopped: the same rows, model and settings, tensors proven live."""
+        model, reporter = self.model, self.reporter
+        # what it measured is its own
+        config = config.model_copy(update={name: getattr(previous.config, name) for name in ("eps", "lr") if getattr(config, name) is None})
+        reporter.stage("reading data")
+        dataset = read_dataset(model, config, reporter.notice)
+        config = dataset.config
+        header = journal_header(model.manifest, config, previous.start)
+        check_base(previous, model)
+        check_same(previous, config, header)
+        theta, dataset = self._ready(config, dataset, previous.start)
+        return _Opened(config, dataset.with_offsets(previous.journal.offsets), theta, header, previous.start, ExactStart([]))
+
+    def _ready(self, config: TuneConfig, dataset: Dataset, start: Path | None) -> tuple[Theta, Dataset]:
+        """theta, and the rows with what dpo compares them to; forwards that keep to the memory."""
+        theta = _proven_theta(self.model, config, dataset, start, self.reporter)
+        if theta.objective.name == "dpo":
+            self.reporter.stage("scoring the rows at the start of the run")
+            dataset = _with_references(theta, dataset, self.memory)
+        if self.memory is not None:
+            self.reporter.stage("measuring what a forward takes")
+            everything = [*dataset.train.examples, *(dataset.valid.examples if dataset.valid is not None else [])]
+            tokens = fit_batches(theta, everything, self.memory)
+            self.reporter.notice(f"forwards of at most {tokens} tokens keep to {self.memory / 1e6:.0f} MB")
+        return theta, dataset
 
 
 def _refuse_unfit(model: EdgeModel, output: Path, memory: int | None) -> None:
@@ -166,11 +207,6 @@ def _with_references(theta: Theta, dataset: Dataset, memory: int | None) -> Data
     referred = dataset.with_references(theta.sequences)
     theta.sequences.batch_tokens = fitted
     return referred
-
-
-def _with_measured(config: TuneConfig, previous: TuneConfig) -> TuneConfig:
-    """`config` with the run's own eps and lr where it leaves them open."""
-    return config.model_copy(update={name: getattr(previous, name) for name in ("eps", "lr") if getattr(config, name) is None})
 
 
 def _start_from(model: EdgeModel, config: TuneConfig, output: Path) -> tuple[TuneConfig, Path]:
