@@ -95,12 +95,17 @@ def _run(path: Path) -> dict[str, Any]:
     run = read_run(path)
     unused = unused_settings(run.config, bool(run.evaluations))
     settings = {name: value for name, value in run.config.model_dump().items() if value is not None and name not in unused}
+    summary = read_summary(path)
+    ended = _ended(run, summary)
     facts: dict[str, Any] = {
         "run": str(path),
         "steps": len(run.records),
-        "ended": _ended(run, read_summary(path)),
+        "ended": ended,
         **({"best_step": run.best_step} if run.evaluations else {}),
-        "seconds": round(run.seconds, 1),
+        # the last record may have been followed by an evaluation or another look
+        "seconds": summary["seconds"]
+        if ended is not None and ended == summary.get("ended") and "seconds" in summary
+        else round(run.seconds, 1),
         "base": run.header.get("base"),
     }
     if run.journal.undos:

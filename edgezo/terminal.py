@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
     from edgezo.runtime.class_metrics import ClassCounts
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from edgezo.runtime.predict import Prediction
     from edgezo.runtime.tune import Reporter, StepReport
 
+BAR_WIDTH = 12  # so that the longest stage fits into 80 columns
 LINES_PER_RUN = 20  # progress lines of a run whose output is a file or pipe
 
 
@@ -136,8 +137,9 @@ def tuning() -> Iterator["Reporter"]:
 
     console = stderr()
     live = console.is_terminal
-    columns = (_column("description"), BarColumn(), _column("fields[count]"), _column("fields[note]"), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, disable=not live) as progress:
+    bar = BarColumn(bar_width=BAR_WIDTH)
+    columns = (_column("description"), bar, _column("fields[count]"), _column("fields[note]"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not live) as progress:
         task = progress.add_task("starting", total=1.0, count="", note="")
         say = (progress.console if live else console).print
         total: int | None = None
@@ -158,27 +160,27 @@ def tuning() -> Iterator["Reporter"]:
             nonlocal shown, loss, pace, seen, first_step, first_seconds, last_step
             if not seen or report.step <= last_step:  # begun, or gone back
                 first_step, first_seconds = report.step - 1, report.seconds - report.step_seconds
-                shown = min(shown, report.progress)
+                shown, seen = -1.0 if seen else 0.0, 0  # a step after going back is shown
             last_step = report.step
             seen += 1
             share = max(1 / seen, 0.05)
             loss += (report.loss - loss) * share
             pace += (report.step_seconds - pace) * share
-            note = f"training loss {loss:.4f}  {pace:.2f} s/step"
+            left = (report.seconds - report.opening_seconds) / report.progress * (1 - report.progress) if report.progress < 1 else 0.0
+            if total is not None:
+                left = min(left, (report.seconds - first_seconds) / (report.step - first_step) * (total - report.step))
+            note = f"training loss {loss:.4f}  {pace:.2f} s/step  {_clock(left)} left"
             count = f"{report.step}/{total}" if total else f"step {report.step}"
             progress.update(task, description="tuning", completed=report.progress, count=count, note=note)
             if not live and (report.progress - shown >= 1 / LINES_PER_RUN or report.progress >= 1):
                 shown = report.progress
-                left = (report.seconds - report.opening_seconds) / report.progress * (1 - report.progress) if report.progress < 1 else 0.0
-                if total is not None:
-                    left = min(left, (report.seconds - first_seconds) / (report.step - first_step) * (total - report.step))
-                say(f"  step {report.step}  {note}  {_clock(left)} left")
+                say(f"  step {report.step}  {note}")
 
         def evaluation(number: int, found: "Evaluation", best: bool) -> None:
             say(f"  step {number}: {evaluation_text(found)}{'  best so far' if best and number else ''}")
 
         yield Reporter(stage=stage, notice=lambda text: say(f"  {text}"), begin=begin, step=step, evaluation=evaluation)
-        progress.update(task, description="done")
+        progress.update(task, description="ended", note="")
 
 
 def _column(name: str) -> TextColumn:

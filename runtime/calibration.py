@@ -14,7 +14,7 @@ from edgezo.runtime import noise
 from edgezo.runtime.dataset import Dataset
 from edgezo.runtime.estimators import ESTIMATORS
 from edgezo.runtime.journal_records import StepRecord, as_stored
-from edgezo.runtime.landscape import FULL_ROWS, UNRELIABLE, Landscape, Scale, learning_rate, rms, survey
+from edgezo.runtime.landscape import FULL_ROWS, LEAST_STEPS, UNRELIABLE, Landscape, Scale, learning_rate, survey
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.objective import Objective
@@ -161,7 +161,7 @@ def decay_warning(config: TuneConfig) -> str | None:
     taken = config.lr * config.weight_decay
     if taken < MUCH_DECAY:
         return None
-    return f"--weight-decay {config.weight_decay:g} times lr {config.lr:.3g} takes {100 * taken:.0f} % at every step off the matrices that are tuned; give a smaller one"
+    return f"--weight-decay {config.weight_decay:g} times lr {config.lr:.3g} takes {100 * taken:.0f} % off the matrices that are tuned at a step of the full rate; give a smaller one"
 
 
 def _decays_all(config: TuneConfig) -> bool:
@@ -170,8 +170,7 @@ def _decays_all(config: TuneConfig) -> bool:
 
 
 def _after_trial(theta: Theta, config: TuneConfig, dataset: Dataset, start: Path | None) -> Landscape | None:
-    """What is measured after the first steps of a run of `config` at its full rate, grad_rms that of these steps, since the rows of a direction are
-    theirs; None where the loss is not finite then."""
+    """What is measured after the first steps of a run of `config` at its full rate; None where the loss is not finite then."""
     if _decays_all(config):  # the run's own rate may be below this one
         config = config.model_copy(update={"weight_decay": 0.0})
     lr, order, records = float(np.float32(config.lr)), dataset.order(), []
@@ -184,14 +183,9 @@ def _after_trial(theta: Theta, config: TuneConfig, dataset: Dataset, start: Path
             records.append(record)
         moved = moved.anew(theta.config, start)  # whose grid has room for the scales
         apply_records(config, records, moved.weights, moved.rule)
-        found = _survey(_Probe(moved, dataset))
+        return _survey(_Probe(moved, dataset))
     except NonFiniteLossError:
         return None
-    grads = np.array([grad for record in records for grad in record.projected_grads])
-    grads = grads[grads != 0]  # of conservative, whose steps may be left out
-    if config.rule == "svrg" or not len(grads):  # whose scalars are differences
-        return found
-    return found._replace(grad_rms=rms(grads))
 
 
 def _survey(probe: "_Probe") -> Landscape:
@@ -260,10 +254,11 @@ def _told(config: TuneConfig, resolved: TuneConfig, smooth: bool, measured: _Mea
         )
     if config.lr is None:
         lines += measured.trial()
+        counted = f", counted as {LEAST_STEPS} steps" if steps < LEAST_STEPS else ""
         step_rows = f"{config.batch} shared" if config.shares_rows else f"{config.directions} x {config.batch}"
         ending = "the loss is up by a tenth" if measured.trusted.rises else "half of a projected gradient is left"
         lines.append(
-            f"lr {resolved.lr:.3g} ({config.rule}, {config.schedule}, about {steps} steps of {step_rows} rows): random steps reach {measured.trusted.reach:.3g} in all, where {ending}"
+            f"lr {resolved.lr:.3g} ({config.rule}, {config.schedule}, about {steps} step{'s' if steps > 1 else ''} of {step_rows} rows{counted}): random steps reach {measured.trusted.reach:.3g} in all, where {ending}"
         )
     elif not 1 / FAR <= config.lr / rate <= FAR:
         direction = "diverge" if config.lr > rate else "learn little"

@@ -92,7 +92,8 @@ def _fits(objective: Objective, examples: list[Example], probe: bool, seconds: f
         return token_fits(objective, examples, seconds, stage)
     stage(f"reading {len(examples)} rows for the exact start")
     features = read_features(objective, examples, len(objective.task.words), seconds, attention=None if probe else False)
-    stage(f"solving the exact start from {len(features.gold)} rows")
+    fewer = ", as many as time and memory for it allow" if len(features.gold) < len(examples) else ""
+    stage(f"solving the exact start from {len(features.gold)} rows{fewer}")
     return label_fits(objective, examples[: len(features.gold)], features)
 
 

@@ -2,14 +2,14 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """Set the event at the first SIGINT or SIGTERM; a second SIGINT interrupts at once. Only the main thread can listen."""
+def stop_signals(told: Callable[[], None]) -> Iterator[threading.Event]:
+    """Set the event at the first SIGINT or SIGTERM and call `told`; a second SIGINT interrupts at once. Only the main thread can listen."""
     stopping = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopping
@@ -18,7 +18,9 @@ def stop_signals() -> Iterator[threading.Event]:
     def ask(number: int, frame: FrameType | None) -> None:
         if stopping.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stopping.set()
+        if not stopping.is_set():
+            stopping.set()
+            told()
 
     old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

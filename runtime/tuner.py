@@ -92,7 +92,10 @@ class Tuner:
         step = len(self.records)
         if self.config.total_steps != 0 and self._progress(step, self.spent_seconds) >= 1:
             self.reporter.notice(self._nothing_left(step))
-        with stop_signals() as stopping, append_lines(self.directory / METRICS) as self.metrics:
+        with (
+            stop_signals(lambda: self.reporter.notice("stopping after this step")) as stopping,
+            append_lines(self.directory / METRICS) as self.metrics,
+        ):
             opened = {"opening_seconds": opening_seconds, "forward_rows": self.forward_rows, "seconds": self.spent_seconds}
             self._write({name: round(value, 3) for name, value in opened.items()})
             self.reporter.begin(step, self.config.total_steps)

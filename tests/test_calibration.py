@@ -255,7 +255,7 @@ def test_a_weight_decay_that_takes_much_is_told(
     notices: list[str] = []
     edgezo.tune(lora_dir, tmp_path / "run", weight_decay=decay, reporter=Reporter(notice=notices.append), **settings)
     rate = read_run(tmp_path / "run").config.lr
-    told = f"warning: --weight-decay {decay:g} times lr {rate:.3g} takes {taken} at every step off the matrices that are tuned; give a smaller one"
+    told = f"warning: --weight-decay {decay:g} times lr {rate:.3g} takes {taken} off the matrices that are tuned at a step of the full rate; give a smaller one"
     assert [line for line in notices if "--weight-decay" in line] == ([told] if taken else [])
 
 

@@ -236,6 +236,7 @@ def test_an_interrupted_run_goes_on_to_the_weights_of_one_never_interrupted(comm
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
+    assert "  stopping after this step\n" in err
     matches(
         rf"run +parts, \d+ steps, interrupted, \d+ s{PEAK}\nbefore +{MEASURED}\n"
         rf"(step \d+ +{MEASURED}, kept as best|best +step 0, the start: .*)\n"
@@ -257,7 +258,7 @@ def test_a_run_that_is_asked_to_stop_does_not_look_back_first(
     """After the second step rows are scored again; whoever waits for the run to end waits for its step alone."""
     stopping, looked = threading.Event(), list[int]()
     look = Tuner._look
-    monkeypatch.setattr(tuner, "stop_signals", lambda: nullcontext(stopping))
+    monkeypatch.setattr(tuner, "stop_signals", lambda told: nullcontext(stopping))
     monkeypatch.setattr(Tuner, "_look", lambda self, *given: (looked.append(len(self.records)), look(self, *given))[1])
     settings: dict[str, Any] = {"data": reviews, "template": "{text} It was", "labels": "terrible,great", "threads": 1, "lr": 1e-4}
     settings |= {"steps": 4, "eval_every": 2, "valid": reviews, "start": "none"}

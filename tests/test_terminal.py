@@ -42,8 +42,11 @@ def test_a_run_that_goes_back_goes_on_to_be_shown(capsys: pytest.CaptureFixture[
         reporter.begin(100, 200)
         for second, step in enumerate([101, 102, *range(91, 131)], 1):
             progress = max(step / 200, (100 + second) / 600)
-            reporter.step(StepReport(step, 1.0, (0.5,), 1e-3, 1.0, 100.0 + second, 0.0, progress, 32 * step))
-    shown = re.findall(r"step (\d+) .* (-?\d+:\d\d) left", capsys.readouterr().err)
-    assert [step for step, _ in shown][:2] == ["101", "91"]
-    assert ("110", "1:30") in shown
+            reporter.step(
+                StepReport(step, 1.0 if step > 100 and second < 3 else 3.0, (0.5,), 1e-3, 1.0, 100.0 + second, 0.0, progress, 32 * step)
+            )
+    err = capsys.readouterr().err
+    shown, losses = re.findall(r"step (\d+) .* (-?\d+:\d\d) left", err), re.findall(r"training loss (\S+)", err)[:2]
+    assert shown[:3] == [("101", "1:39"), ("91", "1:49"), ("102", "1:38")]
+    assert losses == ["1.0000", "3.0000"]  # of what was taken back nothing is left
     assert all(not left.startswith("-") for _, left in shown)
