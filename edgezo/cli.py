@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -68,6 +69,7 @@ def _in_one_line(error: Any) -> ConfigError:
     return ConfigError(f"{told}{where}")
 
 
+FEW_STEPS = 8  # whose mean loss is told of a run without validation rows
 app = typer.Typer(
     name="edgezo",
     cls=OneLineGroup,
@@ -227,6 +229,10 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
         why = "no evaluated step was better" if max(run.evaluations) > 0 else "no later step was evaluated"
         start = f"step 0, the {'exact ' if result.start is not None else ''}start"
         rows.append(("best", f"{start}: {why}; --step last uses step {result.steps}"))
+    few = min(FEW_STEPS, result.steps // 2)
+    if result.best is None and few:
+        first, last = (fmean(record.loss for record in part) for part in (run.records[:few], run.records[-few:]))
+        rows.append(("training loss", f"{first:.4f} over the first {few} step{'s' if few > 1 else ''}, {last:.4f} over the last"))
     config = run.config
     command, given = ("predict", "--text '...'") if config.labels is not None else ("generate", "--prompt '...'")
     if config.choices is not None or config.answer_field is not None:

@@ -60,11 +60,16 @@ def test_a_long_run_shows_about_twenty_lines_of_progress(command: Command) -> No
     assert 15 <= found.err.count(" s/step ") <= 21
 
 
-def test_tune_without_validation_tells_only_the_run(command: Command) -> None:
-    matches(
-        rf"run     run, 2 steps, finished, \d+ s{PEAK}\nuse it  edgezo predict .*\ngo on   edgezo tune .*\n",
-        command("tune", "edge", "-o", "run", *TASK, "--steps", "2").out,
-    )
+@pytest.mark.parametrize(("steps", "few"), [(1, 0), (3, 1), (20, 8)])
+def test_tune_without_validation_tells_the_training_loss(command: Command, steps: int, few: int) -> None:
+    out = command("tune", "edge", "-o", "run", *TASK, "--steps", str(steps)).out
+    ran, *loss, use, more = [re.split(r" {2,}", line, maxsplit=1) for line in out.splitlines()]
+    assert re.fullmatch(rf"run, {steps} steps?, finished, \d+ s{PEAK}", ran[1])
+    assert (use[0], more[0]) == ("use it", "go on")
+    losses = [record.loss for record in read_run("run").records]
+    first, last = (f"{sum(part) / few:.4f}" if few else "" for part in (losses[:few], losses[-few:]))
+    told = f"{first} over the first {few} step{'s' if few > 1 else ''}, {last} over the last"
+    assert loss == ([["training loss", told]] if few else [])
 
 
 def test_tune_says_when_no_step_was_better_than_the_base(command: Command) -> None:
