@@ -3,7 +3,6 @@
 import io
 import math
 import os
-import shlex
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -237,14 +236,16 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
     command, given = ("predict", "--text '...'") if config.labels is not None else ("generate", "--prompt '...'")
     if config.choices is not None or config.answer_field is not None:
         command, given = "predict", "--data ROWS"
+    patience = config.allowed_patience * config.eval_every
+    waited = 0 < patience <= result.steps - result.best_step and bool(run.evaluations)
     more = {
         "interrupted": "",
-        "finished": f" --steps {2 * result.steps or DEFAULT_STEPS}",
+        "finished": f" --steps {2 * result.steps or DEFAULT_STEPS}{' --patience 0' if waited else ''}",
         "out of time": f" --minutes {math.ceil(20 * max(config.minutes or 0.0, result.seconds / 60)) / 10:g}",
         "no longer better": " --patience 0",
     }[result.ended]
     unseen = result.best is not None and result.start is None and result.steps and not max(run.evaluations)  # the best is the base
-    edge, made = shlex.quote(str(directory)), shlex.quote(str(output))
+    edge, made = terminal.typed(directory), terminal.typed(output)
     rows.append(("use it", f"edgezo {command} {edge} --run {made}{' --step last' if unseen else ''} {given}"))
     rows.append(("go on", f"edgezo tune {edge} -o {made} --resume{more}"))
     return rows
@@ -265,7 +266,9 @@ def inspect_command(
 
     facts = inspect_path(path)
     if not as_json and "ended" in facts:
-        facts["ended"] = facts["ended"] or f"not recorded, it was cut off or failed; go on with: edgezo tune DIR -o {path} --resume"
+        facts["ended"] = (
+            facts["ended"] or f"not recorded, it was cut off or failed; go on with: edgezo tune DIR -o {terminal.typed(path)} --resume"
+        )
     terminal.print_facts(facts, as_json)
 
 

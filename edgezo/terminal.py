@@ -1,6 +1,9 @@
 """What a person sees: progress on standard error, results on standard output."""
 
 import json
+import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from edgezo.runtime.predict import Prediction
     from edgezo.runtime.tune import Reporter, StepReport
 
-BAR_WIDTH = 12  # so that the longest stage fits into 80 columns
+BAR_WIDTH = 12  # at most, so that stages fit into 80 columns
 LINES_PER_RUN = 20  # progress lines of a run whose output is a file or pipe
 
 
@@ -58,6 +61,11 @@ def print_classes(classes: Mapping[str, "ClassCounts"]) -> None:
         shares = [f"{100 * share:.1f} %" if share is not None else "-" for share in (found.precision, found.recall)]
         lines.append((label, str(found.rows), str(found.predicted), *shares, f"{found.f1:.3f}" if found.f1 is not None else "-"))
     print_table(lines)
+
+
+def typed(path: str | os.PathLike[str]) -> str:
+    """A path as it is typed in a command."""
+    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
 
 
 def print_facts(facts: dict[str, Any], as_json: bool) -> None:
@@ -166,7 +174,7 @@ def tuning() -> Iterator["Reporter"]:
             share = max(1 / seen, 0.05)
             loss += (report.loss - loss) * share
             pace += (report.step_seconds - pace) * share
-            left = (report.seconds - report.opening_seconds) / report.progress * (1 - report.progress) if report.progress < 1 else 0.0
+            left = (report.seconds - report.opening_seconds) / report.progress * (1 - report.progress) if 0 < report.progress < 1 else 0.0
             if total is not None:
                 left = min(left, (report.seconds - first_seconds) / (report.step - first_step) * (total - report.step))
             note = f"training loss {loss:.4f}  {pace:.2f} s/step  {_clock(left)} left"

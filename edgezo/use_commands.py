@@ -250,8 +250,8 @@ def generate_command(
         text = model.text.chat([{"role": "user", "content": text}], reply=True)
     pieces = generate(model, text, max_tokens, sampling_of(temperature, top_k, top_p, seed), special=not chat)
     config = read_run(run).config if run is not None else None
-    if config is not None and config.labels is not None and config.objective != "likelihood":
-        use = f"edgezo predict {directory} --run {run} --text '...'"
+    if run is not None and config is not None and config.labels is not None and config.objective != "likelihood":
+        use = f"edgezo predict {terminal.typed(directory)} --run {terminal.typed(run)} --text '...'"
         terminal.stderr().print(f"note: this run learned to choose among labels, not to write text; for a label: {use}")
     ending = unescape(stop) if stop is not None or config is None else config.stop
     if ending:

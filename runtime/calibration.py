@@ -216,7 +216,7 @@ class _Probe:
 
 
 def forward_rows(config: TuneConfig) -> float:
-    """Rows of forward that a step of a run takes on average, evaluations left out."""
+    """Rows of forward that a step of a run takes on average, a row with all its candidates once, evaluations left out."""
     estimate = ESTIMATORS[config.estimator].forwards(config.directions) * config.batch
     return make_rule(config, {}).forward_rows(estimate, config.rows)
 

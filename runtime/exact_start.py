@@ -92,8 +92,7 @@ def _fits(objective: Objective, examples: list[Example], probe: bool, seconds: f
         return token_fits(objective, examples, seconds, stage)
     stage(f"reading {len(examples)} rows for the exact start")
     features = read_features(objective, examples, len(objective.task.words), seconds, attention=None if probe else False)
-    fewer = ", as many as time and memory for it allow" if len(features.gold) < len(examples) else ""
-    stage(f"solving the exact start from {len(features.gold)} rows{fewer}")
+    stage(f"solving the exact start from {len(features.gold)} rows")
     return label_fits(objective, examples[: len(features.gold)], features)
 
 

@@ -43,7 +43,7 @@ class JournalContents(NamedTuple):
     header: as written at the start. records: the steps that stand. evaluations: of these, by step. best_step: the last one marked as best,
     None without marks. settings: those changed since the start. heads: rows of the head by the steps done before they were set. untuned: the
     evaluation before the first of them. others: metrics of the evaluation that comes next. lr_scale: factor on the learning rate that holds at
-    the end; undos: how often steps were taken back. quiet_step: of the last rise that was the rows' alone. last_kind: of the last whole record. whole_bytes: bytes up to the last whole record; torn_bytes: what follows. checksum: of the
+    the end; undos: how often steps were taken back. quiet_step: of the last rise that was the rows' alone, None after going back. last_kind: of the last whole record that changes no settings. whole_bytes: bytes up to the last whole record; torn_bytes: what follows. checksum: of the
     last whole record, where the next one goes on.
     """
 

@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
@@ -20,7 +20,8 @@ def stop_signals(told: Callable[[], None]) -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         if not stopping.is_set():
             stopping.set()
-            told()
+            with suppress(Exception, SystemExit):  # whoever reads may have been stopped by the same signal, which ends rich
+                told()
 
     old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -62,7 +62,7 @@ def token_fits(
     Raises:
         NonFiniteLossError: the model gives no finite log-probabilities or hidden states.
     """
-    stage("letting the model write texts of its own, to keep beside those it learns")
+    stage("letting the model write texts of its own, which stay")
     own = own_texts(objective.sequences.model, objective.config.seed, objective.sequences.batch_tokens)
     stage(f"reading up to {POSITIONS} tokens of {len(examples)} texts for the exact start")
     tokens, found = read_positions(objective, examples, own, seconds)

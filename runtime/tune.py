@@ -63,7 +63,7 @@ def tune(
         with open_journal(output, run.config, run.header, previous, run.exact.records) as journal:
             tuner = Tuner(model, run.config, output, run.dataset, run.theta, journal, reporter, run.start)
             tuner.untuned = run.exact.untuned
-            tuner.measured_lr = measured_lr(run.header if previous is None else previous.header)
+            tuner.measured_lr = measured_lr(run.header)
             if previous is not None:
                 reporter.stage(f"rebuilding step {len(previous.records)} from the journal")
                 replay(previous, model, run.theta.weights, len(previous.records), run.theta.rule)
@@ -91,11 +91,8 @@ class _Opening(NamedTuple):
     reporter: Reporter
 
     def begin(self, config: TuneConfig, opened: float) -> _Opened:
-        """A new run: rows understood and told, tensors proven live, an exact start, what is not given measured.
-
-        Args:
-            opened: when its minutes began.
-        """
+        """A new run, whose minutes began when it was `opened`: rows understood and told, tensors proven live, an exact start, what is not given
+        measured."""
         model, reporter, start = self.model, self.reporter, None
         if config.init is not None:
             config, start = _start_from(model, config, self.output)  # gives the model the adapter's rows of the head, too
@@ -133,11 +130,10 @@ class _Opening(NamedTuple):
         reporter.stage("reading data")
         dataset = read_dataset(model, config, reporter.notice)
         config = dataset.config
-        header = journal_header(model.manifest, config, previous.start)
         check_base(previous, model)
-        check_same(previous, config, header)
+        check_same(previous, config, journal_header(model.manifest, config, previous.start))
         theta, dataset = self._ready(config, dataset, previous.start)
-        return _Opened(config, dataset.with_offsets(previous.journal.offsets), theta, header, previous.start, ExactStart([]))
+        return _Opened(config, dataset.with_offsets(previous.journal.offsets), theta, previous.header, previous.start, ExactStart([]))
 
     def _ready(self, config: TuneConfig, dataset: Dataset, start: Path | None) -> tuple[Theta, Dataset]:
         """theta, and the rows with what dpo compares them to; forwards that keep to the memory."""

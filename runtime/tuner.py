@@ -61,7 +61,7 @@ class Tuner:
     measured_lr: float | None = None  # what a given rate that proves too large falls to
     quiet_until: int = 0  # after a rise that was the rows' alone
     start_loss: float | None = None  # of the guarded rows
-    pending: bytes = b""  # kind of the record after which the process before this one ended
+    pending: bytes = b""  # kind of the record after which the process before this one ended, changes of settings left out
     still: int = 0  # steps in a row that changed nothing
     started: float = field(init=False)  # when the run would have begun had one process done all of it, by `time.monotonic`
     metrics: TextIO = field(init=False)
@@ -93,7 +93,7 @@ class Tuner:
         if self.config.total_steps != 0 and self._progress(step, self.spent_seconds) >= 1:
             self.reporter.notice(self._nothing_left(step))
         with (
-            stop_signals(lambda: self.reporter.notice("stopping after this step")) as stopping,
+            stop_signals(lambda: self.reporter.notice("stopping after what is under way")) as stopping,
             append_lines(self.directory / METRICS) as self.metrics,
         ):
             opened = {"opening_seconds": opening_seconds, "forward_rows": self.forward_rows, "seconds": self.spent_seconds}
@@ -144,10 +144,12 @@ class Tuner:
             waited = sum(number > best and number % config.eval_every == 0 for number in scheduled)
             if progress < 1 and 0 < config.allowed_patience <= waited and pending != EVALUATION:  # a run that is gone on with goes on
                 return "no longer better"
-            if self._settles and step % config.eval_every == 0 and waited and waited % SETTLE_EVALUATIONS == 0:
+            if progress < 1 and self._settles and step % config.eval_every == 0 and waited and waited % SETTLE_EVALUATIONS == 0:
                 self._settle(step)
         if progress >= 1:
             return "finished" if step == config.total_steps else "out of time"
+        if stopping.is_set():  # during the evaluation
+            return "interrupted"
         self._step(step, progress)
         if not stopping.is_set():
             self._look()

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 import edgezo
-from edgezo.config import ACCURACY_BATCH, make_config
+from edgezo.config import ACCURACY_BATCH, TuneConfig, make_config
 from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime import calibration
 from edgezo.runtime.dataset import read_dataset
@@ -302,3 +302,39 @@ def test_measuring_itself_counts_to_the_minutes(lora_dir: Path, reviews: str, tm
     edgezo.tune(lora_dir, tmp_path / "run", data=reviews, minutes=60, steps=1, **TASK)
     ((spent, least),) = seen
     assert 0 < least < spent < read_run(tmp_path / "run").opening_seconds
+
+
+@pytest.mark.parametrize(
+    ("landscape", "config", "steps", "expected"),
+    [
+        ({}, {"directions": 16, "batch": 1}, 60, "about 60 steps of 16 x 1 rows): random steps reach 0.12 in all, where half of a projected gradient is left"),
+        ({"rises": True}, {"directions": 1, "batch": 16}, 20, "about 20 steps of 1 x 16 rows): random steps reach 0.12 in all, where the loss is up by a tenth"),
+        ({}, {"estimator": "one-sided", "directions": 7, "batch": 4}, 60, "about 60 steps of 4 shared rows): random steps reach 0.12 in all, where half of a projected gradient is left"),
+        ({}, {"directions": 16, "batch": 1}, 1, "about 1 step of 16 x 1 rows, counted as 20 steps): random steps reach 0.12 in all, where half of a projected gradient is left"),
+    ],
+)  # fmt: skip
+def test_the_line_of_the_rate(landscape: dict[str, Any], config: dict[str, Any], steps: int, expected: str) -> None:
+    found = LANDSCAPE._replace(**landscape)
+    asked = TuneConfig(data="x", eps=0.01, **config)
+    lines = calibration._told(
+        asked, asked.model_copy(update={"lr": 1e-3}), True, calibration._Measured(found, False, None, found, 1e-3, steps, 16)
+    )
+    assert lines == [f"lr 0.001 (sgd, linear, {expected}"]
+
+
+@pytest.mark.parametrize(("smooth", "at"), [(0.01, "there"), (0.04, "at 0.04")])
+def test_the_line_of_eps_tells_the_scale_that_agrees(smooth: float, at: str) -> None:
+    found = LANDSCAPE._replace(smooth=smooth)
+    asked = TuneConfig(data="x", lr=1e-3)
+    lines = calibration._told(
+        asked, asked.model_copy(update={"eps": 0.01}), True, calibration._Measured(found, False, None, found, 1e-3, 60, 16)
+    )
+    assert lines == [f"eps 0.01, measured on 16 rows: projected gradients {at} and at a quarter of it differ by 1 %"]
+
+
+def test_the_reach_of_a_bowl_is_where_its_loss_rises() -> None:
+    """c of a quadratic is the same at every scale: nothing of a projected gradient is ever lost."""
+    start = 0.1 * np.ones(SIZE)
+    found = survey(probe_of(quadratic(np.ones(SIZE)), start), -8, -20, 8)
+    assert found.rises
+    assert found.eps <= found.reach / 4 < found.smooth

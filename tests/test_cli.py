@@ -107,7 +107,7 @@ def test_a_run_tells_how_to_go_on_for_longer(command: Command, exported_dir: Pat
     assert told["go on"] == f"edgezo tune 'an edge model' -o run --resume {more}"
     assert told["use it"] == "edgezo predict 'an edge model' --run run --text '...'"
     if budget.get("steps") != 0:  # 500 steps take ten seconds
-        typed = shlex.split(told["go on"].replace("--minutes 0.1", "--minutes 0.2"))
+        typed = shlex.split(told["go on"].replace("--minutes 0.1", f"--minutes 1 --steps {result.steps + 1}"))
         assert command(*typed[1:], "--threads", "1").code == 0
         assert len(read_run("run").records) > result.steps
 
@@ -241,7 +241,7 @@ def test_an_interrupted_run_goes_on_to_the_weights_of_one_never_interrupted(comm
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert "  stopping after this step\n" in err
+    assert "  stopping after what is under way\n" in err
     matches(
         rf"run +parts, \d+ steps, interrupted, \d+ s{PEAK}\nbefore +{MEASURED}\n"
         rf"(step \d+ +{MEASURED}, kept as best|best +step 0, the start: .*)\n"

@@ -10,6 +10,7 @@ import pytest
 import tiny_encoders
 
 import edgezo
+from edgezo.cli import tune_rows
 from edgezo.config import DEFAULT_PATIENCE, make_config
 from edgezo.errors import DataError, RunError
 from edgezo.export import export_model
@@ -159,6 +160,8 @@ def test_patience_ends_a_run_that_gets_no_better_and_resume_goes_on(exported_dir
     result = edgezo.tune(exported_dir, tmp_path / "run", resume=True, patience=0, threads=1)
     assert (result.steps, result.ended) == (20, "finished")
     assert edgezo.tune(exported_dir, tmp_path / "all", steps=6, patience=3, **settings).ended == "finished"  # with its last step
+    result = edgezo.tune(exported_dir, tmp_path / "all", resume=True, patience=3, steps=6, threads=1)
+    assert dict(tune_rows(exported_dir, tmp_path / "all", result))["go on"].endswith("--resume --steps 12 --patience 0")
 
 
 @pytest.mark.parametrize(

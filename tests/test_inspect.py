@@ -16,7 +16,7 @@ from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.journal import Journal
 from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.journal_records import EVALUATION_BYTES, STEP_BYTES
-from edgezo.runtime.run import read_run
+from edgezo.runtime.run import read_run, read_summary
 from edgezo.runtime.run_directory import held_run
 from edgezo.runtime.tuner import Tuner
 
@@ -80,7 +80,7 @@ def test_inspect_of_a_run(command: Command) -> None:
         ("steps", str(steps)),
         ("ended", "finished"),
         ("best step", str(state.best_step)),
-        ("seconds", f"{round(state.seconds, 1):g}"),
+        ("seconds", f"{read_summary(Path('run'))['seconds']:g}"),
         ("base", state.header["base"]),
         ("journal bytes", str(journal.stat().st_size)),
         *((f"valid at step {step}", valid[step]) for step in dict.fromkeys([0, state.best_step, steps])),
@@ -215,6 +215,11 @@ def test_inspect_tells_the_scale_of_a_lowered_rate_beside_it(command: Command, l
     edgezo.tune(lora_dir, "run", steps=12, template="{text} It was", labels="terrible,great", **settings)
     journal, found = read_run("run").journal, facts(command("inspect", "run").out)
     assert journal.undos > 0
+    summary = Path("run/summary.json")
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "seconds": 1234.5}))
+    assert ("seconds", "1234.5") in facts(command("inspect", "run").out)
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "steps": 11}))  # of a run that went on since
+    assert ("seconds", "1234.5") not in facts(command("inspect", "run").out)
     assert ("times gone back", str(journal.undos)) in found
     place = found.index(("lr", "3"))
     assert found[place + 1] == ("lr scale", f"{journal.lr_scale:.6g}")

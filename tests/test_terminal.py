@@ -1,12 +1,15 @@
 """Lines of progress where standard error is no terminal."""
 
+import os
 import re
+import signal
 
 import pytest
 
 from edgezo import terminal
 from edgezo.runtime.predict import Prediction
 from edgezo.runtime.reports import StepReport
+from edgezo.runtime.signals import stop_signals
 
 
 def test_time_left_is_that_of_steps_not_of_what_came_before_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,3 +53,23 @@ def test_a_run_that_goes_back_goes_on_to_be_shown(capsys: pytest.CaptureFixture[
     assert shown[:3] == [("101", "1:39"), ("91", "1:49"), ("102", "1:38")]
     assert losses == ["1.0000", "3.0000"]  # of what was taken back nothing is left
     assert all(not left.startswith("-") for _, left in shown)
+
+
+def test_a_clock_that_stands_still_is_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal.tuning() as reporter:
+        reporter.begin(0, None)
+        reporter.step(StepReport(1, 1.0, (0.5,), 1e-3, 0.0, 0.0, 0.0, 0.0, 32))
+    assert "left" not in capsys.readouterr().err  # and is not shown yet
+
+
+def test_a_signal_is_heard_where_nobody_can_be_told() -> None:
+    def broken() -> None:
+        raise SystemExit(1)  # as rich does where the reader of a pipe is gone
+
+    with stop_signals(broken) as stopping:
+        signal.raise_signal(signal.SIGTERM)
+        assert stopping.is_set()
+
+
+def test_a_path_is_told_as_it_is_typed() -> None:
+    assert [terminal.typed(path) for path in ("run", "my run")] == (["run", '"my run"'] if os.name == "nt" else ["run", "'my run'"])

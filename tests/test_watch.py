@@ -13,6 +13,7 @@ import pytest
 import edgezo
 from edgezo.config import make_config
 from edgezo.errors import DivergenceError, NonFiniteLossError
+from edgezo.runtime import tuner
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.model import EdgeModel
@@ -20,8 +21,8 @@ from edgezo.runtime.reports import Reporter, StepReport
 from edgezo.runtime.run import measured_lr, read_run
 from edgezo.runtime.theta import Theta
 from edgezo.runtime.tune import tune
-from edgezo.runtime.tuner import MOST_UNDOS, SMALLER
-from edgezo.runtime.watch import LEVEL_STEPS, find_rise, lowest_level, worse_than_start
+from edgezo.runtime.tuner import MOST_UNDOS, SMALLER, Tuner
+from edgezo.runtime.watch import LEVEL_STEPS, Rise, find_rise, lowest_level, worse_than_start
 
 TASK: dict[str, Any] = {"template": "{text} It was", "labels": "terrible,great", "start": "none"}
 
@@ -144,6 +145,34 @@ def test_after_resume_a_measured_rate_is_quartered_and_a_given_one_lowered_to_th
         f"{'a quarter of the learning rate' if lr is None else 'the learning rate that was measured'}, {(lr or SMALLER) * measured / (lr or 1.0):.3g}"
     )
     assert read_run(tmp_path / "run").journal.lr_scale == pytest.approx(SMALLER if lr is None else measured / lr)
+
+
+def test_steps_after_going_back_are_watched_as_after_a_resume(
+    lora_dir: Path, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rise that was the rows' alone keeps the run quiet; a loss that is not finite then takes steps back, and others come."""
+    quiet, measure = list[int](), Theta.measure
+    monkeypatch.setattr(tuner, "find_rise", lambda losses, rows: Rise(1.0, 1.0, 0) if len(losses) == 3 else None)
+    go_back = Tuner._go_back
+
+    def ruin(theta: Theta, batch: Any, step: int, learning_rate: float) -> Any:
+        if step == 5 and not quiet:
+            raise NonFiniteLossError("the loss is not finite")
+        return measure(theta, batch, step, learning_rate)
+
+    def going_back(loop: Tuner, step: int, why: str) -> None:
+        quiet.append(loop.quiet_until)
+        go_back(loop, 2, why)
+        quiet.append(loop.quiet_until)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Theta, "measure", ruin)
+    monkeypatch.setattr(Tuner, "_go_back", going_back)
+    settings = {"data": reviews, "lr": 1e-6, "eps": 2**-8, "schedule": "constant", "threads": 1, **TASK}
+    with pytest.raises(KeyboardInterrupt):
+        edgezo.tune(lora_dir, tmp_path / "run", steps=8, **settings)
+    assert quiet == [3 + LEVEL_STEPS, 0]
+    assert read_run(tmp_path / "run").journal.quiet_step is None
 
 
 @pytest.mark.parametrize("facts", [None, [], {}, {"lr": "1"}, {"lr": float("nan")}, {"lr": -1.0}, {"lr": True}])
