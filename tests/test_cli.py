@@ -278,6 +278,23 @@ def test_a_run_that_is_asked_to_stop_does_not_look_back_first(
     assert (parts.records, parts.evaluations) == (whole.records, whole.evaluations)
 
 
+def test_a_run_that_is_asked_to_stop_in_an_evaluation_makes_no_step_more(
+    edge_dir: Path, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping = threading.Event()
+    monkeypatch.setattr(tuner, "stop_signals", lambda told: nullcontext(stopping))
+    settings: dict[str, Any] = {"data": reviews, "template": "{text} It was", "labels": "terrible,great", "threads": 1, "lr": 1e-4}
+    settings |= {"steps": 4, "eval_every": 2, "valid": reviews, "start": "none"}
+    reporter = Reporter(evaluation=lambda step, found, best: stopping.set() if step == 2 else None)
+    result = edgezo.tune(edge_dir, tmp_path / "parts", reporter=reporter, **settings)
+    assert (result.steps, result.ended) == (2, "interrupted")
+    stopping.clear()
+    edgezo.tune(edge_dir, tmp_path / "parts", resume=True, threads=1)
+    edgezo.tune(edge_dir, tmp_path / "whole", **settings)
+    parts, whole = (read_run(tmp_path / name) for name in ("parts", "whole"))
+    assert (parts.records, parts.evaluations) == (whole.records, whole.evaluations)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_an_interrupted_run_as_json_is_one_object_and_code_130(command: Command, tmp_path: Path) -> None:
     tuning = [sys.executable, "-m", "edgezo", "tune", "edge", "-o", "run", *TASK, "--steps", "5000", "--json"]
