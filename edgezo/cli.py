@@ -213,6 +213,7 @@ def tune_command(
 
 def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple[str, str]]:
     """How a run ended, and what to do with it."""
+    from edgezo.runtime.evaluation import evaluations_waited
     from edgezo.runtime.run import read_run
 
     run = read_run(output)
@@ -236,8 +237,7 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
     command, given = ("predict", "--text '...'") if config.labels is not None else ("generate", "--prompt '...'")
     if config.choices is not None or config.answer_field is not None:
         command, given = "predict", "--data ROWS"
-    patience = config.allowed_patience * config.eval_every
-    waited = 0 < patience <= result.steps - result.best_step and bool(run.evaluations)
+    waited = 0 < config.allowed_patience <= evaluations_waited(run.evaluations, config.eval_every, result.best_step)
     more = {
         "interrupted": "",
         "finished": f" --steps {2 * result.steps or DEFAULT_STEPS}{' --patience 0' if waited else ''}",

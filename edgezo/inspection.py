@@ -124,7 +124,7 @@ def _run(path: Path) -> dict[str, Any]:
     for name, value in settings.items():
         facts["steps_asked" if name == "steps" else name] = value
         if name == "lr" and run.journal.lr_scale != 1.0:
-            facts["lr_scale"] = run.journal.lr_scale
+            facts["lr_lowered_to"] = value * run.journal.lr_scale
     return facts
 
 

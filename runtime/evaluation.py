@@ -35,6 +35,11 @@ class Evaluation(NamedTuple):
         return {**{name: value for name, value in values.items() if value is not None}, **self.others}
 
 
+def evaluations_waited(evaluations: Mapping[int, Evaluation], every: int, best: int) -> int:
+    """How many of every `every` steps came after the best, which is what patience counts."""
+    return sum(step > best and step % every == 0 for step in evaluations)
+
+
 def best_step(evaluations: Mapping[int, Evaluation], default: int) -> int:
     """The step whose evaluation is best, the earliest of equals; `default` when there is none."""
     return max(evaluations, key=lambda step: (evaluations[step].score(), -step), default=default)

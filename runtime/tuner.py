@@ -15,7 +15,7 @@ from edgezo.config import TuneConfig
 from edgezo.errors import DivergenceError, NonFiniteLossError
 from edgezo.runtime import noise
 from edgezo.runtime.dataset import Dataset
-from edgezo.runtime.evaluation import Evaluation, best_step
+from edgezo.runtime.evaluation import Evaluation, best_step, evaluations_waited
 from edgezo.runtime.examples import Example
 from edgezo.runtime.journal import Journal
 from edgezo.runtime.journal_records import DIRECTIONS, EVALUATION, STEP, StepRecord
@@ -141,7 +141,7 @@ class Tuner:
                 why = f"the validation loss rose from {start.loss:.4g} to {found.loss:.4g}"
                 self._go_back(best, f"step {step}: {why}")
                 return None
-            waited = sum(number > best and number % config.eval_every == 0 for number in scheduled)
+            waited = evaluations_waited(scheduled, config.eval_every, best)
             if progress < 1 and 0 < config.allowed_patience <= waited and pending != EVALUATION:  # a run that is gone on with goes on
                 return "no longer better"
             if progress < 1 and self._settles and step % config.eval_every == 0 and waited and waited % SETTLE_EVALUATIONS == 0:

@@ -210,7 +210,7 @@ def test_inspect_does_not_tell_the_end_before_a_resume_that_was_cut_off(
     assert (found["steps"], found["steps_asked"], found["ended"]) == (4, 9, None)
 
 
-def test_inspect_tells_the_scale_of_a_lowered_rate_beside_it(command: Command, lora_dir: Path, reviews: str) -> None:
+def test_inspect_tells_what_a_rate_was_lowered_to(command: Command, lora_dir: Path, reviews: str) -> None:
     settings = {"data": reviews, "lr": 3.0, "eps": 2**-8, "schedule": "constant", "start": "none", "threads": 1}
     edgezo.tune(lora_dir, "run", steps=12, template="{text} It was", labels="terrible,great", **settings)
     journal, found = read_run("run").journal, facts(command("inspect", "run").out)
@@ -222,12 +222,14 @@ def test_inspect_tells_the_scale_of_a_lowered_rate_beside_it(command: Command, l
     assert ("seconds", "1234.5") not in facts(command("inspect", "run").out)
     assert ("times gone back", str(journal.undos)) in found
     place = found.index(("lr", "3"))
-    assert found[place + 1] == ("lr scale", f"{journal.lr_scale:.6g}")
+    assert found[place + 1] == ("lr lowered to", f"{3 * journal.lr_scale:.6g}")
 
 
-def test_inspect_tells_the_scale_of_a_rate_that_was_halved(command: Command, run: str) -> None:
+def test_inspect_tells_a_rate_that_was_halved(command: Command, run: str) -> None:
     with Journal.reopen(Path(run) / "journal.bin", read_journal(Path(run) / "journal.bin")) as journal:
         journal.undo(4, 0.5)  # as the loop does where nothing gets better
     found = facts(command("inspect", run).out)
-    assert ("lr scale", "0.5") in found
+    lr = read_run(run).config.lr
+    assert lr is not None
+    assert ("lr lowered to", f"{lr / 2:.6g}") in found
     assert not any(name == "times gone back" for name, _ in found)
