@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edgezo.config import TASK_SETTINGS, Sampling, TuneConfig, make_config
+from edgezo.config import Sampling, TuneConfig, make_config, task_settings_of
 from edgezo.errors import ConfigError, DataError, ExportError
 from edgezo.manifest_reader import read_manifest
 from edgezo.recipe import task_settings
@@ -149,7 +149,7 @@ def evaluate(
         shots: worked rows of `train` before every prompt; fewer where the longest row leaves no space.
         train: rows to draw them from, with `seed`.
         sampling: how to draw generated answers; None is greedy.
-        settings: how rows are read and measured, as `TASK_SETTINGS` of edgezo.config; those of the run where not given.
+        settings: how rows are read and measured, as `TASK_SETTINGS` of edgezo.config; those of the run, or of the runs merged into the edge model, where not given.
 
     Raises:
         EdgezoError: bad data, model or run.
@@ -158,7 +158,7 @@ def evaluate(
         check_sampling(sampling)
     if (shots is None) != (train is None):
         raise ConfigError("--shots and --train go together: how many worked rows to show, and the file they are drawn from; give both")
-    config = _task_config(run, {**settings, "data": str(data)}, task)
+    config = _task_config(recorded_reading(directory, run), {**settings, "data": str(data)}, task)
     rows, reader = read_data(data), _reader(directory)
     train_rows = read_rows(train) if train is not None else []
     kind = task_of([*rows, *train_rows], config, reader)
@@ -203,14 +203,14 @@ def predict(
         directory: edge model made by `export_model`.
         texts: what the template's only field is filled with, or for a run without template the prompts; or
         data: .jsonl, .json, .csv or .tsv rows with the template's fields.
-        run: run directory whose tuned model and reading of rows to use; None for the base.
+        run: run directory whose tuned model and reading of rows to use; None for the edge model as it is.
         step: of the run: a number, "best" (by validation) or "last".
         adapter: PEFT folder or .onnx_adapter file to use instead of a run.
         task: name or .yaml file of a recipe, in place of the run's own reading of rows.
         threads: cores to use; all of this process when None.
         device: "cpu" or "cuda".
         sampling: how to draw answers; None is greedy.
-        settings: how rows are read, as `TASK_SETTINGS` of edgezo.config; those of the run where not given.
+        settings: how rows are read, as `TASK_SETTINGS` of edgezo.config; those of the run, or of the runs merged into the edge model, where not given.
 
     Raises:
         EdgezoError: bad data, model or run; it is not said what to predict; a template of several fields for a text.
@@ -219,10 +219,11 @@ def predict(
         raise ConfigError("predict needs either a text (--text) or a file of rows (--data), and not both")
     if isinstance(texts, str):
         raise ConfigError("texts is one string; give a list of texts")
-    config = _task_config(run, {**settings, "data": str(data)}, task)
+    recorded = recorded_reading(directory, run)
+    config = _task_config(recorded, {**settings, "data": str(data)}, task)
     reader = _reader(directory)
     if texts is not None:
-        if config.template is None and run is None:
+        if config.template is None and recorded is None:
             raise ConfigError("a text fills a template; give --template with --labels, --choices or --answer-field, or a --run or --task")
         names = template_fields(config.template, reader) if config.template is not None else ["prompt"]
         if len(names) != 1:
@@ -232,7 +233,7 @@ def predict(
         rows = read_rows(str(data))
     if not rows:
         return []
-    kind = task_to_predict(rows, config, reader, run is not None)
+    kind = task_to_predict(rows, config, reader, recorded is not None)
     model = EdgeModel(directory, threads=threads, device=device, run=run, step=step, adapter=adapter)
     return predict_rows(model, rows, kind, row_limit(model, config), sampling)
 
@@ -269,7 +270,7 @@ def probe(
     """
     require_scikit_learn()
     reader = _reader(directory)
-    config = _task_config(None, {**settings, "data": str(data)}, task)
+    config = _task_config(recorded_reading(directory), {**settings, "data": str(data)}, task)
     everything = read_rows(data)
     kind = task_of(everything, config, reader)
     if kind.kind != "classification":
@@ -288,10 +289,14 @@ def _reader(directory: PathLike) -> ModelFacts:
     return ModelFacts.of(read_manifest(Path(directory)))
 
 
-def _task_config(run: PathLike | None, settings: dict[str, Any], recipe: PathLike | None = None) -> TuneConfig:
-    """How to read rows: as given, else as the recipe says, without one as the run reads them."""
+def recorded_reading(directory: PathLike, run: PathLike | None = None) -> dict[str, Any] | None:
+    """How a run reads rows, or without one the runs in the weights of an edge model; None where there are none."""
+    return task_settings_of(read_run(run).config) if run is not None else read_manifest(Path(directory)).reading
+
+
+def _task_config(recorded: dict[str, Any] | None, settings: dict[str, Any], recipe: PathLike | None = None) -> TuneConfig:
+    """How to read rows: as given, else as the recipe says, without one as it is recorded."""
     given = {name: value for name, value in settings.items() if value is not None}
-    if run is not None and recipe is None:
-        known = read_run(run).config.model_dump()
-        given = {**{name: known[name] for name in TASK_SETTINGS}, **given}
+    if recorded is not None and recipe is None:
+        given = {**recorded, **given}
     return make_config(None, given, task=task_settings(recipe))

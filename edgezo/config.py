@@ -183,6 +183,12 @@ TASK_SETTINGS = (
     "metrics", "max_tokens",
 )  # fmt: skip
 
+
+def task_settings_of(config: "TuneConfig") -> dict[str, Any]:
+    """Those of `TASK_SETTINGS` that a configuration has."""
+    return {name: value for name in TASK_SETTINGS if (value := getattr(config, name)) is not None}
+
+
 TAKEN_OFF = ("stop", "calibrate")  # of these an empty text takes off what a run or a recipe has
 
 # what differs from the fields' defaults where an adapter is tuned: measured in docs/adapters.md

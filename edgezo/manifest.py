@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
@@ -11,9 +11,9 @@ from edgezo.quantization import Precision, Quantized
 from edgezo.storage import write_atomically
 
 FORMAT: Final = "edgezo-edge-model"
-VERSION: Final = 7
-# 2 added adapter, weights, quantized tensors, config; 3 families and classes; 4 pooling, head; 5 probes; 6 float16; 7 copies of LoRA in the generation graph; what older ones have means the same
-READABLE = (1, 2, 3, 4, 5, 6, 7)
+VERSION: Final = 8
+# 2 added adapter, weights, quantized tensors, config; 3 families and classes; 4 pooling, head; 5 probes; 6 float16; 7 copies of LoRA in the generation graph; 8 reading; what older ones have means the same
+READABLE = (1, 2, 3, 4, 5, 6, 7, 8)
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES_LIMIT = 64 << 20
 ALIGNMENT = 4096  # bytes; every tensor starts on a page, so that any system can map it
@@ -140,11 +140,12 @@ class Manifest(Record):
 
     new_weights: those of a head that was made at export. pooling: what that head, one linear layer, reads of the last token states; None for
     the architecture's own head. head: weight of the vocabulary projection. probes: output projections of attention, from lower layers to upper
-    ones, that the graphs take a probe of the attention at.
+    ones, that the graphs take a probe of the attention at. reading: how the runs in its weights read rows, by the names of `TASK_SETTINGS`; None
+    where there are none or they differ.
     """
 
     format: Literal["edgezo-edge-model"] = FORMAT
-    version: Literal[1, 2, 3, 4, 5, 6, 7] = VERSION
+    version: Literal[1, 2, 3, 4, 5, 6, 7, 8] = VERSION
     edgezo: str
     origin: Origin
     tokenizer: TokenizerFacts
@@ -161,6 +162,7 @@ class Manifest(Record):
     probes: list[LoraTarget] = Field(default_factory=list)
     verification: Verification | None = None
     tuned: list[Tuned] = Field(default_factory=list)
+    reading: dict[str, Any] | None = None
     files: dict[str, StoredFile]
 
     @property

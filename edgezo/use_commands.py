@@ -76,7 +76,7 @@ def eval_command(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Evaluate the base, or with --run the tuned model; template and labels are then the run's own."""
+    """Evaluate the edge model, or with --run the tuned one; template and labels are those of the run, or of one that was merged into the model."""
     from edgezo import api
     from edgezo.runtime.corpus import sha256_data
     from edgezo.runtime.run import read_run
@@ -172,7 +172,7 @@ def predict_command(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Tell the likeliest label or choice of a text or of rows, or their answer; how rows are read is the run's own unless given."""
+    """Tell the likeliest label or choice of a text or of rows, or their answer; how rows are read is that of the run, or of one that was merged into the model, unless given."""
     from edgezo import api
     from edgezo.predictions import rows_to_write, write_predictions
 
@@ -227,7 +227,7 @@ def generate_command(
         typer.Option(
             "--stop",
             show_default=False,
-            help="Text to end before; \\n is a line break, '' takes off that of the run. [default: that of the run]",
+            help="Text to end before; \\n is a line break, '' takes off that of the run. [default: that of the run, or of one merged into the model]",
         ),
     ] = None,
     temperature: Temperature = None,
@@ -239,9 +239,9 @@ def generate_command(
     as_json: Json = False,
 ) -> None:
     """Write text with the base or, with --run, the tuned model."""
+    from edgezo.api import recorded_reading
     from edgezo.runtime.generate import generate, until
     from edgezo.runtime.model import EdgeModel
-    from edgezo.runtime.run import read_run
 
     text = read_standard_input() if prompt == "-" else prompt
     model = EdgeModel(directory, threads=threads, device=device, run=run, step=step_of_run(step, run), adapter=adapter)
@@ -249,11 +249,12 @@ def generate_command(
     if chat:
         text = model.text.chat([{"role": "user", "content": text}], reply=True)
     pieces = generate(model, text, max_tokens, sampling_of(temperature, top_k, top_p, seed), special=not chat)
-    config = read_run(run).config if run is not None else None
-    if run is not None and config is not None and config.labels is not None and config.objective != "likelihood":
-        use = f"edgezo predict {terminal.typed(directory)} --run {terminal.typed(run)} --text '...'"
-        terminal.stderr().print(f"note: this run learned to choose among labels, not to write text; for a label: {use}")
-    ending = unescape(stop) if stop is not None or config is None else config.stop
+    reading = recorded_reading(directory, run) or {}
+    if "labels" in reading and reading.get("objective") != "likelihood":
+        of, known = ("model", "") if run is None else ("run", f" --run {terminal.typed(run)}")
+        use = f"edgezo predict {terminal.typed(directory)}{known} --text '...'"
+        terminal.stderr().print(f"note: this {of} learned to choose among labels, not to write text; for a label: {use}")
+    ending = reading.get("stop") if stop is None else unescape(stop)
     if ending:
         pieces = until(pieces, ending)
     if as_json:

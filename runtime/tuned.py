@@ -6,12 +6,13 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError
 
 from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, PROBE_A, A, B
+from edgezo.config import task_settings_of
 from edgezo.errors import AdapterError, ConfigError, RunError, first_line
 from edgezo.manifest import ALIGNMENT, Manifest, StoredFile, Tensor, Tuned
 from edgezo.manifest_reader import read_manifest
@@ -21,10 +22,11 @@ from edgezo.runtime.lora import Lora
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.onnx_adapter import ONNX_SUFFIX, write_onnx_adapter
 from edgezo.runtime.peft_folder import write_peft
-from edgezo.runtime.run import StepChoice, base_id
+from edgezo.runtime.run import StepChoice, base_id, read_run
 from edgezo.storage import JOURNAL, directory_in_the_making, refuse_existing, sha256_file
 
 HEAD_FILE = "head.bin"
+READING_VERSION = 8  # of the edge model
 Format = Literal["edge", "hf", "peft", "onnx-adapter"]
 
 
@@ -66,6 +68,8 @@ def write_tuned(
         raise ConfigError(f"-o {output}: a file that ends in {ONNX_SUFFIX} is written; name it so")
     _refuse_format(directory, read_manifest(directory), to)
     model, tuned = _average(directory, runs, shares, step, threads)
+    readings = [task_settings_of(read_run(run).config) for run in runs]
+    reading = readings[0] if all(other == readings[0] for other in readings) else None
     try:
         if to == "onnx-adapter":
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +78,7 @@ def write_tuned(
         else:
             with directory_in_the_making(output) as folder:
                 if to == "edge":
-                    _write_edge(model, folder, tuned)
+                    _write_edge(model, folder, tuned, reading)
                 elif to == "hf":
                     write_hugging_face(model, folder)
                 else:
@@ -142,7 +146,7 @@ def _tuned(model: EdgeModel, run: Path, share: float) -> Tuned:
     return Tuned(base=base_id(model.manifest), journal=sha256_file(run / JOURNAL), step=model.step or 0, weight=share)
 
 
-def _write_edge(model: EdgeModel, folder: Path, tuned: list[Tuned]) -> None:
+def _write_edge(model: EdgeModel, folder: Path, tuned: list[Tuned], reading: dict[str, Any] | None) -> None:
     """The edge model at its present weights, an adapter of LoRA merged into them; its branch points stay."""
     manifest = model.manifest
     deltas = lora_deltas(model.adapter) if isinstance(model.adapter, Lora) else {}
@@ -166,9 +170,9 @@ def _write_edge(model: EdgeModel, folder: Path, tuned: list[Tuned]) -> None:
     everything = [*manifest.tuned, *tuned]
     identity = hashlib.sha256(json.dumps([manifest.origin.weights_sha256, *(entry.model_dump() for entry in everything)]).encode())
     origin = manifest.origin.model_copy(update={"weights_sha256": identity.hexdigest()})
-    manifest.model_copy(update={"files": files, "tensors": tensors, "tuned": everything, "verification": None, "origin": origin}).write(
-        folder
-    )
+    known = {"reading": reading} if manifest.version >= READING_VERSION else {}  # the version also says what the graphs have
+    facts = {"files": files, "tensors": tensors, "tuned": everything, "verification": None, "origin": origin, **known}
+    manifest.model_copy(update=facts).write(folder)
 
 
 def _write_head(head: HeadRows, folder: Path) -> list[Tensor]:

@@ -17,7 +17,7 @@ from edgezo.storage import is_plain_name
 def test_the_undamaged_model_is_accepted(edge_dir: Path) -> None:
     model = EdgeModel(edge_dir, threads=1)
     assert len(model.weights) == 20
-    assert model.manifest.version == 7
+    assert model.manifest.version == 8
 
 
 def test_a_manifest_of_version_1_is_read(edge_dir: Path) -> None:
@@ -116,12 +116,12 @@ def test_json_of_another_format_is_refused(edge_dir: Path, data: str) -> None:
     assert refusal(edge_dir) == "/manifest.json: not an edge model manifest (format is not 'edgezo-edge-model')"
 
 
-@pytest.mark.parametrize("version", [0, 8, 99, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 9, 99, "1", None, [1]])
 def test_an_unknown_version_is_refused_by_number(edge_dir: Path, version: object) -> None:
     edit(edge_dir, lambda raw: raw.update(version=version))
     assert (
         refusal(edge_dir)
-        == f"/manifest.json: manifest version {version!r}, this edgezo reads 1, 2, 3, 4, 5, 6 and 7; export again or update edgezo"
+        == f"/manifest.json: manifest version {version!r}, this edgezo reads 1, 2, 3, 4, 5, 6, 7 and 8; export again or update edgezo"
     )
 
 
