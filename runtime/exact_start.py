@@ -32,11 +32,13 @@ SHARE = 1 / 6  # of a time budget, that forwards of the start may take; a probe 
 
 
 class ExactStart(NamedTuple):
-    """What the journal keeps of a start, the validation of the model before it, and offsets of the rows that it has seen."""
+    """What the journal keeps of a start, the validation of the model before it, offsets of the rows that it has seen, and the validation of the model that
+    steps begin from."""
 
     records: list[Record]
     untuned: Evaluation | None = None
     offsets: Offsets | None = None
+    validated: Evaluation | None = None
 
 
 def resolve_start(model: EdgeModel, dataset: Dataset, notice: Callable[[str], None]) -> Dataset:
@@ -80,11 +82,11 @@ def start_exactly(model: EdgeModel, objective: Objective, dataset: Dataset, repo
             notice(f"exact start: {fit.name}, from {fit.rows} rows: {gain}")
             offsets = _offsets(fit, rows)
             told = [*(evaluation_records(0, before, True) if before is not None else []), head_record(model.head)]
-            return ExactStart([*told, *([offsets_record(offsets)] if offsets is not None else [])], before, offsets)
+            return ExactStart([*told, *([offsets_record(offsets)] if offsets is not None else [])], before, offsets, after)
         refused = f"help the validation rows ({gain})"
         model.head = found
     notice(f"exact start: what the training rows teach does not {refused}; the run starts from the model as it is")
-    return ExactStart([head_record(found)] if len(found.tokens) else [])
+    return ExactStart([head_record(found)] if len(found.tokens) else [], validated=before)
 
 
 def _fits(objective: Objective, examples: list[Example], probe: bool, seconds: float, stage: Callable[[str], None]) -> Iterator[HeadFit]:

@@ -1,5 +1,6 @@
 """What a run tunes: base tensors perturbed in place, one direction after the other, or an adapter whose directions are stacked."""
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -112,8 +113,11 @@ def _read_start(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, npt
 
 def write_start(adapter: Lora | Prefix, path: Path) -> None:
     """Keep the tensors a run starts from: float32 lora_A and lora_B, flat as in `Lora`, or prefix."""
-    tensors = {A: adapter.a, B: adapter.b} if isinstance(adapter, Lora) else {PREFIX: adapter.array}
-    write_atomically(path, save(tensors))
+    write_atomically(path, save(_tensors(adapter)))
+
+
+def _tensors(adapter: Lora | Prefix) -> dict[str, npt.NDArray[np.float32]]:
+    return {A: adapter.a, B: adapter.b} if isinstance(adapter, Lora) else {PREFIX: adapter.array}
 
 
 class Theta:
@@ -142,6 +146,11 @@ class Theta:
         self.model.reset()
         self.model.head = head
         return Theta(self.model, config, mutable_weights(self.model, config, start), self.objective)
+
+    def adapter_sha256(self) -> str | None:
+        """Of the adapter's tensors as they are now; None of weights in place, which every eps rounds to a grid of its own."""
+        self.weights.flush()
+        return hashlib.sha256(save(_tensors(self.model.adapter))).hexdigest() if self.model.adapter is not None else None
 
     def groups(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
         """The examples of a step, or of several, shared out to the directions; or all of them for every direction."""

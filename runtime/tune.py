@@ -62,7 +62,7 @@ def tune(
         run = opening.begin(config, opened) if previous is None else opening.go_on(config, previous)
         with open_journal(output, run.config, run.header, previous, run.exact.records) as journal:
             tuner = Tuner(model, run.config, output, run.dataset, run.theta, journal, reporter, run.start)
-            tuner.untuned = run.exact.untuned
+            tuner.untuned, tuner.validated = run.exact.untuned, run.exact.validated
             tuner.measured_lr = measured_lr(run.header)
             if previous is not None:
                 reporter.stage(f"rebuilding step {len(previous.records)} from the journal")
@@ -108,6 +108,7 @@ class _Opening(NamedTuple):
         exact = ExactStart([head_record(model.head)] if config.init is not None and len(model.head.tokens) else [])
         if config.start != "none":
             exact = start_exactly(model, theta.objective, dataset, reporter)
+        validated = theta.adapter_sha256()
         dataset = dataset.with_offsets(exact.offsets)
         if theta.config is not config:
             measured = calibrate(theta, config, dataset, opened, start, reporter.stage)
@@ -117,6 +118,8 @@ class _Opening(NamedTuple):
                 reporter.notice(line)
             if theta.objective.name == "dpo":  # by the grid of the run's own eps, as when it goes on
                 dataset = _with_references(theta, dataset, self.memory)
+        if validated is None or theta.adapter_sha256() != validated:
+            exact = exact._replace(validated=None)
         rough = smoothness_warning(theta, dataset.train.examples) if given_eps and theta.objective.smooth else None
         for warning in filter(None, (rough, decay_warning(config))):
             reporter.notice(f"warning: {warning}")

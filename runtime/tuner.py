@@ -56,6 +56,7 @@ class Tuner:
     spent_rows: int = 0
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     untuned: Evaluation | None = None  # before an exact start
+    validated: Evaluation | None = None  # of step 0, where the exact start has made it
     lr_scale: float = 1.0
     undos: int = 0
     measured_lr: float | None = None  # what a given rate that proves too large falls to
@@ -310,7 +311,7 @@ class Tuner:
             return False
         self.theta.weights.flush()
         self.reporter.stage("evaluating")
-        found = self.theta.objective.evaluate(self.dataset.valid.examples)
+        found = self.validated if step == 0 and self.validated is not None else self.theta.objective.evaluate(self.dataset.valid.examples)
         self.evaluations[step] = found
         best = best_step(self.evaluations, step) == step
         self.journal.mark(step, found, best)

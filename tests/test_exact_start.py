@@ -211,3 +211,32 @@ def test_no_steps_are_an_exact_start_alone(lora_dir: Path, rows: str, tmp_path: 
     resumed = edgezo.tune(lora_dir, tmp_path / "run", resume=True, steps=2, threads=1)
     assert (resumed.steps, resumed.start) == (2, result.start)
     assert resumed.forward_rows >= result.forward_rows + 2 * 2 * 8
+
+
+@pytest.mark.parametrize("helps", [True, False])
+@pytest.mark.parametrize("given", [{}, {"eps": 2**-8, "lr": 1e-3}])
+@pytest.mark.parametrize(("adapter", "more"), [("lora", 0), (None, 1)])
+def test_what_the_start_has_validated_is_not_validated_again(
+    export_tiny: Callable[..., Path],
+    write_rows: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    adapter: str | None,
+    more: int,
+    given: dict[str, float],
+    helps: bool,
+) -> None:
+    """Weights in place are rounded for the run's eps after the start, so that theirs is another model."""
+    directory = export_tiny("llama", **({"adapter": adapter} if adapter is not None else {}))
+    found: list[Any] = []
+    stages: list[str] = []
+    evaluate = Objective.evaluate
+    monkeypatch.setattr(Objective, "evaluate", lambda *of: found.append(evaluate(*of)) or found[-1])
+    valid = write_rows(ROWS if helps else [{**row, "label": 1 - int(row["label"])} for row in ROWS], "valid.jsonl")
+    settings: dict[str, Any] = {**TASK, **FEW, "steps": 0, **given}
+    result = edgezo.tune(
+        directory, tmp_path / "run", data=write_rows(ROWS), valid=valid, **settings, reporter=Reporter(stage=stages.append)
+    )
+    assert len(found) == sum(stage.startswith("validating ") for stage in stages) + more
+    assert (result.start is not None) == helps
+    assert result.best == edgezo.evaluate(directory, valid, run=tmp_path / "run", step=0).evaluation
