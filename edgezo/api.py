@@ -6,12 +6,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edgezo.config import Sampling, TuneConfig, make_config, task_settings_of
+from edgezo.config import KIND_SETTINGS, NO_SETTINGS, Sampling, TuneConfig, make_config, task_settings_of
 from edgezo.errors import ConfigError, DataError, ExportError
 from edgezo.manifest_reader import read_manifest
 from edgezo.recipe import task_settings
 from edgezo.runtime.class_metrics import ClassCounts
-from edgezo.runtime.corpus import read_data
+from edgezo.runtime.corpus import is_corpus, read_data
 from edgezo.runtime.data import Row, read_rows
 from edgezo.runtime.dataset import row_limit, task_of, tokenize_data
 from edgezo.runtime.evaluation import Evaluation
@@ -38,7 +38,7 @@ PathLike = str | os.PathLike[str]
 
 
 class EvalResult(NamedTuple):
-    """An evaluation, the step of the run it was made at (None: the base), how many rows were cut to fit, and how many shots they had.
+    """An evaluation, the step of the run it was made at (None: of no run), how many rows were cut to fit, and how many shots they had.
 
     labels: the label words, where nothing but the rows says what they are; empty otherwise. classes: of classification the counts of every class, by the label that predictions show.
     """
@@ -103,7 +103,7 @@ def tune(
     Raises:
         EdgezoError: one of edgezo/errors.py; whole steps are kept.
     """
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items() if value is not None}
     limit = parse_bytes(memory) if isinstance(memory, str) else memory
     if resume:
         if config is not None:
@@ -140,16 +140,17 @@ def evaluate(
     Args:
         directory: edge model made by `export_model`.
         data: .jsonl, .json, .csv or .tsv rows; or plain text, a .txt or .md file or a folder of them.
-        run: run directory whose tuned model to evaluate; None for the base.
+        run: run directory whose tuned model to evaluate; None for the edge model as it is.
         step: of the run: a number, "best" (by validation) or "last".
         adapter: PEFT folder or .onnx_adapter file to use instead of a run.
-        task: name or .yaml file of a recipe, in place of the run's own reading of rows.
+        task: name or .yaml file of a recipe, in place of the reading of the run or of the edge model.
         threads: cores to use; all of this process when None.
         device: "cpu" or "cuda".
         shots: worked rows of `train` before every prompt; fewer where the longest row leaves no space.
         train: rows to draw them from, with `seed`.
         sampling: how to draw generated answers; None is greedy.
-        settings: how rows are read and measured, as `TASK_SETTINGS` of edgezo.config; those of the run, or of the runs merged into the edge model, where not given.
+        settings: how rows are read and measured, as `TASK_SETTINGS` of edgezo.config; where not given those of the run, or of the runs merged into the edge model
+            unless labels, choices or answer_field are.
 
     Raises:
         EdgezoError: bad data, model or run.
@@ -158,7 +159,8 @@ def evaluate(
         check_sampling(sampling)
     if (shots is None) != (train is None):
         raise ConfigError("--shots and --train go together: how many worked rows to show, and the file they are drawn from; give both")
-    config = _task_config(recorded_reading(directory, run), {**settings, "data": str(data)}, task)
+    recorded = recorded_reading(directory, run, settings) if run is not None or not is_corpus(data) else None
+    config = _task_config(recorded, {**settings, "data": str(data)}, task)
     rows, reader = read_data(data), _reader(directory)
     train_rows = read_rows(train) if train is not None else []
     kind = task_of([*rows, *train_rows], config, reader)
@@ -206,11 +208,12 @@ def predict(
         run: run directory whose tuned model and reading of rows to use; None for the edge model as it is.
         step: of the run: a number, "best" (by validation) or "last".
         adapter: PEFT folder or .onnx_adapter file to use instead of a run.
-        task: name or .yaml file of a recipe, in place of the run's own reading of rows.
+        task: name or .yaml file of a recipe, in place of the reading of the run or of the edge model.
         threads: cores to use; all of this process when None.
         device: "cpu" or "cuda".
         sampling: how to draw answers; None is greedy.
-        settings: how rows are read, as `TASK_SETTINGS` of edgezo.config; those of the run, or of the runs merged into the edge model, where not given.
+        settings: how rows are read, as `TASK_SETTINGS` of edgezo.config; where not given those of the run, or of the runs merged into the edge model
+            unless labels, choices or answer_field are.
 
     Raises:
         EdgezoError: bad data, model or run; it is not said what to predict; a template of several fields for a text.
@@ -219,7 +222,7 @@ def predict(
         raise ConfigError("predict needs either a text (--text) or a file of rows (--data), and not both")
     if isinstance(texts, str):
         raise ConfigError("texts is one string; give a list of texts")
-    recorded = recorded_reading(directory, run)
+    recorded = recorded_reading(directory, run, settings)
     config = _task_config(recorded, {**settings, "data": str(data)}, task)
     reader = _reader(directory)
     if texts is not None:
@@ -270,7 +273,7 @@ def probe(
     """
     require_scikit_learn()
     reader = _reader(directory)
-    config = _task_config(recorded_reading(directory), {**settings, "data": str(data)}, task)
+    config = _task_config(None, {**settings, "data": str(data)}, task)
     everything = read_rows(data)
     kind = task_of(everything, config, reader)
     if kind.kind != "classification":
@@ -289,9 +292,11 @@ def _reader(directory: PathLike) -> ModelFacts:
     return ModelFacts.of(read_manifest(Path(directory)))
 
 
-def recorded_reading(directory: PathLike, run: PathLike | None = None) -> dict[str, Any] | None:
-    """How a run reads rows, or without one the runs in the weights of an edge model; None where there are none."""
-    return task_settings_of(read_run(run).config) if run is not None else read_manifest(Path(directory)).reading
+def recorded_reading(directory: PathLike, run: PathLike | None = None, given: Mapping[str, Any] = NO_SETTINGS) -> dict[str, Any] | None:
+    """How a run reads rows, or without one the runs merged into an edge model; None where there are none, or rows of another kind are given."""
+    if run is not None:
+        return task_settings_of(read_run(run).config)
+    return None if any(given.get(name) is not None for name in KIND_SETTINGS) else read_manifest(Path(directory)).reading
 
 
 def _task_config(recorded: dict[str, Any] | None, settings: dict[str, Any], recipe: PathLike | None = None) -> TuneConfig:

@@ -237,7 +237,7 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
     command, given = ("predict", "--text '...'") if config.labels is not None else ("generate", "--prompt '...'")
     if config.choices is not None or config.answer_field is not None:
         command, given = "predict", "--data ROWS"
-    waited = 0 < config.allowed_patience <= evaluations_waited(run.evaluations, config.eval_every, result.best_step)
+    waited = 0 < config.allowed_patience <= evaluations_waited(run.evaluations, config.eval_every, result.steps)
     more = {
         "interrupted": "",
         "finished": f" --steps {2 * result.steps or DEFAULT_STEPS}{' --patience 0' if waited else ''}",

@@ -183,10 +183,14 @@ TASK_SETTINGS = (
     "metrics", "max_tokens",
 )  # fmt: skip
 
+# of these, what a merged model is read by later: not what was learned from, which may name code to import
+READING_SETTINGS = tuple(name for name in TASK_SETTINGS if name not in ("objective", "beta"))
+KIND_SETTINGS = ("labels", "choices", "answer_field")  # that say what continues a template
 
-def task_settings_of(config: "TuneConfig") -> dict[str, Any]:
-    """Those of `TASK_SETTINGS` that a configuration has."""
-    return {name: value for name in TASK_SETTINGS if (value := getattr(config, name)) is not None}
+
+def task_settings_of(config: "TuneConfig", names: Iterable[str] = TASK_SETTINGS) -> dict[str, Any]:
+    """Those of `names` that a configuration has."""
+    return {name: value for name in names if (value := getattr(config, name)) is not None}
 
 
 TAKEN_OFF = ("stop", "calibrate")  # of these an empty text takes off what a run or a recipe has

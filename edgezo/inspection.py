@@ -82,7 +82,7 @@ def _edge_model(path: Path) -> dict[str, Any]:
         "layers": 1 + max((tensor.layer for tensor in manifest.tensors if tensor.layer is not None), default=-1),
         "chat_template": manifest.tokenizer.chat_template is not None,
         "tuned": [f"step {run.step} of the run with journal {run.journal[:12]}, share {run.weight:g}" for run in manifest.tuned],
-        **{name: value for name, value in (manifest.reading or {}).items() if name in ("template", "labels", "choices", "answer_field")},
+        **{name: value for name, value in (manifest.reading or {}).items() if value != TuneConfig.model_fields[name].default},
         "bytes": sum(file.bytes for file in manifest.files.values()),
         "files_intact": len(manifest.files),
         "largest_log_prob_difference": checked.largest_log_prob_difference if checked else None,

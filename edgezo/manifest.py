@@ -14,6 +14,7 @@ FORMAT: Final = "edgezo-edge-model"
 VERSION: Final = 8
 # 2 added adapter, weights, quantized tensors, config; 3 families and classes; 4 pooling, head; 5 probes; 6 float16; 7 copies of LoRA in the generation graph; 8 reading; what older ones have means the same
 READABLE = (1, 2, 3, 4, 5, 6, 7, 8)
+READING_VERSION: Final = 8
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES_LIMIT = 64 << 20
 ALIGNMENT = 4096  # bytes; every tensor starts on a page, so that any system can map it
@@ -140,8 +141,8 @@ class Manifest(Record):
 
     new_weights: those of a head that was made at export. pooling: what that head, one linear layer, reads of the last token states; None for
     the architecture's own head. head: weight of the vocabulary projection. probes: output projections of attention, from lower layers to upper
-    ones, that the graphs take a probe of the attention at. reading: how the runs in its weights read rows, by the names of `TASK_SETTINGS`; None
-    where there are none or they differ.
+    ones, that the graphs take a probe of the attention at. reading: how the runs that were merged last read rows, by the names of
+    `READING_SETTINGS`; None where there are none or they differ.
     """
 
     format: Literal["edgezo-edge-model"] = FORMAT

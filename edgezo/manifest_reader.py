@@ -8,9 +8,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, PREFIX, PROBE_A, LoraTarget
-from edgezo.config import TASK_SETTINGS, TuneConfig, describe
+from edgezo.config import READING_SETTINGS, TuneConfig, describe
 from edgezo.errors import EdgeModelError
-from edgezo.manifest import ALIGNMENT, FORMAT, MANIFEST_BYTES_LIMIT, MANIFEST_NAME, READABLE, Manifest, StoredFile
+from edgezo.manifest import ALIGNMENT, FORMAT, MANIFEST_BYTES_LIMIT, MANIFEST_NAME, READABLE, READING_VERSION, Manifest, StoredFile
 from edgezo.storage import is_plain_name, is_run, sha256_file
 
 
@@ -122,21 +122,24 @@ def _check(manifest: Manifest, path: Path) -> None:
                 refuse(f"tensors {first!r} and {second!r} overlap in {name}")
     if manifest.adapter is None and not manifest.tunable:
         refuse("no tensor is tunable")
-    checks = (_family_problem, _head_problem, _quantization_problem, _adapter_problem, _reading_problem)
-    problem = next(filter(None, (check(manifest) for check in checks)), None)
+    problem = _family_problem(manifest) or _head_problem(manifest) or _quantization_problem(manifest) or _adapter_problem(manifest)
     if problem:
         refuse(problem)
+    if problem := _reading_problem(manifest):
+        raise EdgeModelError(f"{path}: reading: {problem}; merge the runs again")
 
 
 def _reading_problem(manifest: Manifest) -> str | None:
     if manifest.reading is None:
         return None
-    if unknown := [name for name in manifest.reading if name not in TASK_SETTINGS]:
-        return f"reading: {unknown[0]!r} is no setting of a task; these are {', '.join(TASK_SETTINGS)}"
+    if manifest.version < READING_VERSION:
+        return f"version {manifest.version} has none"
+    if unknown := [name for name in manifest.reading if name not in READING_SETTINGS]:
+        return f"{unknown[0]!r} is no setting of it; these are {', '.join(READING_SETTINGS)}"
     try:
         TuneConfig.model_validate({**manifest.reading, "data": "rows"})
     except ValidationError as error:
-        return describe(error, "reading")
+        return describe(error)
     return None
 
 

@@ -73,14 +73,16 @@ Replace = Annotated[
 Stop = Annotated[
     str | None,
     setting(
-        "stop", text="text that ends an answer; \\n is a line break, '' takes off that of a run or recipe.", shown="the end-of-text token"
+        "stop",
+        text="text that ends an answer; \\n is a line break, '' takes off that of a run, merged model or recipe.",
+        shown="the end-of-text token",
     ),
 ]
 Calibrate = Annotated[
     str | None,
     setting(
         "calibrate",
-        text="neutral prompt: candidates are compared by their log-probability less that after it; '' takes off that of a run or recipe.",
+        text="neutral prompt: candidates are compared by their log-probability less that after it; '' takes off that of a run, merged model or recipe.",
     ),
 ]
 Objective = Annotated[

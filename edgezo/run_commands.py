@@ -7,6 +7,8 @@ import typer
 
 from edgezo import terminal
 from edgezo.errors import ConfigError, RunError
+from edgezo.manifest import MANIFEST_NAME, READING_VERSION
+from edgezo.manifest_reader import read_manifest
 from edgezo.options import Device, EdgeDir, Json, Output, Step, Threads, step_choice
 from edgezo.storage import sha256_file
 
@@ -128,6 +130,9 @@ def _written(output: Path, runs: list[Path], tuned: "list[Tuned]", as_json: bool
 
     if not any(one.step for one in tuned) and not any(read_run(run).journal.heads for run in runs):
         terminal.stderr().print("note: step 0 is the start, nothing in it is tuned; --step last takes the last step")
+    if (output / MANIFEST_NAME).is_file() and read_manifest(output).reading is None:
+        why = "its runs read rows differently" if read_manifest(output).version >= READING_VERSION else "its export is of an older version"
+        terminal.stderr().print(f"note: {why}, so it does not keep how; give eval and predict their --template and --labels, or --task")
     facts: dict[str, Any] = {"written": str(output), "steps": [one.step for one in tuned], "shares": [one.weight for one in tuned]}
     files = [output] if output.is_file() else sorted(output.iterdir())
     facts["sha256"] = {path.name: sha256_file(path) for path in files if path.suffix in {".bin", ".safetensors", ".onnx_adapter"}}

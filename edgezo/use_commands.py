@@ -9,6 +9,7 @@ import typer
 from edgezo import terminal
 from edgezo.config import MAX_TOKENS, ROW_FORMATS
 from edgezo.errors import ConfigError
+from edgezo.manifest_reader import read_manifest
 from edgezo.options import (
     DRAW,
     AdapterPath,
@@ -122,7 +123,8 @@ def eval_command(
         terminal.print_json({**result.evaluation.as_dict(), **classes, "step": result.step, "truncated": result.truncated, **shown})
     else:
         start = f"step 0, the {read_run(run).start_name}" if run is not None else ""
-        model = {None: "base" if adapter is None else str(adapter), 0: start}.get(result.step, f"step {result.step}")
+        untuned = "merged" if read_manifest(directory).tuned else "base"
+        model = {None: untuned if adapter is None else str(adapter), 0: start}.get(result.step, f"step {result.step}")
         rows = [(model, terminal.evaluation_text(result.evaluation))]
         if shots is not None:
             rows.append(
@@ -238,7 +240,7 @@ def generate_command(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Write text with the base or, with --run, the tuned model."""
+    """Write text with the edge model or, with --run, the tuned one."""
     from edgezo.api import recorded_reading
     from edgezo.runtime.generate import generate, until
     from edgezo.runtime.model import EdgeModel
@@ -249,7 +251,7 @@ def generate_command(
     if chat:
         text = model.text.chat([{"role": "user", "content": text}], reply=True)
     pieces = generate(model, text, max_tokens, sampling_of(temperature, top_k, top_p, seed), special=not chat)
-    reading = recorded_reading(directory, run) or {}
+    reading = (recorded_reading(directory, run) if run is not None or adapter is None else None) or {}
     if "labels" in reading and reading.get("objective") != "likelihood":
         of, known = ("model", "") if run is None else ("run", f" --run {terminal.typed(run)}")
         use = f"edgezo predict {terminal.typed(directory)}{known} --text '...'"

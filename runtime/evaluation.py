@@ -35,9 +35,16 @@ class Evaluation(NamedTuple):
         return {**{name: value for name, value in values.items() if value is not None}, **self.others}
 
 
-def evaluations_waited(evaluations: Mapping[int, Evaluation], every: int, best: int) -> int:
-    """How many of every `every` steps came after the best, which is what patience counts."""
-    return sum(step > best and step % every == 0 for step in evaluations)
+def scheduled_evaluations(evaluations: Mapping[int, Evaluation], every: int, step: int) -> dict[int, Evaluation]:
+    """Those of every `every` steps and of `step`, without those where an earlier call ended: a run that goes on is the run that never stopped."""
+    return {number: found for number, found in evaluations.items() if number % every == 0 or number == step}
+
+
+def evaluations_waited(evaluations: Mapping[int, Evaluation], every: int, step: int) -> int:
+    """How many of every `every` steps came after the best of them and `step`, which is what patience counts."""
+    scheduled = scheduled_evaluations(evaluations, every, step)
+    best = best_step(scheduled, step)
+    return sum(number > best and number % every == 0 for number in scheduled)
 
 
 def best_step(evaluations: Mapping[int, Evaluation], default: int) -> int:

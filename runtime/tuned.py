@@ -12,9 +12,9 @@ import numpy as np
 from safetensors import SafetensorError
 
 from edgezo.adapters import HEAD_ROWS, HEAD_TOKENS, PROBE_A, A, B
-from edgezo.config import task_settings_of
+from edgezo.config import READING_SETTINGS, task_settings_of
 from edgezo.errors import AdapterError, ConfigError, RunError, first_line
-from edgezo.manifest import ALIGNMENT, Manifest, StoredFile, Tensor, Tuned
+from edgezo.manifest import ALIGNMENT, READING_VERSION, Manifest, StoredFile, Tensor, Tuned
 from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.head_rows import HeadRows, summed
 from edgezo.runtime.hugging_face import lora_deltas, write_hugging_face
@@ -26,7 +26,6 @@ from edgezo.runtime.run import StepChoice, base_id, read_run
 from edgezo.storage import JOURNAL, directory_in_the_making, refuse_existing, sha256_file
 
 HEAD_FILE = "head.bin"
-READING_VERSION = 8  # of the edge model
 Format = Literal["edge", "hf", "peft", "onnx-adapter"]
 
 
@@ -68,7 +67,7 @@ def write_tuned(
         raise ConfigError(f"-o {output}: a file that ends in {ONNX_SUFFIX} is written; name it so")
     _refuse_format(directory, read_manifest(directory), to)
     model, tuned = _average(directory, runs, shares, step, threads)
-    readings = [task_settings_of(read_run(run).config) for run in runs]
+    readings = [task_settings_of(read_run(run).config, READING_SETTINGS) for run in runs]
     reading = readings[0] if all(other == readings[0] for other in readings) else None
     try:
         if to == "onnx-adapter":

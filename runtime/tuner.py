@@ -15,7 +15,7 @@ from edgezo.config import TuneConfig
 from edgezo.errors import DivergenceError, NonFiniteLossError
 from edgezo.runtime import noise
 from edgezo.runtime.dataset import Dataset
-from edgezo.runtime.evaluation import Evaluation, best_step, evaluations_waited
+from edgezo.runtime.evaluation import Evaluation, best_step, evaluations_waited, scheduled_evaluations
 from edgezo.runtime.examples import Example
 from edgezo.runtime.journal import Journal
 from edgezo.runtime.journal_records import DIRECTIONS, EVALUATION, STEP, StepRecord
@@ -135,14 +135,13 @@ class Tuner:
         progress = self._progress(step, self.seconds)
         due = step not in self.evaluations and (step % config.eval_every == 0 or progress >= 1)
         if (due and self._evaluate(step)) or (pending == EVALUATION and step % config.eval_every == 0):
-            # evaluations where an earlier call ended do not count: a run that goes on is the run that never stopped
-            scheduled = {number: found for number, found in self.evaluations.items() if number % config.eval_every == 0 or number == step}
+            scheduled = scheduled_evaluations(self.evaluations, config.eval_every, step)
             start, found, best = scheduled[min(scheduled)], scheduled[step], best_step(scheduled, step)
             if worse_than_start(start, found):
                 why = f"the validation loss rose from {start.loss:.4g} to {found.loss:.4g}"
                 self._go_back(best, f"step {step}: {why}")
                 return None
-            waited = evaluations_waited(scheduled, config.eval_every, best)
+            waited = evaluations_waited(self.evaluations, config.eval_every, step)
             if progress < 1 and 0 < config.allowed_patience <= waited and pending != EVALUATION:  # a run that is gone on with goes on
                 return "no longer better"
             if progress < 1 and self._settles and step % config.eval_every == 0 and waited and waited % SETTLE_EVALUATIONS == 0:

@@ -17,6 +17,7 @@ from edgezo.export import export_model
 from edgezo.runtime.check import check_run
 from edgezo.runtime.data_summary import data_summary
 from edgezo.runtime.dataset import LEAST_TO_SHARE, Dataset, read_dataset, weak_validation
+from edgezo.runtime.evaluation import Evaluation, evaluations_waited
 from edgezo.runtime.journal import Journal
 from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.model import EdgeModel
@@ -162,6 +163,15 @@ def test_patience_ends_a_run_that_gets_no_better_and_resume_goes_on(exported_dir
     assert edgezo.tune(exported_dir, tmp_path / "all", steps=6, patience=3, **settings).ended == "finished"  # with its last step
     result = edgezo.tune(exported_dir, tmp_path / "all", resume=True, patience=3, steps=6, threads=1)
     assert dict(tune_rows(exported_dir, tmp_path / "all", result))["go on"].endswith("--resume --steps 12 --patience 0")
+
+
+@pytest.mark.parametrize(
+    ("losses", "step", "waited"),
+    [({}, 4, 0), ({0: 3, 2: 1, 4: 2, 6: 2}, 6, 2), ({0: 3, 2: 2, 3: 1, 4: 2.5, 6: 2.5}, 6, 2), ({0: 1, 2: 2, 3: 2}, 3, 1)],
+)
+def test_patience_counts_scheduled_evaluations_after_the_best_of_them(losses: dict[int, float], step: int, waited: int) -> None:
+    """An evaluation at 3, where an earlier call ended, is none of every 2 steps, nor the best of them."""
+    assert evaluations_waited({number: Evaluation(8, loss) for number, loss in losses.items()}, 2, step) == waited
 
 
 @pytest.mark.parametrize(
