@@ -7,8 +7,6 @@ import typer
 
 from edgezo import terminal
 from edgezo.errors import ConfigError, RunError
-from edgezo.manifest import MANIFEST_NAME, READING_VERSION
-from edgezo.manifest_reader import read_manifest
 from edgezo.options import Device, EdgeDir, Json, Output, Step, Threads, step_choice
 from edgezo.storage import sha256_file
 
@@ -126,6 +124,8 @@ def diff_command(
 
 
 def _written(output: Path, runs: list[Path], tuned: "list[Tuned]", as_json: bool) -> None:
+    from edgezo.manifest import MANIFEST_NAME, READING_VERSION
+    from edgezo.manifest_reader import read_manifest
     from edgezo.runtime.run import read_run
 
     if not any(one.step for one in tuned) and not any(read_run(run).journal.heads for run in runs):

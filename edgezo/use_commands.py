@@ -9,7 +9,6 @@ import typer
 from edgezo import terminal
 from edgezo.config import MAX_TOKENS, ROW_FORMATS
 from edgezo.errors import ConfigError
-from edgezo.manifest_reader import read_manifest
 from edgezo.options import (
     DRAW,
     AdapterPath,
@@ -79,6 +78,7 @@ def eval_command(
 ) -> None:
     """Evaluate the edge model, or with --run the tuned one; template and labels are those of the run, or of one that was merged into the model."""
     from edgezo import api
+    from edgezo.manifest_reader import read_manifest
     from edgezo.runtime.corpus import sha256_data
     from edgezo.runtime.run import read_run
 

@@ -144,8 +144,8 @@ def use(model: EdgeModel, graph: str) -> None:
         (lambda path: (path / "manifest.json").unlink(), f": {NO_EDGE_MODEL}"),
         (lambda path: (path / "manifest.json").write_text("{"), "/manifest.json: not readable as JSON ("),
         (
-            lambda path: edit(path, lambda raw: raw.update(version=8)),
-            "/manifest.json: manifest version 8, this edgezo reads 1, 2, 3, 4, 5, 6 and 7;",
+            lambda path: edit(path, lambda raw: raw.update(version=9)),
+            "/manifest.json: manifest version 9, this edgezo reads 1, 2, 3, 4, 5, 6, 7 and 8;",
         ),
         (
             lambda path: edit(path, lambda raw: raw["tokenizer"].update(file="../x")),
