@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edgezo.config import KIND_SETTINGS, NO_SETTINGS, Sampling, TuneConfig, make_config, task_settings_of
+from edgezo.config import KIND_SETTINGS, Sampling, TuneConfig, make_config, task_settings_of
 from edgezo.errors import ConfigError, DataError, ExportError
 from edgezo.manifest_reader import read_manifest
 from edgezo.recipe import task_settings
@@ -149,8 +149,8 @@ def evaluate(
         shots: worked rows of `train` before every prompt; fewer where the longest row leaves no space.
         train: rows to draw them from, with `seed`.
         sampling: how to draw generated answers; None is greedy.
-        settings: how rows are read and measured, as `TASK_SETTINGS` of edgezo.config; where not given those of the run, or of the runs merged into the edge model
-            unless labels, choices or answer_field are.
+        settings: how rows are read and measured, as `TASK_SETTINGS` of edgezo.config; where not given those of the run, or of the runs merged into the edge model,
+            unless rows of another kind are given.
 
     Raises:
         EdgezoError: bad data, model or run.
@@ -159,8 +159,7 @@ def evaluate(
         check_sampling(sampling)
     if (shots is None) != (train is None):
         raise ConfigError("--shots and --train go together: how many worked rows to show, and the file they are drawn from; give both")
-    recorded = recorded_reading(directory, run, settings) if run is not None or not is_corpus(data) else None
-    config = _task_config(recorded, {**settings, "data": str(data)}, task)
+    config = _task_config(_reading(directory, run, {**settings, "data": data}, task), {**settings, "data": str(data)}, task)
     rows, reader = read_data(data), _reader(directory)
     train_rows = read_rows(train) if train is not None else []
     kind = task_of([*rows, *train_rows], config, reader)
@@ -212,8 +211,8 @@ def predict(
         threads: cores to use; all of this process when None.
         device: "cpu" or "cuda".
         sampling: how to draw answers; None is greedy.
-        settings: how rows are read, as `TASK_SETTINGS` of edgezo.config; where not given those of the run, or of the runs merged into the edge model
-            unless labels, choices or answer_field are.
+        settings: how rows are read, as `TASK_SETTINGS` of edgezo.config; where not given those of the run, or of the runs merged into the edge model,
+            unless rows of another kind are given.
 
     Raises:
         EdgezoError: bad data, model or run; it is not said what to predict; a template of several fields for a text.
@@ -222,11 +221,11 @@ def predict(
         raise ConfigError("predict needs either a text (--text) or a file of rows (--data), and not both")
     if isinstance(texts, str):
         raise ConfigError("texts is one string; give a list of texts")
-    recorded = recorded_reading(directory, run, settings)
-    config = _task_config(recorded, {**settings, "data": str(data)}, task)
+    reading = _reading(directory, run, {**settings, "data": data}, task)
+    config = _task_config(reading, {**settings, "data": str(data)}, task)
     reader = _reader(directory)
     if texts is not None:
-        if config.template is None and recorded is None:
+        if config.template is None and reading is None:
             raise ConfigError("a text fills a template; give --template with --labels, --choices or --answer-field, or a --run or --task")
         names = template_fields(config.template, reader) if config.template is not None else ["prompt"]
         if len(names) != 1:
@@ -236,7 +235,7 @@ def predict(
         rows = read_rows(str(data))
     if not rows:
         return []
-    kind = task_to_predict(rows, config, reader, recorded is not None)
+    kind = task_to_predict(rows, config, reader, reading is not None)
     model = EdgeModel(directory, threads=threads, device=device, run=run, step=step, adapter=adapter)
     return predict_rows(model, rows, kind, row_limit(model, config), sampling)
 
@@ -292,16 +291,22 @@ def _reader(directory: PathLike) -> ModelFacts:
     return ModelFacts.of(read_manifest(Path(directory)))
 
 
-def recorded_reading(directory: PathLike, run: PathLike | None = None, given: Mapping[str, Any] = NO_SETTINGS) -> dict[str, Any] | None:
-    """How a run reads rows, or without one the runs merged into an edge model; None where there are none, or rows of another kind are given."""
-    if run is not None:
-        return task_settings_of(read_run(run).config)
-    return None if any(given.get(name) is not None for name in KIND_SETTINGS) else read_manifest(Path(directory)).reading
+def recorded_reading(directory: PathLike, run: PathLike | None = None) -> dict[str, Any] | None:
+    """How a run reads rows, or without one the runs merged into an edge model; None where there are none."""
+    return task_settings_of(read_run(run).config) if run is not None else read_manifest(Path(directory)).reading
 
 
-def _task_config(recorded: dict[str, Any] | None, settings: dict[str, Any], recipe: PathLike | None = None) -> TuneConfig:
+def _reading(directory: PathLike, run: PathLike | None, given: Mapping[str, Any], recipe: PathLike | None = None) -> dict[str, Any] | None:
+    """What is recorded, unless a recipe is given, or what is given is of rows of another kind."""
+    recorded = recorded_reading(directory, run)
+    if recorded is None or recipe is not None:
+        return None
+    other = any(given.get(name) is not None and name not in recorded for name in KIND_SETTINGS)
+    plain = given["data"] is not None and is_corpus(given["data"]) and "template" in recorded
+    return None if other or plain or given.get("template") == "" else recorded
+
+
+def _task_config(reading: dict[str, Any] | None, settings: dict[str, Any], recipe: PathLike | None = None) -> TuneConfig:
     """How to read rows: as given, else as the recipe says, without one as it is recorded."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    if recorded is not None and recipe is None:
-        given = {**recorded, **given}
+    given = {**(reading or {}), **{name: value for name, value in settings.items() if value is not None}}
     return make_config(None, given, task=task_settings(recipe))

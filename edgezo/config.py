@@ -193,7 +193,7 @@ def task_settings_of(config: "TuneConfig", names: Iterable[str] = TASK_SETTINGS)
     return {name: value for name in names if (value := getattr(config, name)) is not None}
 
 
-TAKEN_OFF = ("stop", "calibrate")  # of these an empty text takes off what a run or a recipe has
+TAKEN_OFF = ("template", "stop", "calibrate")  # of these an empty text takes off what a run or a recipe has
 
 # what differs from the fields' defaults where an adapter is tuned: measured in docs/adapters.md
 ADAPTER_DEFAULTS: dict[AdapterKind, dict[str, Any]] = {

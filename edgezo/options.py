@@ -46,7 +46,7 @@ Template = Annotated[
     str | None,
     setting(
         "template",
-        text="classification prompt with {field} names, as '{sentence} It was'; a masked model's has {mask}; \\n is a line break.",
+        text="classification prompt with {field} names, as '{sentence} It was'; a masked model's has {mask}; \\n is a line break, '' puts aside how a run or merged model reads rows.",
     ),
 ]
 Labels = Annotated[

@@ -11,7 +11,7 @@ import pytest
 from damage import edit, refusal
 
 import edgezo
-from edgezo.errors import ConfigError
+from edgezo.errors import ConfigError, DataError
 from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.tuned import write_tuned
 
@@ -79,6 +79,25 @@ def test_rows_of_another_kind_put_all_of_it_aside(invoke: Command, exported_dir:
     (tmp_path / "choices.jsonl").write_text(json.dumps(choices[0]) + "\n")
     (chosen,) = edgezo.predict(labels, data=tmp_path / "choices.jsonl", template="{text} is", choices=["{a}", "{b}"])
     assert chosen.text in {"great", "terrible"}
+
+
+def test_it_is_put_aside_as_that_of_a_run_is(exported_dir: Path, prompts: str, reviews: str, run: Path, tmp_path: Path) -> None:
+    mine = merged(exported_dir, tmp_path / "mine", run)
+    (tmp_path / "corpus.txt").write_text("the film is great. " * 20)
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"prompt": "the film is", "answer": "great"}) + "\n")
+    asked: list[tuple[Any, dict[str, Any]]] = [
+        (prompts, {"template": ""}),
+        (tmp_path / "corpus.txt", {}),
+        (tmp_path / "answers.jsonl", {"answer_field": "answer", "template": "", "max_tokens": 3}),
+        (reviews, {"labels": "bad,good"}),  # of the same kind, after the same template
+        (reviews, {}),
+    ]
+    found = [edgezo.evaluate(mine, data, **given).evaluation for data, given in asked]
+    assert found == [edgezo.evaluate(exported_dir, data, run=run, step="last", **given).evaluation for data, given in asked]
+    assert [evaluation.accuracy is None for evaluation in found] == [True, True, True, False, False]
+    assert found[3] == edgezo.evaluate(mine, reviews, template="{text} It was", labels="bad,good", max_length=24).evaluation != found[4]
+    with pytest.raises(DataError, match="field 'text' does not exist"):
+        edgezo.evaluate(mine, prompts)
 
 
 def test_an_adapter_is_not_what_it_tells_of(invoke: Command, lora_dir: Path, reviews: str, tmp_path: Path) -> None:
