@@ -101,7 +101,7 @@ def test_the_label_words_are_scored_at_the_mask_as_transformers_scores_them(name
 def test_the_manifest_says_masked_has_no_generation_graph_and_names_every_parameter(name: str, export: Export) -> None:
     manifest = read_manifest(export(name))
     parameters = dict(tiny_encoders.make_model(name).named_parameters())
-    assert manifest.version == 7
+    assert manifest.version == 8
     assert manifest.origin.family == "masked"
     assert manifest.origin.context_length == 64
     assert manifest.generation is None
