@@ -130,8 +130,9 @@ def _written(output: Path, runs: list[Path], tuned: "list[Tuned]", as_json: bool
 
     if not any(one.step for one in tuned) and not any(read_run(run).journal.heads for run in runs):
         terminal.stderr().print("note: step 0 is the start, nothing in it is tuned; --step last takes the last step")
-    if (output / MANIFEST_NAME).is_file() and read_manifest(output).reading is None:
-        why = "its runs read rows differently" if read_manifest(output).version >= READING_VERSION else "its export is of an older version"
+    manifest = read_manifest(output) if (output / MANIFEST_NAME).is_file() else None  # of other formats there is none
+    if manifest is not None and manifest.reading is None:
+        why = "its runs read rows differently" if manifest.version >= READING_VERSION else "its export is of an older version"
         terminal.stderr().print(f"note: {why}, so it does not keep how; give eval and predict their --template and --labels, or --task")
     facts: dict[str, Any] = {"written": str(output), "steps": [one.step for one in tuned], "shares": [one.weight for one in tuned]}
     files = [output] if output.is_file() else sorted(output.iterdir())

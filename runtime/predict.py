@@ -49,7 +49,7 @@ def task_to_predict(rows: Sequence[Row], config: TuneConfig, model: ModelFacts, 
 
     Args:
         rows: one or more.
-        of_run: whether the settings are those of a run, in which a template without labels and choices is that of answers.
+        of_run: whether the settings are those of a run, or of one merged into the model, in which a template without labels and choices is that of answers.
 
     Raises:
         ConfigError: it is not said what to predict.
