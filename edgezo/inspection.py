@@ -9,7 +9,7 @@ from edgezo.config import OBJECTIVES, TuneConfig
 from edgezo.errors import EdgezoError
 from edgezo.manifest import MANIFEST_NAME
 from edgezo.manifest_reader import read_manifest, verify_file
-from edgezo.storage import JOURNAL, is_run
+from edgezo.storage import JOURNAL, is_run, sha256_file
 
 if TYPE_CHECKING:
     from edgezo.runtime.run import Run
@@ -48,6 +48,8 @@ def inspect_path(path: Path) -> dict[str, Any]:
 
 
 def _edge_model(path: Path) -> dict[str, Any]:
+    from edgezo.runtime.run import base_id
+
     manifest = read_manifest(path)
     for name, stored in manifest.files.items():
         verify_file(path, name, stored)
@@ -62,6 +64,7 @@ def _edge_model(path: Path) -> dict[str, Any]:
     }
     return {
         "edge_model": str(path),
+        "base": base_id(manifest),
         "model": origin.id,
         "revision": origin.revision,
         "license": origin.license,
@@ -81,7 +84,10 @@ def _edge_model(path: Path) -> dict[str, Any]:
         "tied": tied,
         "layers": 1 + max((tensor.layer for tensor in manifest.tensors if tensor.layer is not None), default=-1),
         "chat_template": manifest.tokenizer.chat_template is not None,
-        "tuned": [f"step {run.step} of the run with journal {run.journal[:12]}, share {run.weight:g}" for run in manifest.tuned],
+        "tuned": [
+            f"step {run.step} of the run with journal {run.journal[:12]} on base {run.base[:12]}, share {run.weight:g}"
+            for run in manifest.tuned
+        ],
         **{name: value for name, value in (manifest.reading or {}).items() if value != TuneConfig.model_fields[name].default},
         "bytes": sum(file.bytes for file in manifest.files.values()),
         "files_intact": len(manifest.files),
@@ -112,6 +118,7 @@ def _run(path: Path) -> dict[str, Any]:
     if run.journal.undos:
         facts["times_gone_back"] = run.journal.undos
     facts["journal_bytes"] = run.journal.whole_bytes
+    facts["journal_sha256"] = sha256_file(path / JOURNAL)
     if (head := run.journal.head_at(0)) is not None:
         probe = f", and a probe of the attention of {len(head.probe)} layers" if head.probe.size else ""
         facts["head_at_start"] = f"rows of the head for {len(head.tokens)} tokens{probe}"

@@ -16,9 +16,10 @@ from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.journal import Journal
 from edgezo.runtime.journal_reader import read_journal
 from edgezo.runtime.journal_records import EVALUATION_BYTES, STEP_BYTES
-from edgezo.runtime.run import read_run, read_summary
+from edgezo.runtime.run import base_id, read_run, read_summary
 from edgezo.runtime.run_directory import held_run
 from edgezo.runtime.tuner import Tuner
+from edgezo.storage import sha256_file
 
 
 def facts(text: str) -> list[tuple[str, str]]:
@@ -35,6 +36,7 @@ def test_inspect_of_an_edge_model(command: Command) -> None:
     assert difference is not None
     assert found == [
         ("edge model", "edge"),
+        ("base", base_id(read_manifest(Path("edge")))),
         ("model", "llama"),
         ("revision", "none"),
         ("license", "none"),
@@ -66,6 +68,14 @@ def test_inspect_of_an_edge_model(command: Command) -> None:
     ]
 
 
+def test_inspect_tells_what_belongs_together(command: Command) -> None:
+    assert command("tune", "edge", "-o", "run", *PLAIN, "--steps", "1").code == 0
+    assert command("replay", "edge", "run", "-o", "mine").code == 0
+    edge, run, mine = (dict(facts(command("inspect", path).out)) for path in ("edge", "run", "mine"))
+    assert run["base"] == edge["base"] != mine["base"]
+    assert mine["tuned"] == f"step 1 of the run with journal {run['journal sha256'][:12]} on base {edge['base'][:12]}, share 1"
+
+
 def test_inspect_of_a_run(command: Command) -> None:
     template, limits = ["--template", "{text} It was"], ["--minutes", "60", "--steps", "2"]
     options = [*template, "--valid", "rows.jsonl", *limits, "--eval-every", "1", "--seed", "5"]
@@ -83,6 +93,7 @@ def test_inspect_of_a_run(command: Command) -> None:
         ("seconds", f"{read_summary(Path('run'))['seconds']:g}"),
         ("base", state.header["base"]),
         ("journal bytes", str(journal.stat().st_size)),
+        ("journal sha256", sha256_file(journal)),
         *((f"valid at step {step}", valid[step]) for step in dict.fromkeys([0, state.best_step, steps])),
         ("last loss", f"{state.records[-1].loss:.6g}"),
         ("data", "rows.jsonl"),
