@@ -149,6 +149,8 @@ def chat_command(
     if mark:
         model.generation  # noqa: B018  loaded before the first message rather than after it
         notice(f"{model_name(run or adapter or directory, model.step)}; /help shows the commands")
+    if run is not None or adapter is None:
+        tell_labels(directory, run)
     while (line := read_line(mark)) is not None:
         try:
             if line.startswith("/"):
@@ -192,6 +194,7 @@ def obey(conversation: Conversation, line: str) -> bool:
     if name == "/run":
         path, step = split_step(path)
         switch(conversation, path, run=path, step=step)
+        tell_labels(conversation.model.directory, path)
     elif name == "/adapter":
         switch(conversation, path, adapter=path)
     elif name == "/base":
@@ -222,6 +225,14 @@ def switch(conversation: Conversation, source: str, **chosen: Any) -> None:
         notice(model_name(source, conversation.model.use(**chosen)))
     except OSError as error:
         raise ConfigError(f"{error.filename or source}: {error.strerror or error}") from None
+
+
+def tell_labels(directory: Path, run: str | Path | None) -> None:
+    """Say so where what answers learned labels, so that nobody waits for what it cannot have learned."""
+    from edgezo.api import recorded_reading
+
+    if (note := terminal.labels_note(directory, run, recorded_reading(directory, run))) is not None:
+        notice(note)
 
 
 def model_name(source: str | Path, step: int | None) -> str:

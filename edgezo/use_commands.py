@@ -252,10 +252,8 @@ def generate_command(
         text = model.text.chat([{"role": "user", "content": text}], reply=True)
     pieces = generate(model, text, max_tokens, sampling_of(temperature, top_k, top_p, seed), special=not chat)
     reading = (recorded_reading(directory, run) if run is not None or adapter is None else None) or {}
-    if "labels" in reading and reading.get("objective") != "likelihood":
-        of, known = ("model", "") if run is None else ("run", f" --run {terminal.typed(run)}")
-        use = f"edgezo predict {terminal.typed(directory)}{known} --text '...'"
-        terminal.stderr().print(f"note: this {of} learned to choose among labels, not to write text; for a label: {use}")
+    if (note := terminal.labels_note(directory, run, reading)) is not None:
+        terminal.stderr().print(note)
     ending = reading.get("stop") if stop is None else unescape(stop)
     if ending:
         pieces = until(pieces, ending)

@@ -43,6 +43,12 @@ def run(invoke: Command, exported_dir: Path, reviews: str, tmp_path: Path) -> st
     return "my run"
 
 
+def labels_told(directory: Path) -> str:
+    """What is said of that run, which learned labels."""
+    use = f"edgezo predict {directory} --run 'my run' --text '...'"
+    return f"  note: this run learned to choose among labels, not to write text; for a label: {use}\n"
+
+
 # what is said
 
 
@@ -155,23 +161,25 @@ def test_the_model_is_switched_and_what_was_said_stays(chat: Chat, model: EdgeMo
     history += [reply(model, said(*history))]
     assert history[3] != reply(model, said(*history[:3]))
     lines = "the film\n/run my run 4\nis great\n/base\nParis?\n"
-    assert chat(lines) == (0, shown(history[1::2]), "  my run, step 4\n  base\n")
+    assert chat(lines) == (0, shown(history[1::2]), f"  my run, step 4\n{labels_told(exported_dir)}  base\n")
 
 
 def test_a_run_is_given_at_the_start_or_later_and_at_any_step(chat: Chat, exported_dir: Path, run: str) -> None:
     expected = shown(replies(EdgeModel(exported_dir, threads=1, run=run, step=2), "the film"))
-    assert chat("the film\n", "--run", run, "--step", "2") == (0, expected, "")
+    told = labels_told(exported_dir)
+    assert chat("the film\n", "--run", run, "--step", "2") == (0, expected, told)
     assert chat("/run my run\n/run my run last\n/run my run 2\nthe film\n") == (
         0,
         expected,
-        "  my run, step 4\n  my run, step 4\n  my run, step 2\n",
+        f"  my run, step 4\n{told}  my run, step 4\n{told}  my run, step 2\n{told}",
     )
 
 
 def test_a_switch_that_fails_leaves_the_model_that_answered(chat: Chat, exported_dir: Path, run: str) -> None:
     expected = replies(EdgeModel(exported_dir, threads=1, run=run), "the film", "is great")
     code, out, err = chat("the film\n/run my run 9\nis great\n", "--run", run)
-    assert (code, out, err) == (0, shown(expected), "error: my run: step 9 was asked for, the run has steps 0 to 4\n")
+    told = labels_told(exported_dir)
+    assert (code, out, err) == (0, shown(expected), f"{told}error: my run: step 9 was asked for, the run has steps 0 to 4\n")
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
