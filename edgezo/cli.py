@@ -219,6 +219,10 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
     run = read_run(output)
     peak = f", peak memory {result.peak_bytes / 1e6:.0f} MB" if result.peak_bytes is not None else ""
     rows = [("run", f"{output}, {result.steps} step{'s' if result.steps != 1 else ''}, {result.ended}, {result.seconds:.0f} s{peak}")]
+    if undos := run.journal.undos:
+        lr = run.config.lr or 0.0
+        times = f"{undos} time{'s' if undos > 1 else ''}"
+        rows.append(("taken back", f"steps, {times}, since the loss rose; lr {lr:.3g} -> {lr * run.journal.lr_scale:.3g}"))
     if result.before is not None:
         rows.append(("before", terminal.evaluation_text(result.before)))
     if result.start is not None:

@@ -10,6 +10,7 @@ from command_line import PLAIN, one_object
 from conftest import Command
 
 import edgezo
+from edgezo.cli import tune_rows
 from edgezo.config import TuneConfig, make_config
 from edgezo.inspection import unused_settings
 from edgezo.manifest_reader import read_manifest
@@ -223,9 +224,12 @@ def test_inspect_does_not_tell_the_end_before_a_resume_that_was_cut_off(
 
 def test_inspect_tells_what_a_rate_was_lowered_to(command: Command, lora_dir: Path, reviews: str) -> None:
     settings = {"data": reviews, "lr": 3.0, "eps": 2**-8, "schedule": "constant", "start": "none", "threads": 1}
-    edgezo.tune(lora_dir, "run", steps=12, template="{text} It was", labels="terrible,great", **settings)
+    result = edgezo.tune(lora_dir, "run", steps=12, template="{text} It was", labels="terrible,great", **settings)
     journal, found = read_run("run").journal, facts(command("inspect", "run").out)
     assert journal.undos > 0
+    times = f"{journal.undos} time{'s' if journal.undos > 1 else ''}"
+    told = dict(tune_rows(lora_dir, Path("run"), result))["taken back"]
+    assert told == f"steps, {times}, since the loss rose; lr 3 -> {3 * journal.lr_scale:.3g}"
     summary = Path("run/summary.json")
     summary.write_text(json.dumps({**json.loads(summary.read_text()), "seconds": 1234.5}))
     assert ("seconds", "1234.5") in facts(command("inspect", "run").out)
