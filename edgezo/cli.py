@@ -142,6 +142,7 @@ def tune_command(
     beta_v: Annotated[float | None, setting("beta_v")] = None,
     anchor_every: Annotated[int | None, setting("anchor_every")] = None,
     anchor_batches: Annotated[int | None, setting("anchor_batches")] = None,
+    hessian_smooth: Annotated[float | None, setting("hessian_smooth")] = None,
     sampler: Annotated[str | None, setting("sampler", text=f"which weights a direction moves: {', '.join(choices_of('sampler'))}.")] = None,
     share: Annotated[float | None, setting("share")] = None,
     z_rank: Annotated[int | None, setting("z_rank")] = None,
@@ -191,7 +192,7 @@ def tune_command(
         beta=beta, metrics=metrics, max_tokens=max_tokens,
         steps=steps, minutes=minutes, lr=lr, eps=eps, directions=directions,
         batch=batch, estimator=estimator, rule=rule, beta_m=beta_m, beta_v=beta_v, anchor_every=anchor_every,
-        anchor_batches=anchor_batches, sampler=sampler, share=share, z_rank=z_rank, redraw_every=redraw_every, rank=rank,
+        anchor_batches=anchor_batches, hessian_smooth=hessian_smooth, sampler=sampler, share=share, z_rank=z_rank, redraw_every=redraw_every, rank=rank,
         alpha=alpha, tune_a=tune_a, init=init, start=start, start_rows=start_rows, seed=seed, noise=noise, schedule=schedule,
         warmup=warmup, weight_decay=weight_decay, eval_every=eval_every, patience=patience, eval_rows=eval_rows,
     )  # fmt: skip

@@ -96,13 +96,14 @@ class TuneConfig(BaseModel):
     estimator: Literal["two-sided", "one-sided", "curvature"] = Field(
         "two-sided", description="of projected gradients; with one-sided and curvature all directions share the rows of one"
     )
-    rule: Literal["sgd", "normalized", "sign", "fzoo", "meazo", "momentum", "adam", "conservative", "svrg"] = Field(
+    rule: Literal["sgd", "normalized", "sign", "fzoo", "meazo", "momentum", "adam", "conservative", "svrg", "hizoo"] = Field(
         "sgd", description="of the update; normalized has root mean square lr in every weight"
     )
     beta_m: float = Field(0.9, ge=0, lt=1, description="of rules momentum and adam: average of gradients")
     beta_v: float = Field(0.99, ge=0, lt=1, description="of rules adam and meazo: average of squares")
     anchor_every: int = Field(5, gt=0, description="of rule svrg: steps between estimates over many rows")
     anchor_batches: int = Field(8, gt=0, le=1024, description="of rule svrg: steps whose rows such an estimate has")
+    hessian_smooth: float = Field(1e-6, gt=0, lt=1, description="of rule hizoo: share of a step's curvature in the average")
     sampler: Literal["full", "layers", "magnitude", "lozo", "subzero", "tezo"] = Field(
         "full", description="which weights a direction moves"
     )
@@ -143,6 +144,8 @@ class TuneConfig(BaseModel):
             )
         if self.rule == "fzoo" and self.directions < 2:
             raise ValueError("--rule fzoo: divides by the spread over the directions, and there is one; give --directions 2 or more")
+        if self.rule == "hizoo" and self.estimator != "curvature":
+            raise ValueError("--rule hizoo: takes the curvature along every direction; give --estimator curvature")
         if self.noise != "rademacher" and self.sampler in ("lozo", "subzero", "tezo"):
             raise ValueError(f"--noise {self.noise}: the factors of --sampler {self.sampler} are signs; leave --noise out")
         if self.noise == "sphere" and self.sampler != "full":

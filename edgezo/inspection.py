@@ -23,6 +23,7 @@ MATTERS: dict[str, Callable[[TuneConfig], bool]] = {
     "beta_v": lambda config: config.rule in {"meazo", "adam"},
     "anchor_every": lambda config: config.rule == "svrg",
     "anchor_batches": lambda config: config.rule == "svrg",
+    "hessian_smooth": lambda config: config.rule == "hizoo",
     "share": lambda config: config.sampler in {"layers", "magnitude"},
     "z_rank": lambda config: config.sampler in {"lozo", "subzero", "tezo"},
     "redraw_every": lambda config: config.sampler in {"lozo", "subzero"},

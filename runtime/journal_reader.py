@@ -87,9 +87,9 @@ def read_journal(path: Path) -> JournalContents:
     header, position, checksum = _read_header(path, data)
     contents = JournalContents(header, [], {}, None, {}, position, len(data) - position, checksum, {}, {}, None)
     written = len(data.rstrip(b"\0"))
-    directions = _directions(path, header)
+    scalars = _scalars(path, header)
     while position < len(data):
-        size = record_bytes(data, position, directions)
+        size = record_bytes(data, position, scalars)
         end = position + size
         stored = CHECKSUM.unpack_from(data, end - CHECKSUM.size)[0] if size > 0 and end <= len(data) else None
         checksum = zlib.crc32(data[position : end - CHECKSUM.size], checksum)
@@ -120,13 +120,13 @@ def _read_header(path: Path, data: bytes) -> tuple[dict[str, Any], int, int]:
     return json_object(path, data[12:end], "the header"), end + CHECKSUM.size, checksum
 
 
-def _directions(path: Path, header: dict[str, Any]) -> int:
-    """Projected gradients of a step, by the configuration in the header."""
+def _scalars(path: Path, header: dict[str, Any]) -> int:
+    """Numbers of a step, by the configuration in the header: projected gradients, with rule hizoo curvatures too."""
     config = header.get("config")
     count = config.get("directions", 1) if isinstance(config, dict) else 1
     if not isinstance(count, int) or not 0 < count <= DIRECTIONS_LIMIT:
         raise RunError(f"{path}: the header says {count!r} directions a step; the run cannot be used")
-    return count
+    return 2 * count if isinstance(config, dict) and config.get("rule") == "hizoo" else count
 
 
 def _with_record(path: Path, contents: JournalContents, record: bytes, end: int, checksum: int) -> JournalContents:

@@ -45,7 +45,7 @@ Record = tuple[bytes, bytes]  # kind and payload
 
 
 class StepRecord(NamedTuple):
-    """The scalars of one step, as stored (float32 values) or about to be; one projected gradient a direction."""
+    """The scalars of one step, as stored (float32 values) or about to be; one projected gradient a direction, or what the rule takes for them (docs/journal.md)."""
 
     projected_grads: tuple[float, ...]
     learning_rate: float
@@ -58,16 +58,16 @@ class StepRecord(NamedTuple):
         return cls(tuple(estimate.projected_grad for estimate in estimates), learning_rate, loss)
 
 
-def record_bytes(data: bytes, position: int, directions: int) -> int:
-    """Size of the record at `position` with kind and checksum; 0 for one that does not exist in a run of so many directions."""
+def record_bytes(data: bytes, position: int, scalars: int) -> int:
+    """Size of the record at `position` with kind and checksum; 0 for one that does not exist in a run of so many numbers a step."""
     kind = data[position : position + 1]
     if kind == STEP:
-        return STEP_BYTES if directions == 1 else 0
+        return STEP_BYTES if scalars == 1 else 0
     if kind == DIRECTIONS:
         count = data[position + 1 : position + 3]
-        if directions == 1 or count != directions.to_bytes(2, "little")[: len(count)]:
+        if scalars == 1 or count != scalars.to_bytes(2, "little")[: len(count)]:
             return 0
-        return 1 + DIRECTIONS_PAYLOAD.size + 4 * directions + CHECKSUM.size
+        return 1 + DIRECTIONS_PAYLOAD.size + 4 * scalars + CHECKSUM.size
     if kind == EVALUATION:
         return EVALUATION_BYTES
     if kind in (HEAD, PROBE):

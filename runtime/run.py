@@ -26,7 +26,7 @@ from edgezo.storage import JOURNAL, is_run, sha256_file
 # what the weights depend on, with the base, the start, the noise and the records
 DECISIVE = (
     "seed", "eps", "noise", "weight_decay", "directions", "rule", "beta_m", "beta_v", "anchor_every", "sampler", "share", "z_rank",
-    "redraw_every", "rank", "alpha", "tune_a",
+    "redraw_every", "rank", "alpha", "tune_a", "hessian_smooth",
 )  # fmt: skip
 LOCK = ".lock"
 METRICS_LINE_LIMIT = 1 << 16  # characters

@@ -97,7 +97,7 @@ def _refuse_on_device(model: EdgeModel, config: TuneConfig) -> None:
         raise ConfigError(f"--sampler {config.sampler}: runs on the CPU alone; leave it or --device {model.device.name} out")
     if config.noise == "sphere":
         raise ConfigError(f"--noise sphere: runs on the CPU alone; leave it or --device {model.device.name} out")
-    if config.rule in ("momentum", "adam", "conservative", "svrg"):
+    if config.rule in ("momentum", "adam", "conservative", "svrg", "hizoo"):
         raise ConfigError(f"--rule {config.rule}: runs on the CPU alone; leave it or --device {model.device.name} out")
 
 

@@ -178,10 +178,11 @@ class Tuner:
         self.records.append(record)
         self.theta.step(directions, record.projected_grads, record.learning_rate)
         step_seconds, seconds = time.monotonic() - begun, self.seconds
+        grads = record.projected_grads[: len(directions)]  # behind them may be what the rule takes beside
         report = StepReport(
             step + 1,
             unrounded.loss,
-            record.projected_grads,
+            grads,
             record.learning_rate,
             step_seconds,
             seconds,
@@ -191,7 +192,7 @@ class Tuner:
         )
         write_step(self.metrics, report)
         self.reporter.step(report)
-        self.still = 0 if any(record.projected_grads) or self.theta.rule.rests else self.still + 1
+        self.still = 0 if any(grads) or self.theta.rule.rests else self.still + 1
         if self.still == STILL_STEPS:
             self._tell_still()
 

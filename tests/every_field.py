@@ -35,6 +35,7 @@ NEITHER_DEFAULT: dict[str, Any] = {  # a value for every field, none of them its
     "beta_v": 0.75,
     "anchor_every": 2,
     "anchor_batches": 3,
+    "hessian_smooth": 1e-3,
     "sampler": "layers",
     "share": 0.5,
     "z_rank": 2,

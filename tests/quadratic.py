@@ -24,11 +24,28 @@ NOISY = [("full", "rademacher"), ("full", "gaussian"), ("full", "sphere"), *((na
 
 
 def configure(
-    rule: str = "sgd", estimator: str = "two-sided", sampler: str = "full", noise: str = "rademacher", **settings: Any
+    rule: str = "sgd", estimator: str | None = None, sampler: str = "full", noise: str = "rademacher", **settings: Any
 ) -> TuneConfig:
     """Settings of a method, with numbers that suit the quadratic."""
-    made = {"directions": 4, "batch": 1, "share": 0.5, "z_rank": 2, "redraw_every": 3, "anchor_every": 3, "anchor_batches": 4, **settings}
+    estimator = estimator or ("curvature" if rule == "hizoo" else "two-sided")
+    made = {
+        "eps": EPS,
+        "hessian_smooth": 1e-3,
+        "directions": 4,
+        "batch": 1,
+        "share": 0.5,
+        "z_rank": 2,
+        "redraw_every": 3,
+        "anchor_every": 3,
+        "anchor_batches": 4,
+        **settings,
+    }
     return make_config(None, {"data": "none", "rule": rule, "estimator": estimator, "sampler": sampler, "noise": noise, **made})
+
+
+def scalars(rule: str, grads: list[float]) -> list[float]:
+    """A step with these projected gradients, as the journal of a rule holds it."""
+    return grads + [0.5 * EPS * number for number, _ in enumerate(grads)] if rule == "hizoo" else grads
 
 
 class Quadratic:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from quadratic import EPS, LAYERS, NOISY, Quadratic, configure
+from quadratic import EPS, LAYERS, NOISY, Quadratic, configure, scalars
 
 import edgezo
 from edgezo.config import SHARING, choices_of
@@ -39,7 +39,9 @@ LR = {
     "adam": 0.1,
     "conservative": 0.08,
     "svrg": 0.03,
+    "hizoo": 0.04,
 }
+COMPOSED = [(rule, estimator) for rule in RULES for estimator in ESTIMATORS if rule != "hizoo" or estimator == "curvature"]
 
 
 def test_every_choice_of_the_settings_is_a_row_of_its_table() -> None:
@@ -58,8 +60,7 @@ def test_every_method_is_in_the_docs() -> None:
 
 
 @pytest.mark.parametrize(("sampler", "noise"), NOISY)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "estimator"), COMPOSED)
 def test_steps_lower_a_quadratic_and_a_replay_gives_their_bits(rule: str, estimator: str, sampler: str, noise: str) -> None:
     config = configure(rule, estimator, sampler, noise, weight_decay=1e-3)
     problem, again = Quadratic(config), Quadratic(config, threads=2)
@@ -70,8 +71,7 @@ def test_steps_lower_a_quadratic_and_a_replay_gives_their_bits(rule: str, estima
     assert again.digest == problem.digest != start
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "estimator"), COMPOSED)
 def test_a_run_that_goes_on_from_its_records_is_the_run_that_never_stopped(rule: str, estimator: str) -> None:
     whole, parts = (Quadratic(configure(rule, estimator)) for _ in range(2))
     whole.run(9, LR[rule])
@@ -88,7 +88,7 @@ def test_the_same_scalars_give_the_same_bits_on_any_threads_in_any_pieces(
 ) -> None:
     shapes = {"layers.0.w": (300, 500), "layers.1.w": (7, BLOCK // 5), "norm": (40,)}
     random = np.random.default_rng(0)
-    records = [(np.float32(random.standard_normal(3) * 10).tolist(), 1e-3) for _ in range(5)]
+    records = [(scalars(rule, np.float32(random.standard_normal(3) * 10).tolist()), 1e-3) for _ in range(5)]
     digests = set()
     for threads, run_blocks in ((1, 16), (2, 1), (3, 2)):
         monkeypatch.setattr(passes_module, "RUN_BLOCKS", run_blocks)
@@ -104,7 +104,7 @@ def test_a_learning_rate_scales_the_first_step(rule: str) -> None:
     for lr in (0.0, 1e-3, 2e-3):
         problem = Quadratic(configure(rule))
         before = problem.theta
-        problem.replay([([3.0, -4.0, 0.5, 1.0], lr)])
+        problem.replay([(scalars(rule, [3.0, -4.0, 0.5, 1.0]), lr)])
         moved[lr] = problem.theta - before
     assert not moved[0.0].any()
     assert np.abs(moved[1e-3]).max() > 1e-5
@@ -112,8 +112,7 @@ def test_a_learning_rate_scales_the_first_step(rule: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["raise", "nan"])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "estimator"), COMPOSED)
 def test_a_failing_loss_leaves_theta_as_it_was(rule: str, estimator: str, fault: str) -> None:
     """At every call of the loss, in the first step and in one after it."""
     for done in (0, 1):
@@ -179,6 +178,7 @@ BITS = {
     "adam full rademacher": "6d9d734007e20cf1",
     "conservative full rademacher": "6c10731b21ea9318",
     "svrg full rademacher": "050c6d6fbb809ad3",
+    "hizoo full rademacher": "a8b79b3176934137",
     "sgd full gaussian": "7861fbcb8cd40e7b",
     "sgd full sphere": "c2193db228e79a0e",
     "sgd layers rademacher": "471ab44c185c2358",
@@ -197,7 +197,7 @@ def bits_of(rule: str, sampler: str, noise: str) -> str:
     sampler_made = make_sampler(problem.config, Tunables(shapes, LAYERS, arrays))
     weights = MutableWeights(arrays, eps=EPS, sampler=sampler_made)
     for step, grads in enumerate(([1.5, -2.0, 0.25], [0.5, 3.0, -1.0], [-0.125, 0.75, 2.0])):
-        zo_step(weights, [Direction(7, step, number) for number in range(3)], grads, 2.0**-6, problem.rule, 0.125)
+        zo_step(weights, [Direction(7, step, number) for number in range(3)], scalars(rule, grads), 2.0**-6, problem.rule, 0.125)
     weights.flush()
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays.values())).hexdigest()[:16]
 
@@ -222,7 +222,10 @@ TUNING: dict[str, Any] = {
 LORA = {"eps": 1e-2, "lr": 1e-2, "directions": 4, "batch": 1}
 FULL = {"eps": 1e-3, "lr": 1e-4, "directions": 2, "batch": 2}
 RUNS = [
-    *(("lora_dir", {**LORA, "rule": rule}) for rule in RULES),
+    *(("lora_dir", {**LORA, "rule": rule}) for rule in RULES if rule != "hizoo"),
+    ("lora_dir", {**LORA, "rule": "hizoo", "estimator": "curvature"}),
+    ("prefix_dir", {**LORA, "rule": "hizoo", "estimator": "curvature", "noise": "gaussian"}),
+    *(("exported_dir", {**FULL, "rule": "hizoo", "estimator": "curvature", "directions": count, "noise": "gaussian"}) for count in (1, 2)),
     *(("lora_dir", {**LORA, "rule": "fzoo", "estimator": estimator, "batch": 3}) for estimator in ESTIMATORS),
     ("lora_dir", {**LORA, "sampler": "layers", "tune_a": True, "share": 0.5}),
     ("prefix_dir", {**LORA, "rule": "adam", "noise": "sphere"}),
@@ -287,8 +290,7 @@ def test_the_configuration_knows_which_estimators_share_rows() -> None:
     assert set(SHARING) == {name for name, estimator in ESTIMATORS.items() if estimator.shared}
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(("rule", "estimator"), COMPOSED)
 def test_a_step_takes_the_rows_of_forward_that_are_said(
     lora_dir: Path, write_rows: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str, estimator: str
 ) -> None:

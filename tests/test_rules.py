@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from quadratic import Quadratic, configure
+from quadratic import EPS, Quadratic, configure, scalars
 
 from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime.noise import Direction
 from edgezo.runtime.rules import RULES
+from edgezo.runtime.rules.hizoo import Hizoo
 from edgezo.runtime.rules.rule import DenseRule, ScalarRule
 
 
@@ -32,7 +33,7 @@ def test_steps_at_the_rate_for_a_move_have_its_length(rule: str) -> None:
     problem = Quadratic(configure(rule, directions=16), shapes={"layers.0.w": (200, 300)})
     before, grads = problem.theta, np.float32(5 * np.random.default_rng(0).standard_normal(16))
     rms = float(np.sqrt(np.mean(grads**2)))
-    problem.replay([(grads.tolist(), problem.rule.rate(3e-3, rms, 16))])
+    problem.replay([(scalars(rule, grads.tolist()), problem.rule.rate(3e-3, rms, 16))])
     assert np.sqrt(np.mean((problem.theta - before) ** 2)) == pytest.approx(3e-3, rel=0.05)
 
 
@@ -121,6 +122,34 @@ def test_svrg_moves_by_the_difference_to_the_kept_theta_and_its_gradient() -> No
     assert differences == pytest.approx([row @ (problem.curvature * (after - kept)) for row in z], abs=1e-3)
     expected = after - 0.01 * sum(g * row for g, row in zip(differences, z, strict=True)) + (after - kept)
     assert problem.theta == pytest.approx(expected, abs=1e-6)
+
+
+def test_hizoo_follows_a_float64_reference() -> None:
+    problem = Quadratic(configure("hizoo", noise="gaussian", hessian_smooth=0.25))
+    expected, h, random = problem.theta, np.ones(problem.size), np.random.default_rng(3)
+    for step in range(1, 7):
+        grads, curvatures = np.float32(random.standard_normal((2, 4)) * [[1], [4]])
+        for direction, grad, curvature in zip(problem.directions(), grads, curvatures, strict=True):
+            z = np.concatenate([problem.weights.sampler.draw(direction, name, array.size) for name, array in problem.arrays.items()])
+            expected = expected - 0.01 / 4 * grad * z / h
+            h = 0.75 * h + 0.25 * abs(curvature) / 2 * z**2
+        problem.replay([([*grads.tolist(), *(EPS * curvatures).tolist()], 0.01)])
+        assert problem.theta == pytest.approx(expected, rel=1e-5, abs=step * 4e-6)
+
+
+def test_hizoo_finds_the_diagonal_of_a_hessian() -> None:
+    problem = Quadratic(configure("hizoo", noise="gaussian", hessian_smooth=5e-4), shapes={"layers.0.w": (1, 4)})
+    problem.run(1500, 1e-9)
+    assert isinstance(problem.rule, Hizoo)
+    found = problem.rule.curvature["layers.0.w"]
+    assert found == pytest.approx(problem.curvature.sum() / 2 + problem.curvature, abs=0.15)  # 2.94 to 4.03
+
+
+def test_hizoo_takes_curvatures_from_an_estimator_that_has_them() -> None:
+    assert RULES["hizoo"](configure("hizoo"), {"w": 1000, "norm": 24}).state_bytes == 4096
+    with pytest.raises(ConfigError) as caught:
+        configure("hizoo", "two-sided")
+    assert str(caught.value) == "--rule hizoo: takes the curvature along every direction; give --estimator curvature"
 
 
 def test_one_direction_has_no_spread() -> None:

@@ -43,6 +43,9 @@ VARIANTS = {
     "LoRA, sampler layers": Method("lora", {"start": "none", "sampler": "layers"}),
     "all weights: sgd, two-sided, one direction of 16 rows": Method("full", {"start": "none"}),
     **{f"all weights, noise {noise}": Method("full", {"start": "none", "noise": noise}) for noise in ("gaussian", "sphere")},
+    "all weights, rule hizoo, noise gaussian": Method(
+        "full", {"start": "none", "rule": "hizoo", "estimator": "curvature", "noise": "gaussian", "batch": 11}
+    ),
     **{
         f"all weights, sampler {sampler}": Method("full", {"start": "none", "sampler": sampler})
         for sampler in ("layers", "magnitude", "lozo", "subzero", "tezo")

@@ -6,6 +6,7 @@ from edgezo.config import TuneConfig
 from edgezo.runtime.rules.adam import Adam
 from edgezo.runtime.rules.conservative import Conservative
 from edgezo.runtime.rules.fzoo import Fzoo
+from edgezo.runtime.rules.hizoo import Hizoo
 from edgezo.runtime.rules.meazo import Meazo
 from edgezo.runtime.rules.momentum import Momentum
 from edgezo.runtime.rules.normalized import Normalized
@@ -24,6 +25,7 @@ RULES: dict[str, Callable[[TuneConfig, Mapping[str, int]], Rule]] = {
     "adam": lambda config, sizes: Adam(sizes, config.beta_m, config.beta_v),
     "conservative": lambda config, sizes: Conservative(),
     "svrg": lambda config, sizes: Svrg(config.anchor_every, config.anchor_batches),
+    "hizoo": lambda config, sizes: Hizoo(sizes, config.hessian_smooth, config.eps),
 }
 
 
