@@ -21,6 +21,7 @@ from edgezo.runtime.estimators import ESTIMATORS
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.noise import BLOCK, Direction
 from edgezo.runtime.optimizer import zo_step
+from edgezo.runtime.reports import Reporter
 from edgezo.runtime.rules import RULES
 from edgezo.runtime.run import read_run
 from edgezo.runtime.samplers import SAMPLERS, Tunables, make_sampler
@@ -273,6 +274,21 @@ def test_samplers_that_lora_has_no_use_for_are_refused(
         edgezo.tune(lora_dir, tmp_path / "run", data=reviews, steps=1, **TUNING, **settings)
     assert str(caught.value) == message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("edge", "settings", "advice"),
+    [("exported_dir", FULL, "; give --noise gaussian"), ("lora_dir", LORA, ""), ("exported_dir", {**FULL, "noise": "gaussian"}, None)],
+    ids=["signs", "lora", "normal"],
+)
+def test_hizoo_tells_that_signs_show_nothing_of_a_diagonal(
+    request: pytest.FixtureRequest, reviews: str, tmp_path: Path, edge: str, settings: dict[str, Any], advice: str | None
+) -> None:
+    told: list[str] = []
+    given = {**TUNING, **settings, "rule": "hizoo", "estimator": "curvature", "data": reviews}
+    edgezo.tune(request.getfixturevalue(edge), tmp_path / "run", steps=1, reporter=Reporter(notice=told.append), **given)
+    expected = f"--rule hizoo: directions of signs meet one curvature in all weights, so that it changes the rate alone{advice}"
+    assert [line for line in told if "of signs" in line] == ([expected] if advice is not None else [])
 
 
 def test_a_prefix_has_neither_layers_nor_matrices(prefix_dir: Path, reviews: str, tmp_path: Path) -> None:
