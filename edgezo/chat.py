@@ -150,7 +150,7 @@ def chat_command(
         model.generation  # noqa: B018  loaded before the first message rather than after it
         notice(f"{model_name(run or adapter or directory, model.step)}; /help shows the commands")
     if run is not None or adapter is None:
-        tell_labels(directory, run)
+        tell_labels(directory, run, step_of_run(step, run))
     while (line := read_line(mark)) is not None:
         try:
             if line.startswith("/"):
@@ -194,11 +194,12 @@ def obey(conversation: Conversation, line: str) -> bool:
     if name == "/run":
         path, step = split_step(path)
         switch(conversation, path, run=path, step=step)
-        tell_labels(conversation.model.directory, path)
+        tell_labels(conversation.model.directory, path, step)
     elif name == "/adapter":
         switch(conversation, path, adapter=path)
     elif name == "/base":
         switch(conversation, "base")
+        tell_labels(conversation.model.directory)
     elif name == "/reset":
         conversation.exchanges.clear()
         notice("the conversation is forgotten")
@@ -227,11 +228,11 @@ def switch(conversation: Conversation, source: str, **chosen: Any) -> None:
         raise ConfigError(f"{error.filename or source}: {error.strerror or error}") from None
 
 
-def tell_labels(directory: Path, run: str | Path | None) -> None:
+def tell_labels(directory: Path, run: str | Path | None = None, step: int | str = "best") -> None:
     """Say so where what answers learned labels, so that nobody waits for what it cannot have learned."""
     from edgezo.api import recorded_reading
 
-    if (note := terminal.labels_note(directory, run, recorded_reading(directory, run))) is not None:
+    if (note := terminal.labels_note(directory, run, step, recorded_reading(directory, run))) is not None:
         notice(note)
 
 

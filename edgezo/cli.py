@@ -136,7 +136,10 @@ def tune_command(
     estimator: Annotated[str | None, setting("estimator", text=f"of projected gradients: {', '.join(choices_of('estimator'))}.")] = None,
     rule: Annotated[
         str | None,
-        setting("rule", text=f"of the update: {', '.join(choices_of('rule'))}; normalized has root mean square lr in every weight."),
+        setting(
+            "rule",
+            text=f"of the update: {', '.join(choices_of('rule'))}; normalized has root mean square lr in every weight, hizoo takes --estimator curvature.",
+        ),
     ] = None,
     beta_m: Annotated[float | None, setting("beta_m")] = None,
     beta_v: Annotated[float | None, setting("beta_v")] = None,
@@ -221,9 +224,10 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
     peak = f", peak memory {result.peak_bytes / 1e6:.0f} MB" if result.peak_bytes is not None else ""
     rows = [("run", f"{output}, {result.steps} step{'s' if result.steps != 1 else ''}, {result.ended}, {result.seconds:.0f} s{peak}")]
     if undos := run.journal.undos:
-        lr = run.config.lr or 0.0
+        assert run.config.lr is not None  # a run with steps has one
+        lower = run.config.lr * run.journal.lr_scale
         times = f"{undos} time{'s' if undos > 1 else ''}"
-        rows.append(("taken back", f"steps, {times}, since the loss rose; lr {lr:.3g} -> {lr * run.journal.lr_scale:.3g}"))
+        rows.append(("taken back", f"{times}, the loss rose or was not finite; lr {run.config.lr:.3g}, at the end {lower:.3g}"))
     if result.before is not None:
         rows.append(("before", terminal.evaluation_text(result.before)))
     if result.start is not None:

@@ -24,6 +24,7 @@ DEFAULT_PATIENCE = 3
 # rows of a direction that an adapter has for the objective accuracy: one row changes it along hardly any direction. F1 and exact match of written
 # answers would take four times as long a step, and were not measured
 ACCURACY_BATCH = 4
+SCALARS = {"hizoo": 2}  # numbers a direction that the journal holds, one where a rule is not named here
 SHARING = ("one-sided", "curvature")  # estimators whose directions all see the same rows
 ANSWER_METRICS = ("f1", "exact-match")  # of generated answers, unless --metrics says otherwise
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
@@ -103,7 +104,7 @@ class TuneConfig(BaseModel):
     beta_v: float = Field(0.99, ge=0, lt=1, description="of rules adam and meazo: average of squares")
     anchor_every: int = Field(5, gt=0, description="of rule svrg: steps between estimates over many rows")
     anchor_batches: int = Field(8, gt=0, le=1024, description="of rule svrg: steps whose rows such an estimate has")
-    hessian_smooth: float = Field(1e-6, gt=0, lt=1, description="of rule hizoo: share of a step's curvature in the average")
+    hessian_smooth: float = Field(1e-6, gt=0, lt=1, description="of rule hizoo: share of a direction's curvature in the average")
     sampler: Literal["full", "layers", "magnitude", "lozo", "subzero", "tezo"] = Field(
         "full", description="which weights a direction moves"
     )

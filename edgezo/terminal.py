@@ -120,12 +120,15 @@ def prediction_text(prediction: "Prediction", alone: bool) -> str:
     return "  ".join(f"{label} {100 * probability:.1f} %" for label, probability in ranked)
 
 
-def labels_note(directory: str | os.PathLike[str], run: str | os.PathLike[str] | None, reading: Mapping[str, Any] | None) -> str | None:
+def labels_note(
+    directory: str | os.PathLike[str], run: str | os.PathLike[str] | None, step: int | str, reading: Mapping[str, Any] | None
+) -> str | None:
     """For whoever has text written by what learned labels, by how it reads rows: what to use instead; None where it learned text."""
     if reading is None or "labels" not in reading or reading.get("objective") == "likelihood":
         return None
     of, known = ("model", "") if run is None else ("run", f" --run {typed(run)}")
-    use = f"edgezo predict {typed(directory)}{known} --text '...'"
+    chosen = "" if run is None or step == "best" else f" --step {step}"
+    use = f"edgezo predict {typed(directory)}{known}{chosen} --text '...'"
     return f"note: this {of} learned to choose among labels, not to write text; for a label: {use}"
 
 

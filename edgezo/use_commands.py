@@ -252,7 +252,7 @@ def generate_command(
         text = model.text.chat([{"role": "user", "content": text}], reply=True)
     pieces = generate(model, text, max_tokens, sampling_of(temperature, top_k, top_p, seed), special=not chat)
     reading = (recorded_reading(directory, run) if run is not None or adapter is None else None) or {}
-    if (note := terminal.labels_note(directory, run, reading)) is not None:
+    if (note := terminal.labels_note(directory, run, step_of_run(step, run), reading)) is not None:
         terminal.stderr().print(note)
     ending = reading.get("stop") if stop is None else unescape(stop)
     if ending:

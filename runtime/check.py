@@ -41,7 +41,7 @@ class Findings(NamedTuple):
     """What a check of a run found. `problems` is empty when all is well.
 
     files: those that the journal has hashes of. derived: scalars derived again. largest_loss_difference: over these, of (L+ + L-) / 2
-    and of (L+ - L-) / 2, in units of the objective.
+    of (L+ - L-) / 2 and, where the journal has curvatures, of a quarter of L+ - 2 L + L-, in units of the objective.
     """
 
     steps: int
@@ -139,8 +139,9 @@ def _derive_again(run: Run, model: EdgeModel, every: int, progress: Callable[[in
             found = theta.measure(partial(dataset.batch, order), step, record.learning_rate)
             loss = float(np.mean([estimate.loss for estimate in found]))
             largest = max(largest, abs(loss - record.loss))
-            for estimate, recorded in zip(found, record.projected_grads, strict=True):
-                largest = max(largest, abs(estimate.projected_grad - recorded) * weights.eps)
+            for place, (estimate, recorded) in enumerate(zip(found, record.projected_grads, strict=True)):
+                unit = weights.eps if place < len(directions) else weights.eps**2 / 4  # curvatures, behind the projected gradients
+                largest = max(largest, abs(estimate.projected_grad - recorded) * unit)
             derived += 1
         theta.step(directions, record.projected_grads, record.learning_rate)
         progress(step + 1)

@@ -5,6 +5,7 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edgezo.config import SCALARS
 from edgezo.errors import RunError
 from edgezo.runtime.evaluation import Evaluation, best_step
 from edgezo.runtime.examples import Offsets
@@ -121,12 +122,13 @@ def _read_header(path: Path, data: bytes) -> tuple[dict[str, Any], int, int]:
 
 
 def _scalars(path: Path, header: dict[str, Any]) -> int:
-    """Numbers of a step, by the configuration in the header: projected gradients, with rule hizoo curvatures too."""
+    """Numbers of a step, by the configuration in the header: one a direction, or as many as its rule takes."""
     config = header.get("config")
     count = config.get("directions", 1) if isinstance(config, dict) else 1
-    if not isinstance(count, int) or not 0 < count <= DIRECTIONS_LIMIT:
+    each = SCALARS.get(str(config.get("rule")), 1) if isinstance(config, dict) else 1
+    if not isinstance(count, int) or not 0 < each * count <= DIRECTIONS_LIMIT:
         raise RunError(f"{path}: the header says {count!r} directions a step; the run cannot be used")
-    return 2 * count if isinstance(config, dict) and config.get("rule") == "hizoo" else count
+    return each * count
 
 
 def _with_record(path: Path, contents: JournalContents, record: bytes, end: int, checksum: int) -> JournalContents:

@@ -25,7 +25,7 @@ def zo_step(
     Args:
         parameters: theta, restored to its value before the step (the restore may be pending).
         directions: name z_1 .. z_Q.
-        projected_grads: g_1 .. g_Q, as stored in the journal (float32).
+        projected_grads: g_1 .. g_Q and what else the rule takes, as stored in the journal (float32).
         lr: learning rate of this step, as stored in the journal (float32).
         rule: how they become an update; its state is that of the steps before, and is brought up to date.
         weight_decay: decoupled; matrices alone decay, biases and norms do not.

@@ -192,11 +192,13 @@ def _proven_theta(model: EdgeModel, config: TuneConfig, dataset: Dataset, start:
         reporter.notice(
             f"{model.directory}: exported before answers of several directions could share a forward; export again for faster steps"
         )
+    if config.rule == "hizoo" and not theta.objective.smooth:
+        raise ConfigError(f"--rule hizoo: --objective {theta.objective.name} changes in steps and has no curvature; take another rule")
     if theta.rule.state_bytes:
         reporter.notice(f"--rule {config.rule} keeps {theta.rule.state_bytes / 1e6:.0f} MB of averages in memory")
-    if config.rule == "hizoo" and config.noise == "rademacher" and config.sampler in {"full", "layers", "magnitude"}:
-        advice = "" if isinstance(model.adapter, Lora) else "; give --noise gaussian"
-        reporter.notice(f"--rule hizoo: directions of signs meet one curvature in all weights, so that it changes the rate alone{advice}")
+    if config.rule == "hizoo" and config.noise == "rademacher" and config.sampler in {"full", "magnitude"}:
+        advice = "take another rule" if isinstance(model.adapter, Lora) else "give --noise gaussian"
+        reporter.notice(f"--rule hizoo: directions of signs meet one curvature in all weights, so that it changes the rate alone; {advice}")
     reporter.stage("checking that the engine sees changes of every tunable tensor")
     prove_live(model, weights, generates=theta.objective.writes_text)
     return theta

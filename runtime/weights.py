@@ -124,7 +124,7 @@ class MutableWeights:
         exponent = math.frexp(most)[1] + 1 if most else 0  # a bit to spare for rounding
         gradients = {t.name: GridTensor(t.name, t.id, t.size, False, exponent) for t in self.tensors}
         adder = self.sampler.adder(list(gradients.values()), additions)
-        dither = np.float32(noise.uniform(first.seed, noise.CHANGE, first.step))
+        dither = np.float32(noise.uniform(first.seed, noise.CHANGE, first.step, first.number))
         moved: list[tuple[GridTensor, float]] = []
 
         def work(tensor: GridTensor, start: int, end: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgezo.config import TuneConfig, make_config
+from edgezo.config import SCALARS, TuneConfig, make_config
 from edgezo.runtime.estimators import ESTIMATORS
 from edgezo.runtime.estimators.estimator import Estimate, estimate_in_place
 from edgezo.runtime.noise import Direction, Floats
@@ -29,7 +29,6 @@ def configure(
     """Settings of a method, with numbers that suit the quadratic."""
     estimator = estimator or ("curvature" if rule == "hizoo" else "two-sided")
     made = {
-        "eps": EPS,
         "hessian_smooth": 1e-3,
         "directions": 4,
         "batch": 1,
@@ -45,7 +44,7 @@ def configure(
 
 def scalars(rule: str, grads: list[float]) -> list[float]:
     """A step with these projected gradients, as the journal of a rule holds it."""
-    return grads + [0.5 * EPS * number for number, _ in enumerate(grads)] if rule == "hizoo" else grads
+    return grads + [0.5 * number for number in range((SCALARS.get(rule, 1) - 1) * len(grads))]
 
 
 class Quadratic:

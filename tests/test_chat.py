@@ -43,9 +43,9 @@ def run(invoke: Command, exported_dir: Path, reviews: str, tmp_path: Path) -> st
     return "my run"
 
 
-def labels_told(directory: Path) -> str:
+def labels_told(directory: Path, step: str = "") -> str:
     """What is said of that run, which learned labels."""
-    use = f"edgezo predict {directory} --run 'my run' --text '...'"
+    use = f"edgezo predict {directory} --run 'my run'{step} --text '...'"
     return f"  note: this run learned to choose among labels, not to write text; for a label: {use}\n"
 
 
@@ -161,17 +161,17 @@ def test_the_model_is_switched_and_what_was_said_stays(chat: Chat, model: EdgeMo
     history += [reply(model, said(*history))]
     assert history[3] != reply(model, said(*history[:3]))
     lines = "the film\n/run my run 4\nis great\n/base\nParis?\n"
-    assert chat(lines) == (0, shown(history[1::2]), f"  my run, step 4\n{labels_told(exported_dir)}  base\n")
+    assert chat(lines) == (0, shown(history[1::2]), f"  my run, step 4\n{labels_told(exported_dir, ' --step 4')}  base\n")
 
 
 def test_a_run_is_given_at_the_start_or_later_and_at_any_step(chat: Chat, exported_dir: Path, run: str) -> None:
     expected = shown(replies(EdgeModel(exported_dir, threads=1, run=run, step=2), "the film"))
-    told = labels_told(exported_dir)
-    assert chat("the film\n", "--run", run, "--step", "2") == (0, expected, told)
+    best, second, last = (labels_told(exported_dir, step) for step in ("", " --step 2", " --step last"))
+    assert chat("the film\n", "--run", run, "--step", "2") == (0, expected, second)
     assert chat("/run my run\n/run my run last\n/run my run 2\nthe film\n") == (
         0,
         expected,
-        f"  my run, step 4\n{told}  my run, step 4\n{told}  my run, step 2\n{told}",
+        f"  my run, step 4\n{best}  my run, step 4\n{last}  my run, step 2\n{second}",
     )
 
 

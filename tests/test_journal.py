@@ -294,9 +294,9 @@ def test_a_file_too_large_for_a_journal_is_not_read(tmp_path: Path) -> None:
         read_journal(tmp_path / "j")
 
 
-@pytest.mark.parametrize("count", [0, -1, 1 << 16, "3", None])
-def test_a_header_with_impossible_directions_is_refused(tmp_path: Path, count: object) -> None:
-    with Journal.create(tmp_path / "j", {**HEADER, "config": {"directions": count}}):
+@pytest.mark.parametrize(("count", "rule"), [*((count, "sgd") for count in (0, -1, 1 << 16, "3", None)), (1 << 15, "hizoo")])
+def test_a_header_with_impossible_directions_is_refused(tmp_path: Path, count: object, rule: str) -> None:
+    with Journal.create(tmp_path / "j", {**HEADER, "config": {"directions": count, "rule": rule}}):
         pass
     with pytest.raises(RunError, match=r"the header says .* directions a step; the run cannot be used"):
         read_journal(tmp_path / "j")

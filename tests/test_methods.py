@@ -12,7 +12,7 @@ import pytest
 from quadratic import EPS, LAYERS, NOISY, Quadratic, configure, scalars
 
 import edgezo
-from edgezo.config import SHARING, choices_of
+from edgezo.config import SCALARS, SHARING, choices_of
 from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime import passes as passes_module
 from edgezo.runtime.calibration import forward_rows
@@ -100,6 +100,12 @@ def test_the_same_scalars_give_the_same_bits_on_any_threads_in_any_pieces(
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_a_journal_has_room_for_what_a_rule_takes(rule: str) -> None:
+    problem = Quadratic(configure(rule, directions=3))
+    assert len(problem.measure(0.01)) == 3 * SCALARS.get(rule, 1)
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_a_learning_rate_scales_the_first_step(rule: str) -> None:
     moved = {}
     for lr in (0.0, 1e-3, 2e-3):
@@ -179,7 +185,8 @@ BITS = {
     "adam full rademacher": "6d9d734007e20cf1",
     "conservative full rademacher": "6c10731b21ea9318",
     "svrg full rademacher": "050c6d6fbb809ad3",
-    "hizoo full rademacher": "a8b79b3176934137",
+    "hizoo full rademacher": "74b656aaa45f7272",
+    "hizoo full gaussian": "edbc31ba58e6c2c0",
     "sgd full gaussian": "7861fbcb8cd40e7b",
     "sgd full sphere": "c2193db228e79a0e",
     "sgd layers rademacher": "471ab44c185c2358",
@@ -204,7 +211,8 @@ def bits_of(rule: str, sampler: str, noise: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("rule", "sampler", "noise"), [*((rule, "full", "rademacher") for rule in RULES), *(("sgd", *pair) for pair in NOISY[1:])]
+    ("rule", "sampler", "noise"),
+    [*((rule, "full", "rademacher") for rule in RULES), ("hizoo", "full", "gaussian"), *(("sgd", *pair) for pair in NOISY[1:])],
 )
 def test_three_steps_give_the_same_bits_for_ever(rule: str, sampler: str, noise: str) -> None:
     assert bits_of(rule, sampler, noise) == BITS[f"{rule} {sampler} {noise}"]
@@ -278,7 +286,11 @@ def test_samplers_that_lora_has_no_use_for_are_refused(
 
 @pytest.mark.parametrize(
     ("edge", "settings", "advice"),
-    [("exported_dir", FULL, "; give --noise gaussian"), ("lora_dir", LORA, ""), ("exported_dir", {**FULL, "noise": "gaussian"}, None)],
+    [
+        ("exported_dir", FULL, "give --noise gaussian"),
+        ("lora_dir", LORA, "take another rule"),
+        ("exported_dir", {**FULL, "noise": "gaussian"}, None),
+    ],
     ids=["signs", "lora", "normal"],
 )
 def test_hizoo_tells_that_signs_show_nothing_of_a_diagonal(
@@ -287,8 +299,26 @@ def test_hizoo_tells_that_signs_show_nothing_of_a_diagonal(
     told: list[str] = []
     given = {**TUNING, **settings, "rule": "hizoo", "estimator": "curvature", "data": reviews}
     edgezo.tune(request.getfixturevalue(edge), tmp_path / "run", steps=1, reporter=Reporter(notice=told.append), **given)
-    expected = f"--rule hizoo: directions of signs meet one curvature in all weights, so that it changes the rate alone{advice}"
+    expected = f"--rule hizoo: directions of signs meet one curvature in all weights, so that it changes the rate alone; {advice}"
     assert [line for line in told if "of signs" in line] == ([expected] if advice is not None else [])
+
+
+def test_a_rate_is_measured_for_hizoo_by_steps_that_are_taken_back(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    """The trial is replayed on another grid before it is looked at."""
+    settings = {"rule": "hizoo", "estimator": "curvature", "noise": "gaussian", "directions": 1, "batch": 4, "hessian_smooth": 0.1}
+    result = edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=40, **TUNING, **settings)
+    found = read_run(tmp_path / "run")
+    assert result.steps == len(found.records) == 40
+    assert found.config.eps is not None
+    assert {"tried_steps", "reach"} <= set(found.header["calibration"]["trial"])
+    assert all(len(record.projected_grads) == 2 for record in found.records)
+
+
+def test_hizoo_is_refused_where_an_objective_changes_in_steps(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    settings = {**FULL, "rule": "hizoo", "estimator": "curvature", "noise": "gaussian", "objective": "accuracy"}
+    with pytest.raises(ConfigError) as caught:
+        edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=1, **TUNING, **settings)
+    assert str(caught.value) == "--rule hizoo: --objective accuracy changes in steps and has no curvature; take another rule"
 
 
 def test_a_prefix_has_neither_layers_nor_matrices(prefix_dir: Path, reviews: str, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from quadratic import EPS, Quadratic, configure, scalars
+from quadratic import Quadratic, configure, scalars
 
 from edgezo.errors import ConfigError, NonFiniteLossError
 from edgezo.runtime.noise import Direction
@@ -131,18 +131,40 @@ def test_hizoo_follows_a_float64_reference() -> None:
         grads, curvatures = np.float32(random.standard_normal((2, 4)) * [[1], [4]])
         for direction, grad, curvature in zip(problem.directions(), grads, curvatures, strict=True):
             z = np.concatenate([problem.weights.sampler.draw(direction, name, array.size) for name, array in problem.arrays.items()])
+            h = np.maximum(0.75 * h + 0.25 * abs(curvature) / 2 * z**2, 0.01)
             expected = expected - 0.01 / 4 * grad * z / h
-            h = 0.75 * h + 0.25 * abs(curvature) / 2 * z**2
-        problem.replay([([*grads.tolist(), *(EPS * curvatures).tolist()], 0.01)])
+        problem.replay([([*grads.tolist(), *curvatures.tolist()], 0.01)])
         assert problem.theta == pytest.approx(expected, rel=1e-5, abs=step * 4e-6)
 
 
 def test_hizoo_finds_the_diagonal_of_a_hessian() -> None:
     problem = Quadratic(configure("hizoo", noise="gaussian", hessian_smooth=5e-4), shapes={"layers.0.w": (1, 4)})
-    problem.run(1500, 1e-9)
+    problem.run(3000, 1e-9)
     assert isinstance(problem.rule, Hizoo)
-    found = problem.rule.curvature["layers.0.w"]
+    found = problem.rule.h["layers.0.w"]
     assert found == pytest.approx(problem.curvature.sum() / 2 + problem.curvature, abs=0.15)  # 2.94 to 4.03
+
+
+def test_hizoo_takes_the_weights_of_its_estimator_off() -> None:
+    problem = Quadratic(configure("hizoo", noise="gaussian", directions=1))
+    z = np.concatenate([problem.weights.sampler.draw(Direction(0, 0, 0), name, array.size) for name, array in problem.arrays.items()])
+    (weighed,) = (estimate.projected_grad for estimate in problem.estimates())
+    grad, curvature = problem.measure(0.01)
+    assert curvature == pytest.approx(z @ (problem.curvature * z), rel=1e-3)
+    assert grad == pytest.approx(weighed * curvature**0.1)
+    assert abs(grad) > 1.3 * abs(weighed)
+
+
+def test_hizoo_keeps_its_average_above_zero_where_nothing_curves() -> None:
+    """By signs, so that every weight moves as far; the first direction of a step alone has a gradient."""
+    flat, moves = [1.0, 0.0, 0.0, 0.0] + [0.0] * 4, []
+    problem = Quadratic(configure("hizoo", hessian_smooth=0.5))
+    for lr in (4e-4, *[0.0] * 8, 4e-4):
+        before = problem.theta
+        problem.replay([(flat, lr)])
+        moves.append(np.abs(problem.theta - before))
+    assert moves[0] == pytest.approx(2e-4, abs=1e-6)
+    assert moves[-1] == pytest.approx(1e-2, abs=1e-6)
 
 
 def test_hizoo_takes_curvatures_from_an_estimator_that_has_them() -> None:

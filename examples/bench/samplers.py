@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
-from edgezo.config import choices_of, make_config
+from edgezo.config import SCALARS, choices_of, make_config
 from edgezo.runtime.noise import Direction, Floats
 from edgezo.runtime.optimizer import zo_step
 from edgezo.runtime.rules import make_rule
@@ -56,10 +56,10 @@ def addition(weights: MutableWeights) -> float:
 def update(rule: str) -> float:
     """One update by a rule along one direction."""
     weights = make_weights()
-    made = make_rule(make_config(None, {"data": "none", "rule": rule}), weights.sizes)
+    made = make_rule(make_config(None, {"data": "none", "rule": rule, "estimator": "curvature"}), weights.sizes)
 
     def step(number: int) -> None:
-        zo_step(weights, [Direction(0, number)], [1.0], 1e-6, made)
+        zo_step(weights, [Direction(0, number)], [1.0] * SCALARS.get(rule, 1), 1e-6, made)
         weights.flush()
 
     return seconds(step)
@@ -70,7 +70,7 @@ def main() -> None:
     for setting, names in (("sampler", choices_of("sampler")), ("noise", choices_of("noise"))):
         for name in names:
             print(f"--{setting} {name}: {addition(make_weights(**{setting: name})) / base:.1f}", flush=True)
-    for name in ("sgd", "momentum", "adam"):
+    for name in ("sgd", "momentum", "adam", "hizoo"):
         print(f"--rule {name}: {update(name) / base:.1f}", flush=True)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from edgezo.runtime.estimators.estimator import Estimator, Losses
+from edgezo.runtime.estimators.estimator import Estimator, Losses, second_differences
 
 POWER = 0.1
 
@@ -16,9 +16,14 @@ def grads(losses: Losses, base: float, eps: float) -> Losses:
         1.5-SPSA, as described for language models without a paper that we could cite; the curvature is that of Spall 2000, Adaptive
         Stochastic Approximation by the Simultaneous Perturbation Method.
     """
-    curvature = np.abs(losses[:, 0] - 2 * base + losses[:, 1]) / eps**2
-    found: Losses = (losses[:, 0] - losses[:, 1]) / (2 * eps) / np.maximum(1, curvature**POWER)
+    weights = [weight(curvature) for curvature in second_differences(losses, base, eps).tolist()]
+    found: Losses = (losses[:, 0] - losses[:, 1]) / (2 * eps) / weights
     return found
+
+
+def weight(curvature: float) -> float:
+    """What g is divided by: max(1, |c|^0.1)."""
+    return float(np.maximum(1, np.abs(curvature) ** POWER))
 
 
 CURVATURE = Estimator((1, -1), True, grads)

@@ -28,7 +28,7 @@ class Parameters(Protocol):
 class Estimate(NamedTuple):
     """projected_grad, approximately z . grad L, and the loss at theta up to eps^2.
 
-    curvature: eps * (L+ - 2 L(theta) + L-) / eps^2, of the scale of projected_grad; NaN where not all three losses are known.
+    curvature: c = (L+ - 2 L(theta) + L-) / eps^2; NaN where not all three losses are known.
     """
 
     projected_grad: float
@@ -65,13 +65,19 @@ class Estimator(NamedTuple):
             refuse_non_finite(base, directions[0], 0)
         found = []
         told = [base] * len(directions) if self.shared else losses.mean(axis=1).tolist()
-        curved = (losses[:, 0] - 2 * base + losses[:, 1]) / eps if len(self.sides) == 2 else np.full(len(losses), math.nan)
+        curved = second_differences(losses, base, eps) if len(self.sides) == 2 else np.full(len(losses), math.nan)
         scalars = zip(self.grads(losses, base, eps).tolist(), told, curved.tolist(), strict=True)
         for direction, (grad, loss, curvature) in zip(directions, scalars, strict=True):
-            if not abs(grad) <= LARGEST_FLOAT32 or abs(curvature) > LARGEST_FLOAT32:
+            if not abs(grad) <= LARGEST_FLOAT32:
                 raise NonFiniteLossError(f"step {direction.step}: the projected gradient is {grad:g}; try a larger --eps")
             found.append(Estimate(grad, loss, curvature))
         return found
+
+
+def second_differences(losses: Losses, base: float, eps: float) -> Losses:
+    """c = (L+ - 2 L(theta) + L-) / eps^2, float64 [directions]."""
+    found: Losses = (losses[:, 0] - 2 * base + losses[:, 1]) / eps**2
+    return found
 
 
 def losses_in_place(parameters: Parameters, loss: Loss, direction: Direction, eps: float, sides: Sequence[int]) -> list[float]:

@@ -25,7 +25,7 @@ RULES: dict[str, Callable[[TuneConfig, Mapping[str, int]], Rule]] = {
     "adam": lambda config, sizes: Adam(sizes, config.beta_m, config.beta_v),
     "conservative": lambda config, sizes: Conservative(),
     "svrg": lambda config, sizes: Svrg(config.anchor_every, config.anchor_batches),
-    "hizoo": lambda config, sizes: Hizoo(sizes, config.hessian_smooth, config.eps),
+    "hizoo": lambda config, sizes: Hizoo(sizes, config.hessian_smooth),
 }
 
 

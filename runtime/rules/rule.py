@@ -60,7 +60,7 @@ class Rule(ABC):
         Args:
             parameters: theta, restored to its value before the step (the restore may be pending).
             directions: name z_1 .. z_Q.
-            projected_grads: g_1 .. g_Q.
+            projected_grads: g_1 .. g_Q, and behind them what else the rule takes of each (`SCALARS` in edgezo/config.py).
             lr: learning rate of this step.
             decay: lr * weight_decay; matrices alone decay, biases and norms do not.
         """
