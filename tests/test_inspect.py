@@ -150,9 +150,10 @@ def test_inspect_leaves_out_what_did_nothing_in_a_run(command: Command) -> None:
         ({"choices": ["{a}", "{b}"]}, {"label_field", "max_tokens"}),
         ({"objective": "f1"}, {"label_field", "beta"}),
         ({"objective": "module:function"}, {"label_field"}),
-        ({"objective": "dpo", "rule": "svrg"}, {"label_field", "beta_m", "beta_v"}),
-        ({"rule": "momentum"}, {"label_field", "beta_v", "anchor_every", "anchor_batches"}),
-        ({"rule": "meazo"}, {"label_field", "beta_m", "anchor_every", "anchor_batches"}),
+        ({"objective": "dpo", "rule": "svrg"}, {"label_field", "beta_m", "beta_v", "hessian_smooth"}),
+        ({"rule": "hizoo", "estimator": "curvature"}, {"label_field", "beta_m", "beta_v", "anchor_every", "anchor_batches"}),
+        ({"rule": "momentum"}, {"label_field", "beta_v", "anchor_every", "anchor_batches", "hessian_smooth"}),
+        ({"rule": "meazo"}, {"label_field", "beta_m", "anchor_every", "anchor_batches", "hessian_smooth"}),
         ({"sampler": "lozo"}, {"label_field", "share"}),
         ({"sampler": "tezo"}, {"label_field", "share", "redraw_every"}),
         ({"sampler": "layers"}, {"label_field", "z_rank", "redraw_every"}),
@@ -160,7 +161,7 @@ def test_inspect_leaves_out_what_did_nothing_in_a_run(command: Command) -> None:
 )
 def test_settings_that_did_nothing_follow_from_the_others(settings: dict[str, Any], unused: set[str]) -> None:
     found = unused_settings(make_config(None, {"data": "d.jsonl", "template": "{text}", **settings}), evaluated=True)
-    others = {} if "rule" in settings else {"beta_m", "beta_v", "anchor_every", "anchor_batches"}
+    others = {} if "rule" in settings else {"beta_m", "beta_v", "anchor_every", "anchor_batches", "hessian_smooth"}
     others = {*others, *(() if "sampler" in settings else ("share", "z_rank", "redraw_every"))}
     assert found - others == unused
     assert found <= TuneConfig.model_fields.keys()
