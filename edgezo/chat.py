@@ -223,7 +223,8 @@ def switch(conversation: Conversation, source: str, **chosen: Any) -> None:
     """Go on with another model, as `EdgeModel.use` takes it."""
     conversation.cache.clear()  # before, since a switch that fails may leave the base
     try:
-        notice(model_name(source, conversation.model.use(**chosen)))
+        goes_on = "; the conversation goes on, /reset forgets it" if conversation.exchanges else ""
+        notice(f"{model_name(source, conversation.model.use(**chosen))}{goes_on}")
     except OSError as error:
         raise ConfigError(f"{error.filename or source}: {error.strerror or error}") from None
 

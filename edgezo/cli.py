@@ -227,7 +227,7 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
         assert run.config.lr is not None  # a run with steps has one
         lower = run.config.lr * run.journal.lr_scale
         times = f"{undos} time{'s' if undos > 1 else ''}"
-        rows.append(("taken back", f"{times}, the loss rose or was not finite; lr {run.config.lr:.3g}, at the end {lower:.3g}"))
+        rows.append(("gone back", f"{times}, the loss rose or was not finite; lr {run.config.lr:.3g}, at the end {lower:.3g}"))
     if result.before is not None:
         rows.append(("before", terminal.evaluation_text(result.before)))
     if result.start is not None:

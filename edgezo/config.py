@@ -104,7 +104,9 @@ class TuneConfig(BaseModel):
     beta_v: float = Field(0.99, ge=0, lt=1, description="of rules adam and meazo: average of squares")
     anchor_every: int = Field(5, gt=0, description="of rule svrg: steps between estimates over many rows")
     anchor_batches: int = Field(8, gt=0, le=1024, description="of rule svrg: steps whose rows such an estimate has")
-    hessian_smooth: float = Field(1e-6, gt=0, lt=1, description="of rule hizoo: share of a direction's curvature in the average")
+    hessian_smooth: float = Field(
+        1e-6, gt=0, lt=1, description="of rule hizoo: share of a direction's curvature in the average that steps are divided by"
+    )
     sampler: Literal["full", "layers", "magnitude", "lozo", "subzero", "tezo"] = Field(
         "full", description="which weights a direction moves"
     )

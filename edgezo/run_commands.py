@@ -132,8 +132,10 @@ def _written(output: Path, runs: list[Path], tuned: "list[Tuned]", as_json: bool
         terminal.stderr().print("note: step 0 is the start, nothing in it is tuned; --step last takes the last step")
     manifest = read_manifest(output) if (output / MANIFEST_NAME).is_file() else None  # of other formats there is none
     if manifest is not None and manifest.reading is None:
-        why = "its runs read rows differently" if manifest.version >= READING_VERSION else "its export is of an older version"
-        terminal.stderr().print(f"note: {why}, so it does not keep how; give eval and predict their --template and --labels, or --task")
+        older = "the base was exported by an older version, export it again to have it kept"
+        why = "its runs read them differently" if manifest.version >= READING_VERSION else older
+        ask = "give eval and predict their --template and --labels, or --task"
+        terminal.stderr().print(f"note: {output} does not keep how rows are read: {why}; {ask}")
     facts: dict[str, Any] = {"written": str(output), "steps": [one.step for one in tuned], "shares": [one.weight for one in tuned]}
     files = [output] if output.is_file() else sorted(output.iterdir())
     facts["sha256"] = {path.name: sha256_file(path) for path in files if path.suffix in {".bin", ".safetensors", ".onnx_adapter"}}

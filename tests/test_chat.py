@@ -49,6 +49,9 @@ def labels_told(directory: Path, step: str = "") -> str:
     return f"  note: this run learned to choose among labels, not to write text; for a label: {use}\n"
 
 
+GOES_ON = "; the conversation goes on, /reset forgets it"
+
+
 # what is said
 
 
@@ -161,7 +164,7 @@ def test_the_model_is_switched_and_what_was_said_stays(chat: Chat, model: EdgeMo
     history += [reply(model, said(*history))]
     assert history[3] != reply(model, said(*history[:3]))
     lines = "the film\n/run my run 4\nis great\n/base\nParis?\n"
-    assert chat(lines) == (0, shown(history[1::2]), f"  my run, step 4\n{labels_told(exported_dir, ' --step 4')}  base\n")
+    assert chat(lines) == (0, shown(history[1::2]), f"  my run, step 4{GOES_ON}\n{labels_told(exported_dir, ' --step 4')}  base{GOES_ON}\n")
 
 
 def test_a_run_is_given_at_the_start_or_later_and_at_any_step(chat: Chat, exported_dir: Path, run: str) -> None:
@@ -193,7 +196,7 @@ def test_adapters_are_switched_between_messages(chat: Chat, request: pytest.Fixt
     assert len({reply(model, said("the film")) for model in models}) == 3
     lines = "the film\n/adapter other\nis great\n/base\nParis?\n/adapter first one\na\n"
     found = chat(lines, "--adapter", "first one", directory=directory)
-    assert found == (0, shown(history[1::2]), "  other\n  base\n  first one\n")
+    assert found == (0, shown(history[1::2]), f"  other{GOES_ON}\n  base{GOES_ON}\n  first one{GOES_ON}\n")
 
 
 # what is refused at the start

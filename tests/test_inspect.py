@@ -229,7 +229,7 @@ def test_inspect_tells_what_a_rate_was_lowered_to(command: Command, lora_dir: Pa
     journal, found = read_run("run").journal, facts(command("inspect", "run").out)
     assert journal.undos > 0
     times = f"{journal.undos} time{'s' if journal.undos > 1 else ''}"
-    told = dict(tune_rows(lora_dir, Path("run"), result))["taken back"]
+    told = dict(tune_rows(lora_dir, Path("run"), result))["gone back"]
     assert told == f"{times}, the loss rose or was not finite; lr 3, at the end {3 * journal.lr_scale:.3g}"
     summary = Path("run/summary.json")
     summary.write_text(json.dumps({**json.loads(summary.read_text()), "seconds": 1234.5}))

@@ -135,7 +135,7 @@ def test_runs_that_differ_leave_none(invoke: Command, exported_dir: Path, run: P
     told = invoke("merge", str(exported_dir), str(run), str(tmp_path / "other"), "-o", str(tmp_path / "again")).err
     assert (
         told
-        == "note: its runs read rows differently, so it does not keep how; give eval and predict their --template and --labels, or --task\n"
+        == f"note: {tmp_path / 'again'} does not keep how rows are read: its runs read them differently; give eval and predict their --template and --labels, or --task\n"
     )
 
 
