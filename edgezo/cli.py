@@ -235,7 +235,7 @@ def tune_rows(directory: Path, output: Path, result: "TuneResult") -> list[tuple
     if result.best is not None and result.best_step > 0:
         rows.append((f"step {result.best_step}", f"{terminal.evaluation_text(result.best)}, kept as best"))
     elif result.best is not None and result.steps:
-        why = "no evaluated step was better" if max(run.evaluations) > 0 else "no later step was evaluated"
+        why = f"no evaluated step was better by {result.best.ranked_by}" if max(run.evaluations) > 0 else "no later step was evaluated"
         start = f"step 0, the {'exact ' if result.start is not None else ''}start"
         rows.append(("best", f"{start}: {why}; --step last uses step {result.steps}"))
     few = min(FEW_STEPS, result.steps // 2)

@@ -95,7 +95,8 @@ def _fact_text(value: Any, mark: str = " ") -> str:
 
 def changed_text(name: str, first: Any, second: Any) -> str:
     """Two values of the setting of this name."""
-    return f"{_fact_text(first, _mark(name))} -> {_fact_text(second, _mark(name))}"
+    shown = [_fact_text(value, _mark(name)) for value in (first, second)]
+    return " -> ".join(shown if shown[0] != shown[1] else map(repr, (first, second)))  # 1.0000001 and 1
 
 
 def evaluation_text(evaluation: "Evaluation") -> str:

@@ -28,6 +28,12 @@ class Evaluation(NamedTuple):
         """Larger is better: the first of the other metrics or else accuracy where there is one, then lower loss."""
         return (next(iter(self.others.values()), self.accuracy or 0.0), -self.loss)
 
+    @property
+    def ranked_by(self) -> str:
+        """What `score` goes by, in words."""
+        first = next(iter(self.others), "accuracy" if self.accuracy is not None else None)
+        return "loss" if first is None else f"{first.replace('_', ' ')}, then loss"
+
     def as_dict(self) -> dict[str, float | int]:
         """The fields that hold a number."""
         values = {**self._asdict(), "perplexity": self.perplexity}

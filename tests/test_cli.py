@@ -74,7 +74,7 @@ def test_tune_without_validation_tells_the_training_loss(command: Command, steps
 
 def test_tune_says_when_no_step_was_better_than_the_base(command: Command) -> None:
     found = command("tune", "edge", "-o", "run", *PLAIN, "--valid", "rows.jsonl", "--steps", "2", "--lr", "1e-12")
-    expected = "best    step 0, the start: no evaluated step was better; --step last uses step 2"
+    expected = "best    step 0, the start: no evaluated step was better by accuracy, then loss; --step last uses step 2"
     assert "--run run --text" in found.out
     assert (found.code, found.out.splitlines()[2]) == (0, expected)
 

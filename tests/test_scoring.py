@@ -261,6 +261,8 @@ def test_a_better_accuracy_beats_a_lower_loss() -> None:
     assert Evaluation(9, 2.0, 0.8, 0.8).score() > Evaluation(9, 1.0, 0.7, 0.9).score()
     assert Evaluation(9, 1.0, 0.8, 0.1).score() > Evaluation(9, 2.0, 0.8, 0.9).score()
     assert Evaluation(9, 1.0).score() > Evaluation(9, 2.0).score()
+    ranks = [found.ranked_by for found in (Evaluation(9, 1.0), Evaluation(9, 1.0, 0.8), Evaluation(9, 1.0, 0.8, others={"rouge_l": 0.2}))]
+    assert ranks == ["loss", "accuracy, then loss", "rouge l, then loss"]
 
 
 def plain_macro_f1(predicted: list[int], gold: list[int]) -> float:
