@@ -102,7 +102,7 @@ def peft_network(name: str, folder: Path) -> Any:
 
 def both_sides(estimates: Sequence[Estimate], eps: float) -> Numbers:
     """L(theta + eps z) and L(theta - eps z) of two-sided estimates, float64 [directions, 2]."""
-    return np.array([[loss + eps * grad, loss - eps * grad] for grad, loss in estimates])
+    return np.array([[at.loss + eps * at.projected_grad, at.loss - eps * at.projected_grad] for at in estimates])
 
 
 def outer_products(direction: Direction, name: str, shapes: Sequence[tuple[int, int]]) -> list[Numbers]:
