@@ -319,6 +319,7 @@ def test_hizoo_is_refused_where_an_objective_changes_in_steps(exported_dir: Path
     with pytest.raises(ConfigError) as caught:
         edgezo.tune(exported_dir, tmp_path / "run", data=reviews, steps=1, **TUNING, **settings)
     assert str(caught.value) == "--rule hizoo: --objective accuracy changes in steps and has no curvature; take another rule"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_prefix_has_neither_layers_nor_matrices(prefix_dir: Path, reviews: str, tmp_path: Path) -> None:

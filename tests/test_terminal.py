@@ -73,3 +73,9 @@ def test_a_signal_is_heard_where_nobody_can_be_told() -> None:
 
 def test_a_path_is_told_as_it_is_typed() -> None:
     assert [terminal.typed(path) for path in ("run", "my run")] == (["run", '"my run"'] if os.name == "nt" else ["run", "'my run'"])
+
+
+def test_values_that_differ_are_not_shown_as_the_same() -> None:
+    assert terminal.changed_text("lr", 0.5, 0.25) == "0.5 -> 0.25"
+    assert terminal.changed_text("lr", 0.0002529350, 0.0002529353) == "0.000252935 -> 0.0002529353"
+    assert terminal.changed_text("template", "1", 1) == "'1' -> 1"
