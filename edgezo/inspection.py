@@ -1,36 +1,20 @@
 """`edgezo inspect`: what a directory holds, as names and values."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgezo.adapters import PREFIX
-from edgezo.config import OBJECTIVES, TuneConfig
+from edgezo.adapters import HEAD_TOKENS, PREFIX
+from edgezo.config import TuneConfig
 from edgezo.errors import EdgezoError
 from edgezo.manifest import MANIFEST_NAME
 from edgezo.manifest_reader import read_manifest, verify_file
 from edgezo.storage import JOURNAL, is_run, sha256_file
+from edgezo.unused import unused_settings
 
 if TYPE_CHECKING:
     from edgezo.runtime.run import Run
 
-# when a setting has an effect at all, as far as the other settings tell; which adapter there was, or that rows have answers, they do not
-MATTERS: dict[str, Callable[[TuneConfig], bool]] = {
-    "label_field": lambda config: config.labels is not None,
-    "max_tokens": lambda config: config.labels is None and config.choices is None,
-    "beta": lambda config: config.labels is None and config.objective not in set(OBJECTIVES) - {"preference", "dpo"},
-    "beta_m": lambda config: config.rule in {"momentum", "adam"},
-    "beta_v": lambda config: config.rule in {"meazo", "adam"},
-    "anchor_every": lambda config: config.rule == "svrg",
-    "anchor_batches": lambda config: config.rule == "svrg",
-    "hessian_smooth": lambda config: config.rule == "hizoo",
-    "share": lambda config: config.sampler in {"layers", "magnitude"},
-    "z_rank": lambda config: config.sampler in {"lozo", "subzero", "tezo"},
-    "redraw_every": lambda config: config.sampler in {"lozo", "subzero"},
-    "start_rows": lambda config: config.start != "none",
-    "valid_share": lambda config: config.valid is None,
-}
-EVALUATIONS = {"valid_share", "eval_every", "eval_rows", "patience"}
+EVALUATIONS = {"valid_share", "eval_every", "eval_rows", "patience"}  # settings without an effect where there were none
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -76,7 +60,7 @@ def _edge_model(path: Path) -> dict[str, Any]:
         "pooling": manifest.pooling,
         "context_length": origin.context_length,
         "vocabulary": origin.vocab_size,
-        "parameters": sum(tensor.parameters for tensor in manifest.tensors if tensor.name not in {*scales, PREFIX}),
+        "parameters": sum(tensor.parameters for tensor in manifest.tensors if tensor.name not in {*scales, PREFIX, HEAD_TOKENS}),
         "weights": manifest.weights,
         "adapter": adapter.kind if adapter else None,
         **({"adapter_targets": len(adapter.targets)} if adapter and adapter.targets else {}),
@@ -101,7 +85,7 @@ def _run(path: Path) -> dict[str, Any]:
     from edgezo.runtime.run import read_run, read_summary
 
     run = read_run(path)
-    unused = unused_settings(run.config, bool(run.evaluations))
+    unused = unused_settings(run.config) | (set() if run.evaluations else EVALUATIONS)
     settings = {name: value for name, value in run.config.model_dump().items() if value is not None and name not in unused}
     summary = read_summary(path)
     ended = _ended(run, summary)
@@ -146,8 +130,3 @@ def _ended(run: "Run", summary: dict[str, Any]) -> Any:
     made, ended = len(run.records), summary.get("ended")
     gone_on = ended == "finished" and run.config.total_steps not in (None, made)  # and was cut off before the first step
     return ended if summary.get("steps") == made and not gone_on else None
-
-
-def unused_settings(config: TuneConfig, evaluated: bool) -> set[str]:
-    """Names of settings that did nothing in a run."""
-    return {name for name, matters in MATTERS.items() if not matters(config)} | (set() if evaluated else EVALUATIONS)

@@ -136,7 +136,11 @@ def _written(output: Path, runs: list[Path], tuned: "list[Tuned]", as_json: bool
         why = "its runs read them differently" if manifest.version >= READING_VERSION else older
         ask = "give eval and predict their --template and --labels, or --task"
         terminal.stderr().print(f"note: {output} does not keep how rows are read: {why}; {ask}")
-    facts: dict[str, Any] = {"written": str(output), "steps": [one.step for one in tuned], "shares": [one.weight for one in tuned]}
+    facts: dict[str, Any] = {"written": str(output)}
+    if as_json or [one.weight for one in tuned] != [1.0]:
+        facts |= {"steps": [one.step for one in tuned], "shares": [one.weight for one in tuned]}
+    else:
+        facts["step"] = tuned[0].step or f"0, the {read_run(runs[0]).start_name}"
     files = [output] if output.is_file() else sorted(output.iterdir())
     facts["sha256"] = {path.name: sha256_file(path) for path in files if path.suffix in {".bin", ".safetensors", ".onnx_adapter"}}
     terminal.print_facts(facts, as_json)

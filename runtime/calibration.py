@@ -254,7 +254,7 @@ def _told(config: TuneConfig, resolved: TuneConfig, smooth: bool, measured: _Mea
         )
     if config.lr is None:
         lines += measured.trial()
-        counted = f", counted as {LEAST_STEPS} steps" if steps < LEAST_STEPS else ""
+        counted = f", at the rate for {LEAST_STEPS}" if steps < LEAST_STEPS else ""
         step_rows = f"{config.batch} shared" if config.shares_rows else f"{config.directions} x {config.batch}"
         ending = "the loss is up by a tenth" if measured.trusted.rises else "half of a projected gradient is left"
         lines.append(

@@ -28,6 +28,7 @@ from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.smoothness import smoothness_warning
 from edgezo.runtime.theta import Theta, mutable_weights, write_start
 from edgezo.runtime.tuner import Tuner
+from edgezo.unused import unused_notes
 
 __all__ = ["Reporter", "StepReport", "TuneResult", "tune"]
 
@@ -102,6 +103,8 @@ class _Opening(NamedTuple):
         config = dataset.config
         if config.total_steps == 0 and config.start == "none":
             reporter.notice("--steps 0 without an exact start: nothing is tuned, the run holds what it started from; give --steps N")
+        for note in unused_notes(config):
+            reporter.notice(note)
         header = journal_header(model.manifest, config, start)
         _tell_rows(dataset, model, reporter)
         theta, dataset = self._ready(config, dataset, start)

@@ -282,7 +282,8 @@ class Tuner:
                 f"{self.directory}: diverged {self.undos} times, the last time: {why}; stopped at step {step}, the last good one, start a new run without --lr and --eps, or with a --lr below {lr:.3g}"
             )
         self._rebuild(step)
-        self.reporter.notice(f"{why}; back to step {step}, on from there with {lower}, {lr:.3g}")
+        advice = "; without --lr a new run measures one" if self.measured_lr is None and self.undos == 1 else ""
+        self.reporter.notice(f"{why}; back to step {step}, on from there with {lower}, {lr:.3g}{advice}")
 
     def _write(self, line: dict[str, Any]) -> None:
         self.metrics.write(json.dumps(line) + "\n")

@@ -310,7 +310,7 @@ def test_measuring_itself_counts_to_the_minutes(lora_dir: Path, reviews: str, tm
         ({}, {"directions": 16, "batch": 1}, 60, "about 60 steps of 16 x 1 rows): random steps reach 0.12 in all, where half of a projected gradient is left"),
         ({"rises": True}, {"directions": 1, "batch": 16}, 20, "about 20 steps of 1 x 16 rows): random steps reach 0.12 in all, where the loss is up by a tenth"),
         ({}, {"estimator": "one-sided", "directions": 7, "batch": 4}, 60, "about 60 steps of 4 shared rows): random steps reach 0.12 in all, where half of a projected gradient is left"),
-        ({}, {"directions": 16, "batch": 1}, 1, "about 1 step of 16 x 1 rows, counted as 20 steps): random steps reach 0.12 in all, where half of a projected gradient is left"),
+        ({}, {"directions": 16, "batch": 1}, 1, "about 1 step of 16 x 1 rows, at the rate for 20): random steps reach 0.12 in all, where half of a projected gradient is left"),
     ],
 )  # fmt: skip
 def test_the_line_of_the_rate(landscape: dict[str, Any], config: dict[str, Any], steps: int, expected: str) -> None:

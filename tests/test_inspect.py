@@ -11,8 +11,6 @@ from conftest import Command
 
 import edgezo
 from edgezo.cli import tune_rows
-from edgezo.config import TuneConfig, make_config
-from edgezo.inspection import unused_settings
 from edgezo.manifest_reader import read_manifest
 from edgezo.runtime.journal import Journal
 from edgezo.runtime.journal_reader import read_journal
@@ -139,37 +137,6 @@ def test_inspect_leaves_out_what_did_nothing_in_a_run(command: Command) -> None:
         "share",
         "start rows",
         "beta",
-    }
-
-
-@pytest.mark.parametrize(
-    ("settings", "unused"),
-    [
-        ({"labels": "a,b", "start": "none"}, {"max_tokens", "beta", "start_rows"}),
-        ({"valid": "v.jsonl", "start": "exact"}, {"label_field", "valid_share"}),
-        ({"choices": ["{a}", "{b}"]}, {"label_field", "max_tokens"}),
-        ({"objective": "f1"}, {"label_field", "beta"}),
-        ({"objective": "module:function"}, {"label_field"}),
-        ({"objective": "dpo", "rule": "svrg"}, {"label_field", "beta_m", "beta_v", "hessian_smooth"}),
-        ({"rule": "hizoo", "estimator": "curvature"}, {"label_field", "beta_m", "beta_v", "anchor_every", "anchor_batches"}),
-        ({"rule": "momentum"}, {"label_field", "beta_v", "anchor_every", "anchor_batches", "hessian_smooth"}),
-        ({"rule": "meazo"}, {"label_field", "beta_m", "anchor_every", "anchor_batches", "hessian_smooth"}),
-        ({"sampler": "lozo"}, {"label_field", "share"}),
-        ({"sampler": "tezo"}, {"label_field", "share", "redraw_every"}),
-        ({"sampler": "layers"}, {"label_field", "z_rank", "redraw_every"}),
-    ],
-)
-def test_settings_that_did_nothing_follow_from_the_others(settings: dict[str, Any], unused: set[str]) -> None:
-    found = unused_settings(make_config(None, {"data": "d.jsonl", "template": "{text}", **settings}), evaluated=True)
-    others = {} if "rule" in settings else {"beta_m", "beta_v", "anchor_every", "anchor_batches", "hessian_smooth"}
-    others = {*others, *(() if "sampler" in settings else ("share", "z_rank", "redraw_every"))}
-    assert found - others == unused
-    assert found <= TuneConfig.model_fields.keys()
-    assert unused_settings(make_config(None, {"data": "d.jsonl"}), evaluated=False) >= {
-        "valid_share",
-        "eval_every",
-        "eval_rows",
-        "patience",
     }
 
 

@@ -210,7 +210,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def test_replay_tells_what_it_wrote(command: Callable[..., Any], exported_dir: Path, run: Path, tmp_path: Path) -> None:
     code, out, err = command("replay", exported_dir, run, "--step", "7", "-o", tmp_path / "out")
     tunable, head = (sha256_file(tmp_path / "out" / name) for name in ("tunable.bin", "head.bin"))
-    written = f"written  {tmp_path / 'out'}\nsteps    7\nshares   1\nsha256   head.bin {head}, tunable.bin {tunable}\n"
+    written = f"written  {tmp_path / 'out'}\nstep     7\nsha256   head.bin {head}, tunable.bin {tunable}\n"
     assert (code, out, err) == (0, written, "")
     code, out, err = command("replay", exported_dir, run, "-o", tmp_path / "out")
     assert (code, out, err) == (1, "", f"error: {tmp_path / 'out'}: exists already; choose another place or remove it\n")

@@ -96,7 +96,8 @@ def test_a_rate_far_too_large_recovers_and_the_run_is_its_journal(
     result = tune(model, make_config(None, settings, kind), tmp_path / "run", reporter=Reporter(notice=notices.append))
     told = [line for line in notices if "back to step" in line]
     pattern = r"step \d+: .+; back to step \d+, on from there with a quarter of the learning rate, [0-9.e-]+"
-    assert all(re.fullmatch(pattern, line) for line in told)
+    assert re.fullmatch(f"{pattern}; without --lr a new run measures one", told[0])
+    assert all(re.fullmatch(pattern, line) for line in told[1:])
     contents = read_journal(tmp_path / "run" / "journal.bin")
     assert contents.undos == len(told) > 0
     assert contents.lr_scale == SMALLER ** len(told)
