@@ -88,7 +88,7 @@ class TuneConfig(BaseModel):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="time budget in minutes, of reading rows, proofs, exact start, measuring, steps and evaluations; a step that has begun and the last evaluation are finished",
+        description="time budget in minutes, of reading rows, checking that the engine sees changes, an exact start, measuring, steps and evaluations; a step that has begun and the last evaluation are finished",
     )
     lr: float | None = Field(None, gt=0, le=LARGEST_LR, allow_inf_nan=False, description="learning rate; measured at the start when unset")
     eps: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False, description="perturbation scale; measured at the start when unset")
