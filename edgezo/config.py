@@ -138,6 +138,17 @@ class TuneConfig(BaseModel):
     eval_rows: int = Field(256, gt=0, description="validation rows used for these; all when fewer")
 
     @model_validator(mode="after")
+    def _encodable(self) -> "TuneConfig":
+        for name, value in self:
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError:  # as Python reads a path of other bytes
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {value!r}: is not UTF-8, which a run is kept in; rename the file or give other text"
+                ) from None
+        return self
+
+    @model_validator(mode="after")
     def _bounded(self) -> "TuneConfig":
         if self.objective is not None and self.objective not in OBJECTIVES and not re.fullmatch(r"[\w.]+:\w+", self.objective):
             raise ValueError(f"--objective {self.objective}: give {', '.join(OBJECTIVES)}, or package.module:function")

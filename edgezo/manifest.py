@@ -14,6 +14,7 @@ FORMAT: Final = "edgezo-edge-model"
 VERSION: Final = 8
 # 2 added adapter, weights, quantized tensors, config; 3 families and classes; 4 pooling, head; 5 probes; 6 float16; 7 copies of LoRA in the generation graph; 8 reading; what older ones have means the same
 READABLE = (1, 2, 3, 4, 5, 6, 7, 8)
+HEAD_VERSION: Final = 4  # graphs before it have no inputs for rows of the head
 READING_VERSION: Final = 8
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES_LIMIT = 64 << 20
@@ -175,6 +176,11 @@ class Manifest(Record):
     def tunable_size(self) -> int:
         """Number of tunable parameters."""
         return sum(tensor.size for tensor in self.tunable)
+
+    @property
+    def takes_head_rows(self) -> bool:
+        """Whether the graphs can be fed rows of the head."""
+        return self.version >= HEAD_VERSION and "hidden" in self.scoring.outputs
 
     def write(self, directory: Path) -> None:
         """Write manifest.json whole or not at all."""

@@ -6,7 +6,8 @@ from edgezo.config import OBJECTIVES, TuneConfig
 
 # when a setting has an effect at all, as far as the other settings tell; which adapter there was, or that rows have answers, they do not
 MATTERS: dict[str, Callable[[TuneConfig], bool]] = {
-    "label_field": lambda config: config.labels is not None,
+    # another field than the default tells answers and plain text from rows with a label
+    "label_field": lambda config: config.labels is not None or config.label_field != TuneConfig.model_fields["label_field"].default,
     "max_tokens": lambda config: config.labels is None and config.choices is None,
     "beta": lambda config: config.labels is None and config.objective not in set(OBJECTIVES) - {"preference", "dpo"},
     "beta_m": lambda config: config.rule in {"momentum", "adam"},

@@ -67,6 +67,8 @@ def _lora(path: Path, manifest: Manifest, modules: dict[str, dict[str, Array]], 
     assert manifest.adapter is not None
     targets, modules, module = {target.module: target for target in manifest.adapter.targets}, dict(modules), head_module(manifest)
     head = head_from_lora(path, modules.pop(module)) if module in modules.keys() - targets.keys() else NO_ROWS
+    if len(head.tokens) and not manifest.takes_head_rows:
+        raise AdapterError(f"{path}: changes rows of the head, and this edge model was exported without inputs for them; export it again")
     head = head._replace(probe=take_probe(modules, manifest, alpha / rank if alpha and rank else 1.0))
     strange = [module for module in modules if module not in targets]
     if strange or not modules:

@@ -128,6 +128,7 @@ def _derive_again(run: Run, model: EdgeModel, every: int, progress: Callable[[in
     dataset = dataset.with_offsets(run.journal.offsets)
     order, weights = dataset.order(run.order_version), mutable_weights(model, run.config, run.start)
     objective = Objective(Sequences(model), dataset.task, run.config)
+    model.head = run.journal.head_at(0) or model.head
     if objective.name == "dpo":
         dataset = dataset.with_references(objective.sequences)
     theta = Theta(model, run.config, weights, objective)

@@ -125,7 +125,7 @@ def obstacle(model: EdgeModel, dataset: Dataset) -> str | None:
     likely = task.kind == "classification" or (task.kind != "choice" and dataset.config.objective in {None, "likelihood"})
     if dataset.valid is None and not likely:
         return "it makes right texts likelier, and without validation rows nothing tells whether that helps here, give --valid"
-    if not model.takes_head_rows:
+    if not model.manifest.takes_head_rows:
         return f"{model.directory} was exported without inputs for rows of the head, export it again"
     if task.kind == "classification" and first_tokens(examples, len(task.words)) is None:
         return f"the label words {', '.join(task.words)} do not begin with tokens of their own, choose other words"

@@ -13,7 +13,7 @@ import onnxruntime
 
 from edgezo.adapters import PREFIX
 from edgezo.config import MAX_TOKENS, Sampling
-from edgezo.errors import AdapterError, ConfigError, DataError, EdgeModelError
+from edgezo.errors import ConfigError, DataError, EdgeModelError
 from edgezo.manifest import FAMILY_WORDS, Graph, Manifest
 from edgezo.manifest_reader import read_manifest, verify_file, verify_size
 from edgezo.runtime.device import find_device
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from edgezo.runtime.run import StepChoice
 
 Array = npt.NDArray[Any]
-HEAD_VERSION = 4  # of the manifest: graphs before it have no inputs for rows of the head
 COPIES_VERSION = 7  # generation graphs before it take one copy of LoRA
 INT8_ENGINE = (1, 23)  # onnxruntime 1.22 refuses 8 bits in MatMulNBits on the CPU; 4 bits run with 1.18
 FED = {"input_ids", "attention_mask", "position_ids", "hidden_rows", "pair_rows", "pair_targets"}  # what the runtime knows to feed
@@ -136,10 +135,6 @@ class EdgeModel:
         if isinstance(other, Prefix) and isinstance(self.adapter, Prefix):
             self.adapter.array[...] = other.array
         elif other is not None:
-            if isinstance(other, Lora) and len(other.head.tokens) and not self.takes_head_rows:
-                raise AdapterError(
-                    f"{adapter}: changes rows of the head, and {self.directory} was exported without inputs for them; export it again"
-                )
             self.adapter = other
             self.head = other.head if isinstance(other, Lora) and len(other.head.tokens) else self.head
         return self.step
@@ -163,11 +158,6 @@ class EdgeModel:
         self.step, self.changed = None, False
 
     @property
-    def takes_head_rows(self) -> bool:
-        """Whether the graphs can be fed rows of the head."""
-        return self.manifest.version >= HEAD_VERSION and "hidden" in self.manifest.scoring.outputs
-
-    @property
     def generates_copies(self) -> bool:
         """Whether answers can be written under several copies of the adapter at once. On a device not: copies would be compared with those before at every token."""
         takes = isinstance(self.adapter, Prefix) or (isinstance(self.adapter, Lora) and self.manifest.version >= COPIES_VERSION)
@@ -179,7 +169,7 @@ class EdgeModel:
 
     def head_feeds(self) -> dict[str, Array]:
         """The rows of the head alone."""
-        return self.head.feeds(self.manifest) if self.takes_head_rows else {}
+        return self.head.feeds(self.manifest) if self.manifest.takes_head_rows else {}
 
     @property
     def remedy(self) -> str:

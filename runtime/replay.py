@@ -26,7 +26,7 @@ def check_base(run: Run, model: EdgeModel) -> None:
             f"{run.directory}: was tuned from another edge model (base {recorded[:12]}) than {model.directory} ({found[:12]}); give the one it was tuned from"
         )
     fits = all(probe_fits(head.probe, model.manifest) for head in run.journal.heads.values())
-    if run.journal.heads and not (model.takes_head_rows and fits):
+    if run.journal.heads and not (model.manifest.takes_head_rows and fits):
         raise RunError(
             f"{run.directory}: has an exact start, and {model.directory} was exported without inputs for it; export it again, or give the one it was tuned from"
         )

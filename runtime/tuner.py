@@ -22,7 +22,7 @@ from edgezo.runtime.journal_records import DIRECTIONS, EVALUATION, STEP, StepRec
 from edgezo.runtime.machine import peak_bytes
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.optimizer import schedule_factor
-from edgezo.runtime.replay import apply_records
+from edgezo.runtime.replay import apply_records, replay
 from edgezo.runtime.reports import Reporter, StepReport, TuneResult, append_lines, write_step
 from edgezo.runtime.run import METRICS, Run
 from edgezo.runtime.run_directory import write_summary
@@ -34,6 +34,7 @@ LAST_BATCHES, MOST_ROWS, CLEARLY = 8, 32, 0.1  # rows that decide whether weight
 GUARD_STEPS, RUINED = (2, 4, 8, 16, 32, 64), 0.5  # when the loss of a few rows is compared with that at the start; evaluations do later
 SMALLER, MOST_UNDOS = 1 / 4, 8  # after a divergence; 4^8 is 65,536
 
+MADE = (STEP, DIRECTIONS)
 SETTLE_EVALUATIONS = 2  # in a row without a new best
 STILL_STEPS = 5  # in a row without any change of the loss before it is said
 
@@ -71,8 +72,10 @@ class Tuner:
         self.order = self.dataset.order()
 
     def go_on_from(self, previous: Run) -> None:
-        """Stand where an earlier process ended; theta is the run's already."""
+        """Stand where an earlier process ended. A step after which it ended is made by the loop, which goes back where it outgrows the grid."""
         journal = previous.journal
+        rebuilt = len(previous.records) - (journal.last_kind in MADE)
+        replay(previous, self.model, self.theta.weights, rebuilt, self.theta.rule)
         self.order = self.dataset.order(previous.order_version)
         self.records, self.spent_seconds, self.spent_rows = list(previous.records), previous.seconds, previous.forward_rows
         self.opening_seconds = previous.opening_seconds
@@ -126,10 +129,13 @@ class Tuner:
 
     def _turn(self, stopping: threading.Event) -> str | None:
         """An evaluation where one is due, then a step, or the reason why there is none."""
+        step, config, pending, self.pending = len(self.records), self.config, self.pending, b""
+        if pending in MADE:
+            record = self.records[-1]
+            self.theta.step(step_directions(config, step - 1), record.projected_grads, record.learning_rate)
         if stopping.is_set():  # what is due after the last step is made up for by --resume
             return "interrupted"
-        step, config, pending, self.pending = len(self.records), self.config, self.pending, b""
-        if pending in (STEP, DIRECTIONS):  # what follows a step was left undone, or is the same the second time
+        if pending in MADE:  # what follows a step was left undone, or is the same the second time
             self._look()
             return None
         progress = self._progress(step, self.seconds)
@@ -218,7 +224,8 @@ class Tuner:
         """Score the rows of the last steps now, at the last good step and at the best evaluated one: rows may differ more than weights do."""
         step = len(self.records)
         rows = [example for number in range(max(0, step - LAST_BATCHES), step) for example in self.dataset.batch(self.order, number)]
-        losses = {place: self._loss_at(place, rows[-MOST_ROWS:]) for place in (step, best_step(self.evaluations, 0), rise.good_step)}
+        best = best_step(scheduled_evaluations(self.evaluations, self.config.eval_every, 0), 0)
+        losses = {place: self._loss_at(place, rows[-MOST_ROWS:]) for place in (step, best, rise.good_step)}
         good = min(losses, key=lambda place: losses[place])
         if losses[step] > losses[good] + CLEARLY * abs(losses[good]):
             why = f"step {step}: the loss of the last rows is {losses[step]:.4g} and was {losses[good]:.4g} at step {good}"

@@ -234,6 +234,14 @@ def test_an_option_out_of_range_is_not_blamed_on_the_file(write: Write) -> None:
     assert refusal(write("run.yaml", "data: x\nlr: 0.1\n"), lr=-1.0) == "--lr -1.0: input should be greater than 0"
 
 
+@pytest.mark.parametrize("name", ["data", "labels", "choices"])
+def test_text_that_is_not_utf8_is_refused(name: str) -> None:
+    """Python reads other bytes of a path or an option as surrogates, which neither journal nor config.json can hold."""
+    given = {"data": "r\udcff.jsonl", "labels": {"0": "a", "1": "\udcff"}, "choices": ["\udcff"]}[name]
+    found = refusal(None, **{"data": "x", name: given})
+    assert found == f"--{name} {given!r}: is not UTF-8, which a run is kept in; rename the file or give other text"
+
+
 def test_a_decay_of_a_whole_weight_a_step_is_refused() -> None:
     assert (
         refusal(None, data="x", lr=0.5, weight_decay=2.0) == "--lr 0.5 times --weight-decay 2 is 1, and must be below 1; lower one of them"

@@ -87,7 +87,7 @@ def test_a_damaged_head_file_is_refused(lora_dir: Path, run: tuple[Path, Any], t
         EdgeModel(tmp_path / "out", threads=1)
 
 
-def test_an_older_export_refuses_what_it_cannot_be_fed(lora_dir: Path, run: tuple[Path, Any], tmp_path: Path) -> None:
+def test_an_older_export_refuses_what_it_cannot_be_fed(lora_dir: Path, rows: str, run: tuple[Path, Any], tmp_path: Path) -> None:
     """The same weights, but graphs without inputs for rows of the head would give other scores without a word."""
     write_tuned(lora_dir, [run[0]], [1.0], "last", tmp_path / "a.onnx_adapter", "onnx-adapter", threads=1)
     old = Path(shutil.copytree(lora_dir, tmp_path / "old"))
@@ -102,11 +102,14 @@ def test_an_older_export_refuses_what_it_cannot_be_fed(lora_dir: Path, run: tupl
     missing = (
         "has a probe of the attention, and this edge model was exported without inputs for it"
         if probed
-        else f"changes rows of the head, and {old} was exported without inputs for them"
+        else "changes rows of the head, and this edge model was exported without inputs for them"
     )
     reason = f"{tmp_path / 'a.onnx_adapter'}: {missing}; export it again"
     with pytest.raises(AdapterError, match=f"^{re.escape(reason)}$"):
         EdgeModel(old, adapter=tmp_path / "a.onnx_adapter", threads=1)
+    with pytest.raises(AdapterError, match=f"^{re.escape(reason)}$"):
+        tuned_run(old, tmp_path / "on", rows, init=str(tmp_path / "a.onnx_adapter"), start="none")
+    assert not (tmp_path / "on").exists()
 
 
 def test_an_exact_start_alone_is_written_without_a_note(lora_dir: Path, rows: str, tmp_path: Path, invoke: Any) -> None:

@@ -35,6 +35,8 @@ def forgets(outcomes):
     print("thinking")
 def huge(outcomes):
     return [10**400]
+def large(outcomes):
+    return [-1e308]
 def table(outcomes):
     import numpy
     return numpy.ones((1, 2))
@@ -73,7 +75,8 @@ def test_a_users_own_function_is_the_objective(model: EdgeModel, rewards: None) 
         ("own_rewards:huge", "--objective own_rewards:huge: returned [1000"),
         ("own_rewards:table", "--objective own_rewards:table: returned array([[1., 1.]]); return a list of numbers, one a row"),
         ("own_rewards:words", "--objective own_rewards:words: returned ['good']; return a list of numbers, one a row"),
-        ("own_rewards:endless", "--objective own_rewards:endless: returned NaN or infinity; return finite numbers"),
+        ("own_rewards:endless", "--objective own_rewards:endless: returned nan; return finite numbers from -1e+30 to 1e+30"),
+        ("own_rewards:large", "--objective own_rewards:large: returned -1e+308; return finite numbers from -1e+30 to 1e+30"),
         (
             "own_rewards:broken",
             "--objective own_rewards:broken: failed at own_rewards.py:9 on a list of 1: KeyError: 'film' (text is None for rows with candidates, scores for all others)",
@@ -150,6 +153,34 @@ def test_dpo_is_relative_to_the_start_of_the_run(lora_dir: Path, tmp_path: Path,
     assert start.loss == pytest.approx(math.log(2), abs=1e-5)
     found = edgezo.evaluate(lora_dir, data, run=tmp_path / "second", step=0, threads=1).evaluation
     assert found.others["margin"] == pytest.approx(0, abs=1e-4)
+
+
+def test_rows_of_the_head_that_dpo_starts_from_are_in_its_references(
+    lora_dir: Path, tmp_path: Path, write_rows: Callable[..., str]
+) -> None:
+    """As a run that first learned the chosen texts has them."""
+    endings = {"good": " it was great", "bad": " it was terrible"}
+    texts = write_rows([{"prompt": f"a {word} film:", "completion": ending} for word, ending in endings.items()] * 9, "texts.jsonl")
+    edgezo.tune(lora_dir, tmp_path / "texts", data=texts, steps=0, threads=1)
+    write_tuned(lora_dir, [tmp_path / "texts"], [1.0], "last", tmp_path / "adapter", "peft")
+    data = write_rows(PREFERENCE_ROWS)
+    given = {
+        "data": data,
+        "valid": data,
+        "objective": "dpo",
+        "init": str(tmp_path / "adapter"),
+        "directions": 2,
+        "lr": 1e-3,
+        "eval_every": 1,
+    }
+    edgezo.tune(lora_dir, tmp_path / "whole", steps=2, schedule="constant", threads=1, **given)
+    edgezo.tune(lora_dir, tmp_path / "parts", steps=1, schedule="constant", threads=1, **given)
+    edgezo.tune(lora_dir, tmp_path / "parts", resume=True, steps=2, threads=1)
+    whole, parts = (read_run(tmp_path / name) for name in ("whole", "parts"))
+    assert len(whole.journal.heads[0].tokens)
+    assert whole.records == parts.records
+    assert whole.evaluations == parts.evaluations
+    assert check_run(tmp_path / "whole", EdgeModel(lora_dir, threads=1), every=1).problems == []
 
 
 def test_an_objective_that_nothing_changes_is_warned_of(

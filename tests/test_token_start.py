@@ -12,6 +12,7 @@ from conftest import Command
 import edgezo
 from edgezo.config import make_config
 from edgezo.errors import ConfigError, NonFiniteLossError
+from edgezo.manifest import Manifest
 from edgezo.runtime import own_text, token_start
 from edgezo.runtime.batch_generate import continue_batch
 from edgezo.runtime.dataset import read_dataset
@@ -260,7 +261,7 @@ def test_one_text_cannot_be_held_out(lora_dir: Path, tmp_path: Path, write_rows:
 
 
 def test_an_edge_model_without_inputs_for_it_says_so(lora_dir: Path, tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EdgeModel, "takes_head_rows", False)
+    monkeypatch.setattr(Manifest, "takes_head_rows", False)
     notices: list[str] = []
     edgezo.tune(lora_dir, tmp_path / "run", data=rows, reporter=edgezo.Reporter(notice=notices.append), **FEW)
     assert f"no exact start: {lora_dir} was exported without inputs for rows of the head, export it again" in notices

@@ -50,6 +50,7 @@ def test_what_was_given_and_has_no_effect_is_noted() -> None:
     ]
     assert notes(sampler="layers", z_rank=2) == ["note: --z-rank 2 has no effect, it is of samplers lozo, subzero and tezo"]
     assert notes(start="none", start_rows=9) == ["note: --start-rows 9 has no effect beside the other settings"]
+    assert notes(labels=None, label_field="kind") == []  # tells answers from rows with a label
     assert notes(valid="v.jsonl", valid_share=0.2) == ["note: --valid-share 0.2 has no effect beside the other settings"]
 
 

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from edgezo.errors import DivergenceError, NonFiniteLossError
 from edgezo.runtime import tuner
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.journal_reader import read_journal
+from edgezo.runtime.journal_records import CHECKSUM, LENGTH, MAGIC, UNDO, record_bytes
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.reports import Reporter, StepReport
 from edgezo.runtime.run import measured_lr, read_run
@@ -23,6 +25,7 @@ from edgezo.runtime.theta import Theta
 from edgezo.runtime.tune import tune
 from edgezo.runtime.tuner import MOST_UNDOS, SMALLER, Tuner
 from edgezo.runtime.watch import LEVEL_STEPS, Rise, find_rise, lowest_level, worse_than_start
+from edgezo.storage import JOURNAL
 
 TASK: dict[str, Any] = {"template": "{text} It was", "labels": "terrible,great", "start": "none"}
 
@@ -251,3 +254,32 @@ def test_a_loss_that_is_not_finite_is_taken_back_until_that_was_too_often(
         assert len(read_run(tmp_path / "run").records) < 3
     undone = [line for line in notices if "back to step" in line]
     assert len(undone) == (1 if times == 1 else MOST_UNDOS - 1)
+
+
+def test_a_run_that_ended_at_a_step_that_outgrew_its_grid_goes_back_as_it_would_have(
+    exported_dir: Path, reviews: str, tmp_path: Path
+) -> None:
+    """The record of a step is written before the weights change."""
+    told: list[str] = []
+    settings = {"data": reviews, "lr": 1e6, "eps": 1e-2, "schedule": "constant", "rule": "sgd", "batch": 4, "threads": 1, **TASK}
+    with pytest.raises(DivergenceError):
+        edgezo.tune(exported_dir, tmp_path / "whole", steps=6, reporter=Reporter(notice=told.append), **settings)
+    assert any("is below the float32 resolution" in line for line in told)
+    whole = (tmp_path / "whole" / JOURNAL).read_bytes()
+    undone = [place for place, kind in records(whole) if kind == UNDO]
+    assert len(undone) == MOST_UNDOS
+    for number, place in enumerate(undone):
+        cut = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", cut)
+        (cut / JOURNAL).write_bytes(whole[:place])
+        with pytest.raises(DivergenceError):
+            edgezo.tune(exported_dir, cut, resume=True, threads=1)
+        assert (cut / JOURNAL).read_bytes() == whole
+
+
+def records(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Place and kind of every record of a journal with one direction a step."""
+    place = len(MAGIC) + LENGTH.size + LENGTH.unpack_from(data, len(MAGIC))[0] + CHECKSUM.size
+    while place < len(data):
+        yield place, data[place : place + 1]
+        place += record_bytes(data, place, 1)
