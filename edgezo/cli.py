@@ -188,6 +188,7 @@ def tune_command(
 ) -> None:
     """Tune an edge model with forward passes only; Ctrl-C finishes the step and saves."""
     from edgezo import api
+    from edgezo.runtime.signals import interrupted_by_terminate
 
     settings = as_typed(
         data=data, valid=valid, valid_share=valid_share, template=template, labels=labels, label_field=label_field, max_length=max_length,
@@ -201,7 +202,7 @@ def tune_command(
     )  # fmt: skip
     how: dict[str, Any] = {"resume": resume, "config": config, "task": task, "threads": threads, "device": device, "memory": memory}
     try:
-        with terminal.tuning() as reporter:
+        with terminal.tuning() as reporter, interrupted_by_terminate():
             result = api.tune(directory, output, reporter=reporter, **how, **settings)
     except KeyboardInterrupt:  # outside the loop, which ends by itself
         kept = "whole steps are kept, go on with --resume" if is_run(output) else "nothing was kept, it was before the first step"

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from edgezo.errors import ConfigError, first_line
+from edgezo.errors import ConfigError, first_line, nearest
 
 AdapterKind = Literal["lora", "prefix"]
 ALL_LINEAR = "all-linear"  # targets of LoRA
@@ -341,7 +341,8 @@ def describe(error: ValidationError, file: str | None = None, known: Iterable[st
     if first["type"] == "missing":
         return f"{shown}: not given; it is needed"
     if first["type"] == "extra_forbidden":
-        return f"{shown}: no such setting; the settings are {', '.join(known or TuneConfig.model_fields)}"
+        settings = list(known or TuneConfig.model_fields)
+        return f"{shown}: no such setting{nearest(name, settings)}; the settings are {', '.join(settings)}"
     message = PLAIN.get(first["type"], first["msg"].removeprefix("Value error, "))
     return f"{shown} {first['input']!r}: {message[0].lower()}{message[1:]}" if name else message
 

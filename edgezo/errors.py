@@ -14,6 +14,9 @@
 Every message says what was asked, what was found, and what to do.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class EdgezoError(Exception):
     """Base of all expected failures."""
@@ -64,3 +67,10 @@ def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line of at most 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """', 'steps' is one' where a name is misspelt; nothing where none of the known ones is near."""
+    names = {one.lower(): one for one in known}
+    found = difflib.get_close_matches(name.strip().lower(), names, 1)
+    return f", {names[found[0]]!r} is one" if found else ""

@@ -124,5 +124,5 @@ def export_rows(output: "Path", result: "ExportResult") -> list[tuple[str, str]]
         *rows,
         ("checked", equal),
         ("took", f"{result.export_seconds:.0f} s"),
-        ("next", f"edgezo tune {output} --data train.jsonl --valid valid.jsonl -o run    (--task or --template for labelled rows)"),
+        ("next", f"edgezo tune {output} --data train.jsonl -o run    (labelled rows: with --template and --labels, or --task)"),
     ]

@@ -109,7 +109,7 @@ def evaluation_text(evaluation: "Evaluation") -> str:
     parts = [*(f"{name.replace('_', ' ')} {value:.3f}" for name, value in evaluation.others.items()), *parts]
     if evaluation.perplexity is not None:
         parts.append(f"perplexity {evaluation.perplexity:.2f}")
-    return f"{', '.join(parts)} ({evaluation.rows} rows)"
+    return f"{', '.join(parts)} ({evaluation.rows} row{'s' if evaluation.rows != 1 else ''})"
 
 
 def prediction_text(prediction: "Prediction", alone: bool) -> str:

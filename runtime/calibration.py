@@ -248,9 +248,9 @@ def _told(config: TuneConfig, resolved: TuneConfig, smooth: bool, measured: _Mea
             f"eps {resolved.eps:.3g}, the reach measured on {rows} rows: by less an objective that changes in steps changes for hardly any row"
         )
     elif config.eps is None:
-        at = "there" if found.smooth == resolved.eps else f"at {found.smooth:.3g}"
+        at, why = ("there", "") if found.smooth == resolved.eps else (f"at {found.smooth:.3g}", "; it is a quarter of the reach at most")
         lines.append(
-            f"eps {resolved.eps:.3g}, measured on {rows} rows: projected gradients {at} and at a quarter of it differ by {100 * found.change:.0f} %"
+            f"eps {resolved.eps:.3g}, measured on {rows} rows: projected gradients {at} and at a quarter of it differ by {100 * found.change:.0f} %{why}"
         )
     if config.lr is None:
         lines += measured.trial()

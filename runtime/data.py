@@ -136,7 +136,8 @@ def _read_table(path: Path) -> Iterator[Row]:
                 raise DataError(f"{path}:1: empty line; remove it")
             if header is None:
                 return
-            if len(set(header)) != len(header) or not all(name.strip() for name in header):
+            header = [name.strip() for name in header]
+            if len(set(header)) != len(header) or not all(header):
                 raise DataError(f"{path}:1: the header needs a distinct name for every column, found {header}")
             first = reader.line_num + 1
             blank = 0

@@ -270,8 +270,10 @@ def _gold_label(row: Row, task: Task) -> int:
         return task.words.index(word)
     known = ", ".join(label if label == word else f"{label}={word}" for label, word in task.labels.items())
     shown = next(iter(task.labels))
+    others = [name for name, value in row.fields.items() if name != task.label_field and str(value).strip() in task.labels]
+    elsewhere = f", or take the field that has one: --label-field {others[0]}" if others else ""
     raise DataError(
-        f"{row.place}: label {label!r} is not among {known}; mend or remove the row, or give every label a word: --labels {shown}=word,..."
+        f"{row.place}: label {label!r} is not among {known}; mend or remove the row, or give every label a word: --labels {shown}=word,...{elsewhere}"
     )
 
 

@@ -8,6 +8,19 @@ from types import FrameType
 
 
 @contextmanager
+def interrupted_by_terminate() -> Iterator[None]:
+    """SIGTERM as SIGINT, which raises KeyboardInterrupt: whatever ends a process, nothing half made stays. Only the main thread can listen."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+@contextmanager
 def stop_signals(told: Callable[[], None]) -> Iterator[threading.Event]:
     """Set the event at the first SIGINT or SIGTERM and call `told`; a second SIGINT interrupts at once. Only the main thread can listen."""
     stopping = threading.Event()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from edgezo.errors import DataError
+from edgezo.errors import DataError, nearest
 from edgezo.manifest import FAMILY_WORDS, Family
 from edgezo.runtime.data import Row
 from edgezo.runtime.masked import CAUSAL, MASK, ModelFacts, check_mask, check_unprompted, class_labels
@@ -225,7 +225,8 @@ def _check_template(template: str, first: Row, option: str, model: ModelFacts) -
         if spec or conversion:
             raise DataError(f"{option} {template!r}: field {name!r} has a format; fields are put in as they are, write {{{name}}}")
         if name not in first.fields and name not in masked:
-            raise DataError(f"{option} {template!r}: field {name!r} does not exist; {first.place} has {_names(first)}")
+            near = nearest(name, first.fields)
+            raise DataError(f"{option} {template!r}: field {name!r} does not exist{near}; {first.place} has {_names(first)}")
 
 
 def fill(template: str, row: Row, replace: Mapping[str, Mapping[str, str]] = NO_REPLACEMENTS) -> str:

@@ -61,6 +61,7 @@ class Tuner:
     lr_scale: float = 1.0
     undos: int = 0
     measured_lr: float | None = None  # what a given rate that proves too large falls to
+    planned: int | None = None  # steps in all, before this process
     quiet_until: int = 0  # after a rise that was the rows' alone
     start_loss: float | None = None  # of the guarded rows
     pending: bytes = b""  # kind of the record after which the process before this one ended, changes of settings left out
@@ -80,6 +81,7 @@ class Tuner:
         self.records, self.spent_seconds, self.spent_rows = list(previous.records), previous.seconds, previous.forward_rows
         self.opening_seconds = previous.opening_seconds
         self.evaluations, self.untuned = dict(previous.evaluations), journal.untuned
+        self.planned = previous.config.total_steps
         self.lr_scale, self.undos, self.pending = journal.lr_scale, journal.undos, journal.last_kind
         if journal.quiet_step is not None:
             self.quiet_until = journal.quiet_step + LEVEL_STEPS
@@ -96,6 +98,8 @@ class Tuner:
         step = len(self.records)
         if self.config.total_steps != 0 and self._progress(step, self.spent_seconds) >= 1:
             self.reporter.notice(self._nothing_left(step))
+        elif step:
+            self.reporter.notice(self._goes_on(step))
         with (
             stop_signals(lambda: self.reporter.notice("stopping after what is under way")) as stopping,
             append_lines(self.directory / METRICS) as self.metrics,
@@ -126,6 +130,18 @@ class Tuner:
             return f"nothing to tune: --steps {steps}, and as many are done; give more --steps{' and --minutes' if late else ''}"
         before = "another" if step else "the first"
         return f"no step: --minutes {minutes:g} in all were over before {before}, {self.spent_seconds:.0f} s are spent; give more --minutes"
+
+    def _goes_on(self, step: int) -> str:
+        total, best = self.config.total_steps, best_step(self.evaluations, 0)
+        before = f", {self.planned} before" if self.planned != total else ""
+        of = f" of {total}{before}" if total is not None else ""
+        known = f"; best so far: step {best}" if self.evaluations else ""
+        return f"going on after step {step}{of}, the next with lr {self._rate(self._progress(step, self.spent_seconds)):.3g}{known}"
+
+    def _rate(self, progress: float) -> float:
+        """The learning rate of a step, as the journal holds it."""
+        assert self.config.lr is not None  # given, or measured before the run began
+        return float(np.float32(self.config.lr * self.lr_scale * schedule_factor(self.config.schedule, progress, self.config.warmup)))
 
     def _turn(self, stopping: threading.Event) -> str | None:
         """An evaluation where one is due, then a step, or the reason why there is none."""
@@ -174,10 +190,7 @@ class Tuner:
     def _step(self, step: int, progress: float) -> None:
         config, begun = self.config, time.monotonic()
         directions = step_directions(config, step)
-        assert config.lr is not None  # given, or measured before the run began
-        lr = float(
-            np.float32(config.lr * self.lr_scale * schedule_factor(config.schedule, progress, config.warmup))
-        )  # as the journal holds it
+        lr = self._rate(progress)
         estimates = self.theta.measure(partial(self.dataset.batch, self.order), step, lr)
         unrounded = StepRecord.of(estimates, lr)
         record = self.journal.append(unrounded)

@@ -186,10 +186,10 @@ def test_a_run_without_eps_and_lr_measures_them_tells_them_and_keeps_them(
     assert config.eps is not None
     assert config.lr is not None
     rows, kept = f"{config.directions} x {config.batch} rows", header["calibration"]
-    at = "there" if kept["smooth"] == config.eps else f"at {kept['smooth']:.3g}"
+    at, why = ("there", "") if kept["smooth"] == config.eps else (f"at {kept['smooth']:.3g}", "; it is a quarter of the reach at most")
     ending = "the loss is up by a tenth" if kept["rises"] else "half of a projected gradient is left"
     expected = [
-        rf"eps {config.eps:.3g}, measured on 16 rows: projected gradients {at} and at a quarter of it differ by [0-9]+ %",
+        rf"eps {config.eps:.3g}, measured on 16 rows: projected gradients {at} and at a quarter of it differ by [0-9]+ %{why}",
         rf"lr {config.lr:.3g} \({config.rule}, {config.schedule}, about 30 steps of {rows}\): random steps reach {kept['reach']:.3g} in all, where {ending}",
     ]
     assert notices[0].startswith("16 rows of kind classification (")
@@ -209,7 +209,8 @@ def test_a_run_that_goes_on_measures_nothing_again(lora_dir: Path, reviews: str,
     edgezo.tune(lora_dir, tmp_path / "run", data=reviews, steps=6, schedule="constant", minutes=60, **TASK, reporter=Reporter())
     notices: list[str] = []
     edgezo.tune(lora_dir, tmp_path / "whole", resume=True, steps=9, threads=1, reporter=Reporter(notice=notices.append))
-    assert not notices
+    assert len(notices) == 1
+    assert notices[0].startswith("going on after step 6 of 9, 6 before, ")
     run = read_run(tmp_path / "whole")
     rates = {record.learning_rate for record in run.records}
     assert (len(run.records), len(rates)) == (9, 1)
@@ -322,14 +323,14 @@ def test_the_line_of_the_rate(landscape: dict[str, Any], config: dict[str, Any],
     assert lines == [f"lr 0.001 (sgd, linear, {expected}"]
 
 
-@pytest.mark.parametrize(("smooth", "at"), [(0.01, "there"), (0.04, "at 0.04")])
-def test_the_line_of_eps_tells_the_scale_that_agrees(smooth: float, at: str) -> None:
+@pytest.mark.parametrize(("smooth", "at", "why"), [(0.01, "there", ""), (0.04, "at 0.04", "; it is a quarter of the reach at most")])
+def test_the_line_of_eps_tells_the_scale_that_agrees(smooth: float, at: str, why: str) -> None:
     found = LANDSCAPE._replace(smooth=smooth)
     asked = TuneConfig(data="x", lr=1e-3)
     lines = calibration._told(
         asked, asked.model_copy(update={"eps": 0.01}), True, calibration._Measured(found, False, None, found, 1e-3, 60, 16)
     )
-    assert lines == [f"eps 0.01, measured on 16 rows: projected gradients {at} and at a quarter of it differ by 1 %"]
+    assert lines == [f"eps 0.01, measured on 16 rows: projected gradients {at} and at a quarter of it differ by 1 %{why}"]
 
 
 def test_the_reach_of_a_bowl_is_where_its_loss_rises() -> None:

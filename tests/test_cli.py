@@ -193,6 +193,19 @@ def test_an_interrupted_command_says_so(command: Command, monkeypatch: pytest.Mo
     assert command("tune", "edge", "-o", run, "--resume").err == "interrupted; whole steps are kept, go on with --resume\n"
 
 
+def test_a_run_that_is_terminated_before_its_first_step_leaves_nothing(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminate(*arguments: Any, **named: Any) -> None:
+        assert Path("other").is_dir()
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("edgezo.runtime.tune.read_dataset", terminate)
+    found = command("tune", "edge", "-o", "other", *TASK)
+    assert (found.code, found.err.splitlines()[-1]) == (130, "interrupted; nothing was kept, it was before the first step")
+    assert not Path("other").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_an_unknown_option_is_named(command: Command) -> None:
     found = command("eval", "edge", "--data", "rows.jsonl", "--labls", "a,b")
     assert found.code == 1

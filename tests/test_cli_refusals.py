@@ -117,10 +117,20 @@ def test_a_label_outside_the_list(refusal: Callable[..., str], write_rows: Calla
     )
 
 
+def test_a_label_that_another_field_has(refusal: Callable[..., str], write_rows: Callable[..., str]) -> None:
+    write_rows([{"text": "a", "label": 1, "label_text": "good"}], "bad.jsonl")
+    message = refusal("eval", "edge", *TASK, "--data", "bad.jsonl", "--labels", "bad=terrible,good=great")
+    assert (
+        message
+        == "bad.jsonl:1: label '1' is not among bad=terrible, good=great; mend or remove the row, or give every label a word: --labels bad=word,..., or take the field that has one: --label-field label_text"
+    )
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         ("{nope}", "--template '{nope}': field 'nope' does not exist; rows.jsonl:1 has 'text', 'label'"),
+        ("{Texts}", "--template '{Texts}': field 'Texts' does not exist, 'text' is one; rows.jsonl:1 has 'text', 'label'"),
         ("{text", "--template '{text': expected '}' before end of string; write a brace of the text as {{ or }}"),
         ("It was", "--template 'It was': names no field; write for example '{text} It was'"),
     ],

@@ -293,7 +293,7 @@ def test_perplexity_is_told_before_and_after(
     done = invoke("tune", str(exported_dir), "-o", "run", *data, *settings)
     assert done.code == 0, done.err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
-    shown = f"before  loss {summary['before']['loss']:.4f}, perplexity {summary['before']['perplexity']:.2f} (1 rows)"
+    shown = f"before  loss {summary['before']['loss']:.4f}, perplexity {summary['before']['perplexity']:.2f} (1 row)"
     assert done.out.splitlines()[1] == shown
     assert summary["before"]["perplexity"] == pytest.approx(np.exp(summary["before"]["loss"]))
     assert summary["best"]["perplexity"] <= summary["before"]["perplexity"]

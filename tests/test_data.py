@@ -263,10 +263,16 @@ def test_a_ragged_row_is_refused_by_its_number(write: Write, name: str, row: byt
     assert refusal(path) == f"{path}:3: {cells} cells, the header has 2; mend the row{hint}"
 
 
-@pytest.mark.parametrize(("header", "shown"), [(b"a,b,a", "['a', 'b', 'a']"), (b"a,", "['a', '']"), (b"a, ", "['a', ' ']")])
+@pytest.mark.parametrize(
+    ("header", "shown"), [(b"a,b,a", "['a', 'b', 'a']"), (b"a,", "['a', '']"), (b"a, ", "['a', '']"), (b"a, a ", "['a', 'a']")]
+)
 def test_a_header_with_equal_or_empty_names_is_refused(write: Write, header: bytes, shown: str) -> None:
     path = write("rows.csv", header + b"\n1,2,3\n")
     assert refusal(path) == f"{path}:1: the header needs a distinct name for every column, found {shown}"
+
+
+def test_names_of_a_header_are_without_white_space_around_them(write: Write) -> None:
+    assert [row.fields for row in read_rows(write("rows.csv", b" a; b\n 1 ;2\n"))] == [{"a": " 1 ", "b": "2"}]
 
 
 def test_text_behind_a_closing_quote_is_refused(write: Write) -> None:

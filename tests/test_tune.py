@@ -179,6 +179,17 @@ def test_minutes_count_what_comes_before_the_first_step(exported_dir: Path, revi
     assert notices[-1] == "nothing to tune: --steps 1, and as many are done; give more --steps and --minutes"
 
 
+def test_a_run_that_goes_on_says_at_what_rate(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {**SETTINGS, "data": reviews, "valid": reviews, "lr": 1e-4, "eps": 0.01, "schedule": "linear", "eval_every": 2}
+    edgezo.tune(exported_dir, tmp_path / "run", steps=3, **given)
+    notices: list[str] = []
+    edgezo.tune(exported_dir, tmp_path / "run", resume=True, steps=6, reporter=Reporter(notice=notices.append))
+    run = read_run(tmp_path / "run")
+    assert run.records[3].learning_rate == pytest.approx(1e-4 * 3 / 6)
+    best = max((number for number in run.evaluations if number <= 3), key=lambda number: (run.evaluations[number].score(), -number))
+    assert notices == [f"going on after step 3 of 6, 3 before, the next with lr 5e-05; best so far: step {best}"]
+
+
 def test_a_run_without_steps_and_without_an_exact_start_says_that_nothing_is_tuned(
     exported_dir: Path, reviews: str, tmp_path: Path
 ) -> None:
