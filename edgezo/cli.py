@@ -127,7 +127,10 @@ def tune_command(
     steps: Annotated[int | None, setting("steps", text="steps in all.", shown=f"{DEFAULT_STEPS} unless --minutes is given")] = None,
     minutes: Annotated[
         float | None,
-        setting("minutes", text="time budget of the run in all, from reading its rows on; with --steps whichever ends first."),
+        setting(
+            "minutes",
+            text="time budget of the run in all, from reading its rows on; an exact start and measuring are finished once begun; with --steps whichever ends first.",
+        ),
     ] = None,
     lr: Annotated[float | None, setting("lr", text="learning rate.", shown="measured at the start")] = None,
     eps: Annotated[float | None, setting("eps", text="perturbation scale.", shown="measured at the start")] = None,
