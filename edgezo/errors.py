@@ -70,7 +70,7 @@ def first_line(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """', 'steps' is one' where a name is misspelt; nothing where none of the known ones is near."""
+    """' (did you mean 'steps'?)' where a name is misspelt; nothing where none of the known ones is near."""
     names = {one.lower(): one for one in known}
-    found = difflib.get_close_matches(name.strip().lower(), names, 1)
-    return f", {names[found[0]]!r} is one" if found else ""
+    found = difflib.get_close_matches(name.strip().lower(), names, 1, cutoff=0.75)  # at 0.6 'resume' is near 'rule'
+    return f" (did you mean {names[found[0]]!r}?)" if found else ""

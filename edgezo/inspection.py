@@ -14,8 +14,6 @@ from edgezo.unused import unused_settings
 if TYPE_CHECKING:
     from edgezo.runtime.run import Run
 
-EVALUATIONS = {"valid_share", "eval_every", "eval_rows", "patience"}  # settings without an effect where there were none
-
 
 def inspect_path(path: Path) -> dict[str, Any]:
     """Facts of an edge model (every file's hash is checked) or of a run.
@@ -60,6 +58,7 @@ def _edge_model(path: Path) -> dict[str, Any]:
         "pooling": manifest.pooling,
         "context_length": origin.context_length,
         "vocabulary": origin.vocab_size,
+        # HEAD_TOKENS are ids
         "parameters": sum(tensor.parameters for tensor in manifest.tensors if tensor.name not in {*scales, PREFIX, HEAD_TOKENS}),
         "weights": manifest.weights,
         "adapter": adapter.kind if adapter else None,
@@ -85,7 +84,7 @@ def _run(path: Path) -> dict[str, Any]:
     from edgezo.runtime.run import read_run, read_summary
 
     run = read_run(path)
-    unused = unused_settings(run.config) | (set() if run.evaluations else EVALUATIONS)
+    unused = unused_settings(run.config, bool(run.evaluations))
     settings = {name: value for name, value in run.config.model_dump().items() if value is not None and name not in unused}
     summary = read_summary(path)
     ended = _ended(run, summary)

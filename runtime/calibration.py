@@ -248,7 +248,11 @@ def _told(config: TuneConfig, resolved: TuneConfig, smooth: bool, measured: _Mea
             f"eps {resolved.eps:.3g}, the reach measured on {rows} rows: by less an objective that changes in steps changes for hardly any row"
         )
     elif config.eps is None:
-        at, why = ("there", "") if found.smooth == resolved.eps else (f"at {found.smooth:.3g}", "; it is a quarter of the reach at most")
+        at, why = (
+            ("there", "")
+            if found.smooth == resolved.eps
+            else (f"at {found.smooth:.3g}", f"; eps is kept to a quarter of the reach, {found.reach:.3g}")
+        )
         lines.append(
             f"eps {resolved.eps:.3g}, measured on {rows} rows: projected gradients {at} and at a quarter of it differ by {100 * found.change:.0f} %{why}"
         )

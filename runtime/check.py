@@ -13,7 +13,7 @@ from edgezo.runtime.data import where
 from edgezo.runtime.dataset import read_dataset
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
-from edgezo.runtime.replay import check_base
+from edgezo.runtime.replay import check_base, last_step_told, take_head
 from edgezo.runtime.run import DECISIVE, INIT, SUMMARY, Run, check_same, journal_header, read_run, read_summary, refuse_moved
 from edgezo.runtime.scoring import Sequences
 from edgezo.runtime.theta import Theta, mutable_weights, step_directions
@@ -128,7 +128,7 @@ def _derive_again(run: Run, model: EdgeModel, every: int, progress: Callable[[in
     dataset = dataset.with_offsets(run.journal.offsets)
     order, weights = dataset.order(run.order_version), mutable_weights(model, run.config, run.start)
     objective = Objective(Sequences(model), dataset.task, run.config)
-    model.head = run.journal.head_at(0) or model.head
+    take_head(run, model, 0)  # the references of dpo are of the model that the run began with
     if objective.name == "dpo":
         dataset = dataset.with_references(objective.sequences)
     theta = Theta(model, run.config, weights, objective)
@@ -136,7 +136,7 @@ def _derive_again(run: Run, model: EdgeModel, every: int, progress: Callable[[in
     for step, record in enumerate(run.records):
         directions = step_directions(run.config, step)
         if step % every == 0:
-            model.head = run.journal.head_at(step) or model.head
+            take_head(run, model, step)
             found = theta.measure(partial(dataset.batch, order), step, record.learning_rate)
             loss = float(np.mean([estimate.loss for estimate in found]))
             largest = max(largest, abs(loss - record.loss))
@@ -144,7 +144,8 @@ def _derive_again(run: Run, model: EdgeModel, every: int, progress: Callable[[in
                 unit = weights.eps if place < len(directions) else weights.eps**2 / 4  # curvatures, behind the projected gradients
                 largest = max(largest, abs(estimate.projected_grad - recorded) * unit)
             derived += 1
-        theta.step(directions, record.projected_grads, record.learning_rate)
+        with last_step_told(run, step + 1):
+            theta.step(directions, record.projected_grads, record.learning_rate)
         progress(step + 1)
     weights.flush()
     return derived, largest

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from edgezo.config import TuneConfig
 from edgezo.errors import DataError
 from edgezo.runtime.data import Row
 from edgezo.runtime.masked import class_candidates, mask_place, masked_candidates
 from edgezo.runtime.scoring import Candidate, Classified, Masked, Pair
-from edgezo.runtime.tasks import Task, fill_parts, label_of, text_of
+from edgezo.runtime.tasks import Task, fill_parts, is_word, label_of, template_fields, text_of
 from edgezo.runtime.tasks import fill as fill_template
 from edgezo.runtime.text import TextCodec, TextError
 
@@ -270,11 +271,19 @@ def _gold_label(row: Row, task: Task) -> int:
         return task.words.index(word)
     known = ", ".join(label if label == word else f"{label}={word}" for label, word in task.labels.items())
     shown = next(iter(task.labels))
-    others = [name for name, value in row.fields.items() if name != task.label_field and str(value).strip() in task.labels]
+    others = [
+        name for name in row.fields if name not in {task.label_field, *template_fields(task.template)} and _has_label(row, name, task)
+    ]
     elsewhere = f", or take the field that has one: --label-field {others[0]}" if others else ""
     raise DataError(
         f"{row.place}: label {label!r} is not among {known}; mend or remove the row, or give every label a word: --labels {shown}=word,...{elsewhere}"
     )
+
+
+def _has_label(row: Row, name: str, task: Task) -> bool:
+    """Whether a field has a known label; a number may count rows."""
+    value = str(row.fields[name]).strip()
+    return value in task.labels and (is_word(value) or name == TuneConfig.model_fields["label_field"].default)
 
 
 def _gold_choice(row: Row, task: Task) -> int:

@@ -12,7 +12,6 @@ from edgezo.runtime.examples import Offsets
 from edgezo.runtime.head_rows import HeadRows
 from edgezo.runtime.journal_records import (
     CHECKSUM,
-    DIRECTIONS,
     DIRECTIONS_LIMIT,
     EVALUATION_PAYLOAD,
     HEAD,
@@ -25,7 +24,7 @@ from edgezo.runtime.journal_records import (
     PROBE,
     READABLE,
     SETTINGS,
-    STEP,
+    STEP_KINDS,
     UNDO,
     UNDO_PAYLOAD,
     StepRecord,
@@ -136,7 +135,7 @@ def _with_record(path: Path, contents: JournalContents, record: bytes, end: int,
     kind, payload = record[:1], record[1:]
     last = contents.last_kind if kind == SETTINGS else kind  # what was due after a step is due after a change of settings, too
     contents = contents._replace(whole_bytes=end, checksum=checksum, last_kind=last)
-    if kind in (STEP, DIRECTIONS):
+    if kind in STEP_KINDS:
         contents = contents._replace(others={})  # of an evaluation that was cut
         record_read = step_record(kind, payload)
         contents.records.append(record_read)

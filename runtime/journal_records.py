@@ -27,6 +27,7 @@ JOURNAL_BYTES_LIMIT = 1 << 30  # 63 million steps
 HEADER_BYTES_LIMIT = 1 << 20
 SETTINGS_BYTES_LIMIT = 1 << 16
 STEP, DIRECTIONS, EVALUATION, METRICS, SETTINGS, HEAD, PROBE, OFFSETS, UNDO = b"S", b"D", b"E", b"M", b"C", b"H", b"P", b"O", b"U"
+STEP_KINDS = (STEP, DIRECTIONS)
 STEP_PAYLOAD = struct.Struct("<fff")
 DIRECTIONS_PAYLOAD = struct.Struct("<Hff")  # how many projected gradients follow, learning rate, loss
 DIRECTIONS_LIMIT = (1 << 16) - 1

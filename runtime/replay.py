@@ -1,12 +1,13 @@
 """The weights that a run stands for, made again from base and journal without a forward pass."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from edgezo.config import TuneConfig
-from edgezo.errors import RunError
+from edgezo.errors import NonFiniteLossError, RunError
 from edgezo.runtime.attention_probe import probe_fits
-from edgezo.runtime.journal_records import StepRecord
+from edgezo.runtime.journal_records import STEP_KINDS, StepRecord
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.optimizer import zo_step
 from edgezo.runtime.rules import make_rule
@@ -32,16 +33,33 @@ def check_base(run: Run, model: EdgeModel) -> None:
         )
 
 
+def take_head(run: Run, model: EdgeModel, step: int) -> None:
+    """Give the model the rows of the head that a run has after `step` steps: those of an exact start, or of the adapter that it began with."""
+    model.head = run.journal.head_at(step) or model.head
+
+
+@contextmanager
+def last_step_told(run: Run, step: int) -> Iterator[None]:
+    """That step `step` was the last before the run ended, where it outgrows the grid: the process had no time to take it back."""
+    try:
+        yield
+    except NonFiniteLossError as error:
+        if step != len(run.records) or run.journal.last_kind not in STEP_KINDS:
+            raise
+        raise RunError(
+            f"{run.directory}: ended within step {step}, which diverged; go on with --resume, which takes it back, or use --step {step - 1}"
+        ) from error
+
+
 def replay(run: Run, model: EdgeModel, weights: MutableWeights, steps: int, rule: Rule | None = None) -> None:
     """Bring the base to the state after `steps` steps, without a forward pass.
 
     Args:
         rule: at its start; afterwards as after the last step.
     """
-    head = run.journal.head_at(steps)
-    if head is not None:
-        model.head = head
-    apply_records(run.config, run.records[:steps], weights, rule or make_rule(run.config, weights.sizes))
+    take_head(run, model, steps)
+    with last_step_told(run, steps):
+        apply_records(run.config, run.records[:steps], weights, rule or make_rule(run.config, weights.sizes))
 
 
 def apply_records(config: TuneConfig, records: Sequence[StepRecord], weights: MutableWeights, rule: Rule) -> None:

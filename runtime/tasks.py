@@ -62,7 +62,7 @@ class Task(NamedTuple):
     def classes(self) -> list[str]:
         """A label of every word: the longest that is a word itself and no number, or else the first."""
         own = [[label for label, known in self.labels.items() if known == word] for word in self.words]
-        return [max(filter(_is_word, labels), key=len, default=labels[0]) for labels in own]
+        return [max(filter(is_word, labels), key=len, default=labels[0]) for labels in own]
 
     @property
     def has_candidates(self) -> bool:
@@ -186,7 +186,7 @@ def _classification(rows: Sequence[Row], given: Task, labels: Mapping[str, str] 
 def _label_word(row: Row, label_field: str) -> str:
     """The label of a row as a word of its own, where no --labels say otherwise."""
     label = label_of(row, label_field)
-    if not _is_word(label):
+    if not is_word(label):
         raise DataError(
             f"{row.place}: label {label} in field {label_field!r} is a number; give the words of the labels with --labels word0,word1,..."
         )
@@ -256,11 +256,12 @@ def fill_parts(template: str, row: Row, replace: Mapping[str, Mapping[str, str]]
 def seen_labels(labels: Mapping[str, str], label_field: str, rows: Sequence[Row]) -> dict[str, str]:
     """The labels that rows have; where none of a word's labels in them is a word itself, but a number, all of these."""
     found = {str(row.fields.get(label_field)).strip() for row in rows}
-    words = {word for label, word in labels.items() if label in found and _is_word(label)}
+    words = {word for label, word in labels.items() if label in found and is_word(label)}
     return {label: word for label, word in labels.items() if label in found or word not in words}
 
 
-def _is_word(label: str) -> bool:
+def is_word(label: str) -> bool:
+    """Whether a label is no number."""
     return not label.lstrip("-").isdigit()
 
 

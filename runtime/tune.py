@@ -20,7 +20,7 @@ from edgezo.runtime.lora import Lora
 from edgezo.runtime.memory import fit_batches, refuse_less_than_weights
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.objective import Objective
-from edgezo.runtime.replay import check_base
+from edgezo.runtime.replay import check_base, take_head
 from edgezo.runtime.reports import Reporter, StepReport, TuneResult
 from edgezo.runtime.run import INIT, Run, check_same, journal_header, measured_lr
 from edgezo.runtime.run_directory import held_run, open_journal
@@ -137,7 +137,7 @@ class _Opening(NamedTuple):
         config = dataset.config
         check_base(previous, model)
         check_same(previous, config, journal_header(model.manifest, config, previous.start))
-        model.head = previous.journal.head_at(0) or model.head  # what an adapter had that the run started from is in the references of dpo
+        take_head(previous, model, 0)  # the references of dpo are of the model that the run began with
         theta, dataset = self._ready(config, dataset, previous.start)
         return _Opened(config, dataset.with_offsets(previous.journal.offsets), theta, previous.header, previous.start, ExactStart([]))
 

@@ -18,7 +18,7 @@ from edgezo.runtime.dataset import Dataset
 from edgezo.runtime.evaluation import Evaluation, best_step, evaluations_waited, scheduled_evaluations
 from edgezo.runtime.examples import Example
 from edgezo.runtime.journal import Journal
-from edgezo.runtime.journal_records import DIRECTIONS, EVALUATION, STEP, StepRecord
+from edgezo.runtime.journal_records import EVALUATION, STEP_KINDS, StepRecord
 from edgezo.runtime.machine import peak_bytes
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.optimizer import schedule_factor
@@ -34,7 +34,6 @@ LAST_BATCHES, MOST_ROWS, CLEARLY = 8, 32, 0.1  # rows that decide whether weight
 GUARD_STEPS, RUINED = (2, 4, 8, 16, 32, 64), 0.5  # when the loss of a few rows is compared with that at the start; evaluations do later
 SMALLER, MOST_UNDOS = 1 / 4, 8  # after a divergence; 4^8 is 65,536
 
-MADE = (STEP, DIRECTIONS)
 SETTLE_EVALUATIONS = 2  # in a row without a new best
 STILL_STEPS = 5  # in a row without any change of the loss before it is said
 
@@ -62,6 +61,7 @@ class Tuner:
     undos: int = 0
     measured_lr: float | None = None  # what a given rate that proves too large falls to
     planned: int | None = None  # steps in all, before this process
+    told: bool = False  # where this process begins
     quiet_until: int = 0  # after a rise that was the rows' alone
     start_loss: float | None = None  # of the guarded rows
     pending: bytes = b""  # kind of the record after which the process before this one ended, changes of settings left out
@@ -75,7 +75,7 @@ class Tuner:
     def go_on_from(self, previous: Run) -> None:
         """Stand where an earlier process ended. A step after which it ended is made by the loop, which goes back where it outgrows the grid."""
         journal = previous.journal
-        rebuilt = len(previous.records) - (journal.last_kind in MADE)
+        rebuilt = len(previous.records) - (journal.last_kind in STEP_KINDS)
         replay(previous, self.model, self.theta.weights, rebuilt, self.theta.rule)
         self.order = self.dataset.order(previous.order_version)
         self.records, self.spent_seconds, self.spent_rows = list(previous.records), previous.seconds, previous.forward_rows
@@ -96,10 +96,6 @@ class Tuner:
         self.opening_seconds += opening_seconds
         self.started = time.monotonic() - self.spent_seconds
         step = len(self.records)
-        if self.config.total_steps != 0 and self._progress(step, self.spent_seconds) >= 1:
-            self.reporter.notice(self._nothing_left(step))
-        elif step:
-            self.reporter.notice(self._goes_on(step))
         with (
             stop_signals(lambda: self.reporter.notice("stopping after what is under way")) as stopping,
             append_lines(self.directory / METRICS) as self.metrics,
@@ -131,9 +127,17 @@ class Tuner:
         before = "another" if step else "the first"
         return f"no step: --minutes {minutes:g} in all were over before {before}, {self.spent_seconds:.0f} s are spent; give more --minutes"
 
+    def _tell_where(self, step: int) -> None:
+        """Once in a process, when steps may follow: where it begins."""
+        self.told = True
+        if self.config.total_steps != 0 and self._progress(step, self.spent_seconds) >= 1:
+            self.reporter.notice(self._nothing_left(step))
+        elif step:
+            self.reporter.notice(self._goes_on(step))
+
     def _goes_on(self, step: int) -> str:
         total, best = self.config.total_steps, best_step(self.evaluations, 0)
-        before = f", {self.planned} before" if self.planned != total else ""
+        before = f", {self.planned} before" if self.planned not in (None, total) else ""
         of = f" of {total}{before}" if total is not None else ""
         known = f"; best so far: step {best}" if self.evaluations else ""
         return f"going on after step {step}{of}, the next with lr {self._rate(self._progress(step, self.spent_seconds)):.3g}{known}"
@@ -146,14 +150,16 @@ class Tuner:
     def _turn(self, stopping: threading.Event) -> str | None:
         """An evaluation where one is due, then a step, or the reason why there is none."""
         step, config, pending, self.pending = len(self.records), self.config, self.pending, b""
-        if pending in MADE:
+        if pending in STEP_KINDS:
             record = self.records[-1]
             self.theta.step(step_directions(config, step - 1), record.projected_grads, record.learning_rate)
         if stopping.is_set():  # what is due after the last step is made up for by --resume
             return "interrupted"
-        if pending in MADE:  # what follows a step was left undone, or is the same the second time
+        if pending in STEP_KINDS:  # what follows a step was left undone, or is the same the second time
             self._look()
             return None
+        if not self.told:
+            self._tell_where(step)
         progress = self._progress(step, self.seconds)
         due = step not in self.evaluations and (step % config.eval_every == 0 or progress >= 1)
         if (due and self._evaluate(step)) or (pending == EVALUATION and step % config.eval_every == 0):
@@ -234,7 +240,7 @@ class Tuner:
         self.reporter.notice(f"step {step}: {SETTLE_EVALUATIONS} evaluations without a new best; on with half the learning rate, {lr:.3g}")
 
     def _look_back(self, rise: Rise) -> None:
-        """Score the rows of the last steps now, at the last good step and at the best evaluated one: rows may differ more than weights do."""
+        """Score the rows of the last steps now, at the last good step and at the best of the scheduled evaluations: rows may differ more than weights do."""
         step = len(self.records)
         rows = [example for number in range(max(0, step - LAST_BATCHES), step) for example in self.dataset.batch(self.order, number)]
         best = best_step(scheduled_evaluations(self.evaluations, self.config.eval_every, 0), 0)

@@ -186,7 +186,11 @@ def test_a_run_without_eps_and_lr_measures_them_tells_them_and_keeps_them(
     assert config.eps is not None
     assert config.lr is not None
     rows, kept = f"{config.directions} x {config.batch} rows", header["calibration"]
-    at, why = ("there", "") if kept["smooth"] == config.eps else (f"at {kept['smooth']:.3g}", "; it is a quarter of the reach at most")
+    at, why = (
+        ("there", "")
+        if kept["smooth"] == config.eps
+        else (f"at {kept['smooth']:.3g}", f"; eps is kept to a quarter of the reach, {kept['reach']:.3g}")
+    )
     ending = "the loss is up by a tenth" if kept["rises"] else "half of a projected gradient is left"
     expected = [
         rf"eps {config.eps:.3g}, measured on 16 rows: projected gradients {at} and at a quarter of it differ by [0-9]+ %{why}",
@@ -323,7 +327,9 @@ def test_the_line_of_the_rate(landscape: dict[str, Any], config: dict[str, Any],
     assert lines == [f"lr 0.001 (sgd, linear, {expected}"]
 
 
-@pytest.mark.parametrize(("smooth", "at", "why"), [(0.01, "there", ""), (0.04, "at 0.04", "; it is a quarter of the reach at most")])
+@pytest.mark.parametrize(
+    ("smooth", "at", "why"), [(0.01, "there", ""), (0.04, "at 0.04", f"; eps is kept to a quarter of the reach, {LANDSCAPE.reach:.3g}")]
+)
 def test_the_line_of_eps_tells_the_scale_that_agrees(smooth: float, at: str, why: str) -> None:
     found = LANDSCAPE._replace(smooth=smooth)
     asked = TuneConfig(data="x", lr=1e-3)

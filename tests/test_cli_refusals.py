@@ -117,6 +117,12 @@ def test_a_label_outside_the_list(refusal: Callable[..., str], write_rows: Calla
     )
 
 
+def test_a_number_of_a_row_is_not_taken_for_its_label(refusal: Callable[..., str], write_rows: Callable[..., str]) -> None:
+    write_rows([{"text": "great", "label": -1, "idx": 0}], "bad.jsonl")
+    for labels in ("terrible,great", "bad=terrible,great=great"):
+        assert "--label-field" not in refusal("eval", "edge", *TASK, "--data", "bad.jsonl", "--labels", labels)
+
+
 def test_a_label_that_another_field_has(refusal: Callable[..., str], write_rows: Callable[..., str]) -> None:
     write_rows([{"text": "a", "label": 1, "label_text": "good"}], "bad.jsonl")
     message = refusal("eval", "edge", *TASK, "--data", "bad.jsonl", "--labels", "bad=terrible,good=great")
@@ -130,7 +136,7 @@ def test_a_label_that_another_field_has(refusal: Callable[..., str], write_rows:
     ("template", "message"),
     [
         ("{nope}", "--template '{nope}': field 'nope' does not exist; rows.jsonl:1 has 'text', 'label'"),
-        ("{Texts}", "--template '{Texts}': field 'Texts' does not exist, 'text' is one; rows.jsonl:1 has 'text', 'label'"),
+        ("{Texts}", "--template '{Texts}': field 'Texts' does not exist (did you mean 'text'?); rows.jsonl:1 has 'text', 'label'"),
         ("{text", "--template '{text': expected '}' before end of string; write a brace of the text as {{ or }}"),
         ("It was", "--template 'It was': names no field; write for example '{text} It was'"),
     ],

@@ -248,10 +248,10 @@ def test_a_decay_of_a_whole_weight_a_step_is_refused() -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "near"), [("seeds", "seed"), ("patients", "patience"), ("xyz", None), ("eval-every", "eval_every")])
+@pytest.mark.parametrize(("name", "near"), [("seeds", "seed"), ("patients", "patience"), ("resume", None), ("eval-every", "eval_every")])
 def test_an_unknown_setting_is_refused_with_the_known_ones(write: Write, name: str, near: str | None) -> None:
     path = write("run.yaml", f"data: x\n{name}: 1\n")
-    hint = f", {near!r} is one" if near is not None else ""
+    hint = f" (did you mean {near!r}?)" if near is not None else ""
     assert refusal(path) == f"{path}: {name}: no such setting{hint}; the settings are {', '.join(FIELDS)}"
 
 

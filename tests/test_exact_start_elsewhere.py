@@ -112,6 +112,13 @@ def test_an_older_export_refuses_what_it_cannot_be_fed(lora_dir: Path, rows: str
     assert not (tmp_path / "on").exists()
 
 
+def test_inspect_counts_the_rows_and_not_their_numbers(lora_dir: Path, run: tuple[Path, Any], tmp_path: Path, invoke: Any) -> None:
+    write_tuned(lora_dir, [run[0]], [1.0], "last", tmp_path / "out", "edge", threads=1)
+    base, merged = (json.loads(invoke("inspect", str(path), "--json").out)["parameters"] for path in (lora_dir, tmp_path / "out"))
+    head = read_journal(run[0] / "journal.bin").heads[0]
+    assert merged - base == head.rows.size + head.probe.size
+
+
 def test_an_exact_start_alone_is_written_without_a_note(lora_dir: Path, rows: str, tmp_path: Path, invoke: Any) -> None:
     tuned_run(lora_dir, tmp_path / "run", rows, steps=0)
     assert "note:" not in invoke("replay", str(lora_dir), str(tmp_path / "run"), "-o", str(tmp_path / "out")).err

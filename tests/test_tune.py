@@ -190,6 +190,17 @@ def test_a_run_that_goes_on_says_at_what_rate(exported_dir: Path, reviews: str, 
     assert notices == [f"going on after step 3 of 6, 3 before, the next with lr 5e-05; best so far: step {best}"]
 
 
+def test_a_run_of_minutes_that_goes_on_by_steps_had_no_other_number_of_them(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
+    def stop(report: StepReport) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    given: dict[str, Any] = {**SETTINGS, "data": reviews, "lr": 1e-4, "eps": 0.01, "schedule": "constant"}
+    edgezo.tune(exported_dir, tmp_path / "run", minutes=60, reporter=Reporter(step=stop), **given)
+    notices: list[str] = []
+    edgezo.tune(exported_dir, tmp_path / "run", resume=True, steps=2, reporter=Reporter(notice=notices.append))
+    assert notices == ["going on after step 1 of 2, the next with lr 0.0001"]
+
+
 def test_a_run_without_steps_and_without_an_exact_start_says_that_nothing_is_tuned(
     exported_dir: Path, reviews: str, tmp_path: Path
 ) -> None:

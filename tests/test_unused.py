@@ -35,6 +35,12 @@ def test_settings_without_an_effect_follow_from_the_others(settings: dict[str, A
     others = {*others, *(() if "sampler" in settings else ("share", "z_rank", "redraw_every"))}
     assert found - others == unused
     assert found <= TuneConfig.model_fields.keys()
+    assert unused_settings(make_config(None, {"data": "d.jsonl"}), evaluated=False) >= {
+        "valid_share",
+        "eval_every",
+        "eval_rows",
+        "patience",
+    }
 
 
 def notes(**settings: Any) -> list[str]:
@@ -45,20 +51,20 @@ def notes(**settings: Any) -> list[str]:
 def test_what_was_given_and_has_no_effect_is_noted() -> None:
     assert notes(rule="momentum", beta_m=0.5, sampler="lozo", z_rank=2, start="exact", start_rows=9, valid_share=0.2) == []
     assert notes(rule="sgd", hessian_smooth=0.5, beta_m=0.5, beta_v=0.99) == [  # beta_v has its default, as in a file of all settings
-        "note: --beta-m 0.5 has no effect, it is of rules momentum and adam",
-        "note: --hessian-smooth 0.5 has no effect, it is of rule hizoo",
+        "note: --beta-m 0.5 has no effect, it is of --rule momentum and adam",
+        "note: --hessian-smooth 0.5 has no effect, it is of --rule hizoo",
     ]
-    assert notes(sampler="layers", z_rank=2) == ["note: --z-rank 2 has no effect, it is of samplers lozo, subzero and tezo"]
-    assert notes(start="none", start_rows=9) == ["note: --start-rows 9 has no effect beside the other settings"]
+    assert notes(sampler="layers", z_rank=2) == ["note: --z-rank 2 has no effect, it is of --sampler lozo and subzero and tezo"]
+    assert notes(start="none", start_rows=9) == ["note: --start-rows 9 has no effect, no exact start is made"]
     assert notes(labels=None, label_field="kind") == []  # tells answers from rows with a label
-    assert notes(valid="v.jsonl", valid_share=0.2) == ["note: --valid-share 0.2 has no effect beside the other settings"]
+    assert notes(valid="v.jsonl", valid_share=0.2) == ["note: --valid-share 0.2 has no effect, --valid gives the validation rows"]
 
 
 def test_a_run_notes_them_once_and_not_again_as_it_goes_on(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
     told: list[str] = []
     listening, given = Reporter(notice=told.append), {**TASK, "data": reviews, "eps": 0.01, "lr": 0.01, "start": "none"}
     edgezo.tune(exported_dir, tmp_path / "run", steps=1, beta_m=0.5, reporter=listening, **given)
-    assert [line for line in told if "no effect" in line] == ["note: --beta-m 0.5 has no effect, it is of rules momentum and adam"]
+    assert [line for line in told if "no effect" in line] == ["note: --beta-m 0.5 has no effect, it is of --rule momentum and adam"]
     told.clear()
     edgezo.tune(exported_dir, tmp_path / "run", steps=2, resume=True, reporter=listening)
     assert not [line for line in told if "no effect" in line]

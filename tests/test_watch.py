@@ -13,11 +13,12 @@ import pytest
 
 import edgezo
 from edgezo.config import make_config
-from edgezo.errors import DivergenceError, NonFiniteLossError
+from edgezo.errors import DivergenceError, NonFiniteLossError, RunError
 from edgezo.runtime import tuner
+from edgezo.runtime.check import check_run
 from edgezo.runtime.evaluation import Evaluation
 from edgezo.runtime.journal_reader import read_journal
-from edgezo.runtime.journal_records import CHECKSUM, LENGTH, MAGIC, UNDO, record_bytes
+from edgezo.runtime.journal_records import CHECKSUM, LENGTH, MAGIC, STEP, UNDO, record_bytes
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.reports import Reporter, StepReport
 from edgezo.runtime.run import measured_lr, read_run
@@ -256,6 +257,30 @@ def test_a_loss_that_is_not_finite_is_taken_back_until_that_was_too_often(
     assert len(undone) == (1 if times == 1 else MOST_UNDOS - 1)
 
 
+def test_a_look_back_is_the_same_where_the_run_once_ended(
+    lora_dir: Path, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation where an earlier call ended is none that the run makes by itself, however good."""
+    places, look_back, loss_of = list[int](), Tuner._look_back, Tuner._loss_at
+
+    def looking_back(loop: Tuner, rise: Rise) -> None:
+        loop.evaluations[3] = loop.evaluations[3]._replace(accuracy=1.0, loss=0.0)
+        look_back(loop, rise)
+
+    def loss_at(loop: Tuner, step: int, rows: Any) -> float:
+        places.append(step)
+        return loss_of(loop, step, rows)
+
+    settings = {"data": reviews, "valid": reviews, "lr": 1e-6, "eps": 2**-8, "eval_every": 2, "schedule": "constant", "threads": 1, **TASK}
+    edgezo.tune(lora_dir, tmp_path / "run", steps=3, **settings)
+    monkeypatch.setattr(tuner, "find_rise", lambda losses, rows: Rise(1.0, 1.0, 1) if len(losses) == 5 else None)
+    monkeypatch.setattr(Tuner, "_look_back", looking_back)
+    monkeypatch.setattr(Tuner, "_loss_at", loss_at)
+    edgezo.tune(lora_dir, tmp_path / "run", resume=True, steps=6, threads=1)
+    assert len(places) >= 2
+    assert 3 not in places
+
+
 def test_a_run_that_ended_at_a_step_that_outgrew_its_grid_goes_back_as_it_would_have(
     exported_dir: Path, reviews: str, tmp_path: Path
 ) -> None:
@@ -272,8 +297,18 @@ def test_a_run_that_ended_at_a_step_that_outgrew_its_grid_goes_back_as_it_would_
         cut = tmp_path / str(number)
         shutil.copytree(tmp_path / "whole", cut)
         (cut / JOURNAL).write_bytes(whole[:place])
+        last, kind = len(read_run(cut).records), read_journal(cut / JOURNAL).last_kind
+        told = []
+        if number == 0:
+            assert kind == STEP
+            message = f"{cut}: ended within step {last}, which diverged; go on with --resume, which takes it back, or use --step {last - 1}"
+            with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
+                EdgeModel(exported_dir, run=cut, step="last", threads=1)
+            with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
+                check_run(cut, EdgeModel(exported_dir, threads=1), every=1)
         with pytest.raises(DivergenceError):
-            edgezo.tune(exported_dir, cut, resume=True, threads=1)
+            edgezo.tune(exported_dir, cut, resume=True, threads=1, reporter=Reporter(notice=told.append))
+        assert not any("nothing to tune" in line for line in told)
         assert (cut / JOURNAL).read_bytes() == whole
 
 
