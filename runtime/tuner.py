@@ -137,7 +137,7 @@ class Tuner:
 
     def _goes_on(self, step: int) -> str:
         total, best = self.config.total_steps, best_step(self.evaluations, 0)
-        before = f", {self.planned} before" if self.planned not in (None, total) else ""
+        before = f" ({self.planned} before)" if self.planned not in (None, total) else ""
         of = f" of {total}{before}" if total is not None else ""
         known = f"; best so far: step {best}" if self.evaluations else ""
         return f"going on after step {step}{of}, the next with lr {self._rate(self._progress(step, self.spent_seconds)):.3g}{known}"

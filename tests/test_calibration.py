@@ -214,7 +214,7 @@ def test_a_run_that_goes_on_measures_nothing_again(lora_dir: Path, reviews: str,
     notices: list[str] = []
     edgezo.tune(lora_dir, tmp_path / "whole", resume=True, steps=9, threads=1, reporter=Reporter(notice=notices.append))
     assert len(notices) == 1
-    assert notices[0].startswith("going on after step 6 of 9, 6 before, ")
+    assert notices[0].startswith("going on after step 6 of 9 (6 before), ")
     run = read_run(tmp_path / "whole")
     rates = {record.learning_rate for record in run.records}
     assert (len(run.records), len(rates)) == (9, 1)

@@ -104,7 +104,9 @@ def test_a_run_that_goes_on_after_a_trial_tries_nothing_again(lora_dir: Path, re
     edgezo.tune(lora_dir, parts, data=reviews, steps=TRIAL_RUN_STEPS, **settings)
     notices: list[str] = []
     edgezo.tune(lora_dir, parts, resume=True, steps=TRIAL_RUN_STEPS + 2, threads=1, reporter=Reporter(notice=notices.append))
-    assert not notices
+    assert [notice.split(",")[0] for notice in notices] == [
+        f"going on after step {TRIAL_RUN_STEPS} of {TRIAL_RUN_STEPS + 2} ({TRIAL_RUN_STEPS} before)"
+    ]
     config = read_run(parts).config
     edgezo.tune(lora_dir, whole, data=reviews, steps=TRIAL_RUN_STEPS + 2, eps=config.eps, lr=config.lr, **settings)
     assert read_run(parts).records == read_run(whole).records

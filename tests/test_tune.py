@@ -187,7 +187,7 @@ def test_a_run_that_goes_on_says_at_what_rate(exported_dir: Path, reviews: str, 
     run = read_run(tmp_path / "run")
     assert run.records[3].learning_rate == pytest.approx(1e-4 * 3 / 6)
     best = max((number for number in run.evaluations if number <= 3), key=lambda number: (run.evaluations[number].score(), -number))
-    assert notices == [f"going on after step 3 of 6, 3 before, the next with lr 5e-05; best so far: step {best}"]
+    assert notices == [f"going on after step 3 of 6 (3 before), the next with lr 5e-05; best so far: step {best}"]
 
 
 def test_a_run_of_minutes_that_goes_on_by_steps_had_no_other_number_of_them(exported_dir: Path, reviews: str, tmp_path: Path) -> None:
