@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from edgezo.config import TuneConfig
 from edgezo.runtime.evaluation import Evaluation
 
 
@@ -61,6 +62,32 @@ class Reporter:
     begin: Callable[[int, int | None], None] = lambda step, total_steps: None
     step: Callable[[StepReport], None] = lambda report: None
     evaluation: Callable[[int, Evaluation, bool], None] = lambda step, evaluation, best: None
+
+
+def nothing_left(config: TuneConfig, step: int, spent_seconds: float) -> str:
+    """Why a process makes no step after the first `step`."""
+    steps, minutes = config.total_steps, config.minutes
+    late = minutes is not None and spent_seconds >= 60 * minutes
+    if steps is not None and step >= steps:
+        return f"nothing to tune: --steps {steps}, and as many are done; give more --steps{' and --minutes' if late else ''}"
+    before = "another" if step else "the first"
+    return f"no step: --minutes {minutes:g} in all were over before {before}, {spent_seconds:.0f} s are spent; give more --minutes"
+
+
+def going_on(step: int, total: int | None, planned: int | None, learning_rate: float, best: int | None) -> str:
+    """Where a run goes on.
+
+    Args:
+        step: after which.
+        total: steps in all; None where minutes alone end the run.
+        planned: that number when the run last ended.
+        learning_rate: of the next step.
+        best: the step of the best evaluation, if there was one.
+    """
+    before = f" ({planned} before)" if planned not in (None, total) else ""
+    of = f" of {total}{before}" if total is not None else ""
+    known = f"; best so far: step {best}" if best is not None else ""
+    return f"going on after step {step}{of}, the next with lr {learning_rate:.3g}{known}"
 
 
 def write_step(metrics: TextIO, report: StepReport) -> None:

@@ -23,7 +23,7 @@ from edgezo.runtime.machine import peak_bytes
 from edgezo.runtime.model import EdgeModel
 from edgezo.runtime.optimizer import schedule_factor
 from edgezo.runtime.replay import apply_records, replay
-from edgezo.runtime.reports import Reporter, StepReport, TuneResult, append_lines, write_step
+from edgezo.runtime.reports import Reporter, StepReport, TuneResult, append_lines, going_on, nothing_left, write_step
 from edgezo.runtime.run import METRICS, Run
 from edgezo.runtime.run_directory import write_summary
 from edgezo.runtime.signals import stop_signals
@@ -119,28 +119,15 @@ class Tuner:
         self.model.step, self.model.changed = step, True
         return self._finish(step, ended)
 
-    def _nothing_left(self, step: int) -> str:
-        steps, minutes = self.config.total_steps, self.config.minutes
-        late = minutes is not None and self.spent_seconds >= 60 * minutes
-        if steps is not None and step >= steps:
-            return f"nothing to tune: --steps {steps}, and as many are done; give more --steps{' and --minutes' if late else ''}"
-        before = "another" if step else "the first"
-        return f"no step: --minutes {minutes:g} in all were over before {before}, {self.spent_seconds:.0f} s are spent; give more --minutes"
-
     def _tell_where(self, step: int) -> None:
         """Once in a process, when steps may follow: where it begins."""
-        self.told = True
-        if self.config.total_steps != 0 and self._progress(step, self.spent_seconds) >= 1:
-            self.reporter.notice(self._nothing_left(step))
+        self.told, config, spent = True, self.config, self.spent_seconds
+        progress = self._progress(step, spent)
+        if config.total_steps != 0 and progress >= 1:
+            self.reporter.notice(nothing_left(config, step, spent))
         elif step:
-            self.reporter.notice(self._goes_on(step))
-
-    def _goes_on(self, step: int) -> str:
-        total, best = self.config.total_steps, best_step(self.evaluations, 0)
-        before = f" ({self.planned} before)" if self.planned not in (None, total) else ""
-        of = f" of {total}{before}" if total is not None else ""
-        known = f"; best so far: step {best}" if self.evaluations else ""
-        return f"going on after step {step}{of}, the next with lr {self._rate(self._progress(step, self.spent_seconds)):.3g}{known}"
+            best = best_step(self.evaluations, 0) if self.evaluations else None
+            self.reporter.notice(going_on(step, config.total_steps, self.planned, self._rate(progress), best))
 
     def _rate(self, progress: float) -> float:
         """The learning rate of a step, as the journal holds it."""
